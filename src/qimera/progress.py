@@ -1,0 +1,21 @@
+"""What a long stage tells its caller while it runs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of one stage is done."""
+
+    stage: str
+    step: int
+    total: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def silent(progress: Progress) -> None:
+    """Ignore progress."""

@@ -1,0 +1,345 @@
+"""Frozen, validated settings of every stage: one field per knob, its unit and its source."""
+
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from qimera.errors import ConfigError
+
+_S = TypeVar("_S", bound="_Settings")
+_BITS = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
+
+
+class _Settings(BaseModel):
+    """Frozen, without unknown fields; a wrong value raises ConfigError instead of pydantic's own error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **values: object) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self).__name__, error)) from None
+
+    @classmethod
+    def load(cls: type[_S], path: Path) -> _S:
+        """Read settings from a JSON file written by ``save``."""
+        try:
+            return cls.model_validate_json(path.read_text())
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {_explain(cls.__name__, error)}") from None
+
+    def save(self, path: Path) -> None:
+        """Write every field, defaults too, as indented JSON."""
+        path.write_text(self.model_dump_json(indent=2) + "\n")
+
+
+def _explain(name: str, error: ValidationError) -> str:
+    problems = []
+    for detail in error.errors():
+        field = ".".join(str(part) for part in detail["loc"]) or name
+        message = detail["msg"].removeprefix("Value error, ")
+        given = "" if detail["type"] in ("value_error", "missing") else f", given {detail['input']!r}"
+        problems.append(f"{field}: {message}{given}")
+    return f"{name}: " + "; ".join(problems)
+
+
+class InputSpec(_Settings):
+    """What the classifier expects: one image's shape and how its pixels were normalised in training."""
+
+    shape: tuple[int, int, int]
+    """Channels (1 to 4), height and width (8 or more) of one image."""
+
+    mean: tuple[float, ...]
+    """Per-channel mean subtracted from pixels, in the unit of ``pixel_range``."""
+
+    std: tuple[float, ...]
+    """Per-channel divisor after the mean, in the unit of ``pixel_range``."""
+
+    pixel_range: tuple[float, float] = (0.0, 1.0)
+    """Darkest and brightest value that a pixel can take before normalisation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "InputSpec":
+        channels, height, width = self.shape
+        if not 1 <= channels <= 4 or min(height, width) < 8:
+            raise ValueError(f"shape must be channels (1 to 4), height and width (at least 8), given {self.shape}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != channels:
+                raise ValueError(f"{name} must have one value per channel ({channels}), given {len(values)}: {values}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, given {self.std}")
+        if self.pixel_range[0] >= self.pixel_range[1]:
+            raise ValueError(f"pixel_range must be (low, high) with low < high, given {self.pixel_range}")
+        return self
+
+    @property
+    def low(self) -> Tensor:
+        """Normalised value of the darkest pixel, shape (channel, 1, 1)."""
+        return (self.pixel_range[0] - _column(self.mean)) / _column(self.std)
+
+    @property
+    def high(self) -> Tensor:
+        """Normalised value of the brightest pixel, shape (channel, 1, 1)."""
+        return (self.pixel_range[1] - _column(self.mean)) / _column(self.std)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels (batch, channel, height, width), 0 darkest and 255 brightest -> normalised float32."""
+        low, high = self.low.to(pixels.device), self.high.to(pixels.device)
+        return low + pixels.float() * ((high - low) / 255)
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Normalised images (batch, channel, height, width) -> the nearest uint8 pixels."""
+        low, high = self.low.to(images.device), self.high.to(images.device)
+        return ((images - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
+
+
+def _column(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values).view(-1, 1, 1)
+
+
+class LabelSettings(_Settings):
+    """Which classes a synthetic sample should show (Choi et al. 2021, superposed latent embeddings)."""
+
+    superposition: bool = True
+    """Mix several classes into some samples, so that they support the teacher's decision boundaries."""
+
+    superposition_probability: float = Field(0.4, ge=0, le=1)
+    """Share of samples that are superposed (p in the paper's experiments)."""
+
+    num_superposed_classes: int = Field(2, ge=2)
+    """Classes mixed into one superposed sample (K in the paper)."""
+
+    per_sample: bool = True
+    """Decide for each sample whether it is superposed; the authors' code decides for whole batches."""
+
+
+class GeneratorSettings(_Settings):
+    """The conditional generator, its latents and its training against the teacher alone."""
+
+    num_steps: int = Field(200, ge=0)
+    """Training steps before the first sample is taken."""
+
+    batch_size: int = Field(64, ge=2)
+    learning_rate: float = Field(1e-3, gt=0)
+    """Of Adam with betas (0.5, 0.999), as the authors."""
+
+    extracted_embeddings: bool = True
+    """Start the class embeddings from the rows of the teacher's classifier weight (EEI)."""
+
+    disentanglement_mapping: bool = True
+    """Map each class latent linearly before superposition (DM); off, the generator's first layer sees it directly."""
+
+    embedding_dim: int = Field(100, ge=2)
+    """Width of random class embeddings; extracted ones are as wide as the classifier's input."""
+
+    mapping_dim: int = Field(64, ge=2)
+    """Width that the disentanglement mapping leads to."""
+
+    noise_scale: float = Field(1.0, ge=0)
+    """Standard deviation of the noise added to a class embedding, in standard deviations of the embedding."""
+
+    base_channels: int = Field(128, ge=8)
+    """Channels of the generator's first feature map."""
+
+    conditional_norm_from: int = Field(200, ge=2)
+    """Number of classes from which the generator's batch norms are conditioned on the class."""
+
+    ce_weight: float = Field(1.0, ge=0)
+    bns_weight: float = Field(0.1, ge=0)
+    """Weight of the batch-normalization statistics loss (0.1 in GDFQ and Qimera)."""
+
+    relative_bns: bool = False
+    """Divide statistics by the teacher's variances, so that every channel counts alike (ours)."""
+
+    milestones: tuple[int, ...] = ()
+    """Steps after which the learning rate is divided by ten."""
+
+
+class DirectSettings(_Settings):
+    """Images optimised directly against the generator's losses (ZeroQ, with labels and superposition)."""
+
+    num_steps: int = Field(150, ge=1)
+    batch_size: int = Field(128, ge=2)
+    learning_rate: float = Field(0.1, gt=0)
+    """Of Adam on normalised pixels, cosine to zero."""
+
+    start: Literal["noise", "generator"] = "noise"
+    """What the images start from."""
+
+    ce_weight: float = Field(0.1, ge=0)
+    bns_weight: float = Field(5.0, ge=0)
+    """Weight of the relative batch-normalization statistics loss, averaged over layers."""
+
+    tv_weight: float = Field(0.01, ge=0)
+    """Weight of the mean absolute difference between neighbouring pixels."""
+
+    max_shift: int = Field(2, ge=0)
+    """Largest random shift per step, in pixels."""
+
+    flip: bool = True
+    """Mirror each image at random in every step."""
+
+
+class SynthesisSettings(_Settings):
+    """How a bank of synthetic samples is made; one bank serves every bit width."""
+
+    num_generated: int = Field(0, ge=0)
+    """Samples drawn from the trained generator."""
+
+    num_optimized: int = Field(512, ge=0)
+    """Samples optimised directly."""
+
+    labels: LabelSettings = LabelSettings()
+    generator: GeneratorSettings = GeneratorSettings()
+    direct: DirectSettings = DirectSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> "SynthesisSettings":
+        if self.num_generated + self.num_optimized < 2:
+            raise ValueError("num_generated and num_optimized must give at least 2 samples together")
+        return self
+
+
+class LayerBits(_Settings):
+    """Bits of the layers whose name matches a shell pattern."""
+
+    pattern: str
+    weight_bits: int = Field(ge=2, le=8)
+    activation_bits: int = Field(ge=2, le=8)
+
+
+class QuantizationSettings(_Settings):
+    """What is quantized, where, and at how many bits."""
+
+    weight_bits: int = Field(4, ge=2, le=8)
+    activation_bits: int = Field(4, ge=2, le=8)
+    scheme: Literal["hardware", "paper"] = "hardware"
+    """``hardware``: what integer kernels need. ``paper``: as GDFQ and Qimera quantize, for comparison only."""
+
+    layer_bits: tuple[LayerBits, ...] = ()
+    """Exceptions by layer name; the last matching pattern wins."""
+
+    edge_bits: int = Field(8, ge=2, le=8)
+    """Bits of tensors that enter additions, concatenations and pooling (hardware scheme)."""
+
+    input_bits: int = Field(8, ge=2, le=8)
+    """Bits of the network's input (hardware scheme)."""
+
+    num_range_samples: int = Field(256, ge=1)
+    """Bank samples that the first ranges are searched on."""
+
+    def bits_of(self, layer: str) -> tuple[int, int]:
+        """Return (weight bits, activation bits) of the layer called ``layer``."""
+        bits = (self.weight_bits, self.activation_bits)
+        for rule in self.layer_bits:
+            if fnmatchcase(layer, rule.pattern):
+                bits = (rule.weight_bits, rule.activation_bits)
+        return bits
+
+
+class DistillationSettings(_Settings):
+    """How the student is trained to answer as the teacher does."""
+
+    num_steps: int = Field(600, ge=0)
+    batch_size: int = Field(64, ge=1)
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """``adam`` counts weights in quantizer steps; ``sgd`` is that of GDFQ and Qimera, with one rate for all."""
+
+    weight_learning_rate: float = Field(3e-3, gt=0)
+    """Of quantized weights: with ``adam`` in quantizer steps, with ``sgd`` in the unit of the weights."""
+
+    bias_learning_rate: float = Field(3e-4, gt=0)
+    """Of biases and batch norms that were not folded (``adam``)."""
+
+    step_learning_rate: float = Field(2e-3, gt=0)
+    """Of the logarithm of every quantizer step (``adam``)."""
+
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Nesterov momentum (``sgd``)."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Of all parameters (``sgd``)."""
+
+    schedule: Literal["cosine", "milestones"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    """Steps after which learning rates are divided by ten (schedule ``milestones``)."""
+
+    kl_weight: float = Field(1.0, ge=0)
+    """Weight of the divergence from the teacher's class probabilities, per sample (``batchmean``)."""
+
+    temperature: float = Field(1.0, gt=0)
+    ce_weight: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy with the sample's soft label."""
+
+    feature_weight: float = Field(1.0, ge=0)
+    """Weight of the squared error of block outputs over the teacher's variance, averaged over blocks."""
+
+    fresh_share: float = Field(0.0, ge=0, le=1)
+    """Share of each batch that the generator draws anew; the rest comes from the bank."""
+
+    generator_steps_per_step: int = Field(0, ge=0)
+    """Generator training steps before each student step; the paper alternates one and one."""
+
+    max_shift: int = Field(4, ge=0)
+    """Largest random shift of bank samples, in pixels."""
+
+    flip: bool = True
+    """Mirror bank samples at random."""
+
+
+class RunSettings(_Settings):
+    """Everything that decides a run; the file of it starts the same run again."""
+
+    model: str
+    """``file.py:function`` or the name of an embedded model."""
+
+    weights: str = ""
+    """Path of the weights file; empty when the model brings its own."""
+
+    recipe: str
+    seed: int = Field(0, ge=0)
+    bank: str = ""
+    """Path of a bank made earlier; empty for one of the run's own."""
+
+    input: InputSpec
+    synthesis: SynthesisSettings
+    quantization: QuantizationSettings
+    distillation: DistillationSettings
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """``"w4a8"`` -> (4, 8): weight bits and activation bits.
+
+    Raises:
+        ConfigError: not of that form, or bits outside 2 to 8.
+    """
+    match = _BITS.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"bits: expected the form w4a4 (weight bits, activation bits), given {text!r}")
+    weight_bits, activation_bits = int(match[1]), int(match[2])
+    for name, bits in (("weight", weight_bits), ("activation", activation_bits)):
+        if not 2 <= bits <= 8:
+            raise ConfigError(f"bits: {name} bits must be 2 to 8, given {bits} in {text!r}")
+    return weight_bits, activation_bits
+
+
+def parse_layer_bits(text: str) -> tuple[LayerBits, ...]:
+    """``"conv1=8,*fc*=w8a4"`` -> rules; one number stands for weights and activations alike.
+
+    Raises:
+        ConfigError: a rule without ``=``, or bits that ``parse_bits`` refuses.
+    """
+    rules = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        pattern, separator, bits = part.rpartition("=")
+        if not separator or not pattern:
+            raise ConfigError(f"layer_bits: expected PATTERN=BITS such as conv1=8 or *fc*=w8a4, given {part!r}")
+        weight_bits, activation_bits = parse_bits(f"w{bits}a{bits}" if bits.isdigit() else bits)
+        rules.append(LayerBits(pattern=pattern, weight_bits=weight_bits, activation_bits=activation_bits))
+    return tuple(rules)
