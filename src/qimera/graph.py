@@ -1,0 +1,179 @@
+"""Transformations of an exported ATen graph: extra outputs, folded and exact batch norms."""
+
+import copy
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import GraphModule, Node
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+aten = torch.ops.aten
+
+CONVOLUTIONS = {
+    aten.conv1d.default: "conv1d",
+    aten.conv2d.default: "conv2d",
+    aten.conv3d.default: "conv3d",
+    aten.conv_transpose2d.input: "conv_transpose2d",
+}
+WEIGHTED = {**CONVOLUTIONS, aten.linear.default: "linear"}
+"""Operations with a weight at argument 1 and a bias at argument 2, and what we call them."""
+
+BATCH_NORM = aten.batch_norm.default
+
+
+def node_at(node: Node, index: int) -> Node:
+    """Return the argument of ``node`` at this place, which is a node."""
+    argument = node.args[index]
+    assert isinstance(argument, Node)
+    return argument
+
+
+def tensor_of(module: GraphModule, reader: Node) -> Tensor:
+    """Return the parameter or buffer that a ``get_attr`` node reads."""
+    owner, _, name = str(reader.target).rpartition(".")
+    value = getattr(module.get_submodule(owner), name)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def has_parameter(layer: Node) -> bool:
+    """Whether ``layer`` is a convolution or linear layer whose weight is a parameter, not another activation."""
+    return layer.target in WEIGHTED and node_at(layer, 1).op == "get_attr"
+
+
+def layer_name(node: Node) -> str:
+    """Return the dotted name of the module whose weight ``node`` uses, such as ``layer1.0.conv1``."""
+    for argument in node.args[1:]:
+        if isinstance(argument, Node) and argument.op == "get_attr":
+            return str(argument.target).rpartition(".")[0] or str(argument.target)
+    return node.name
+
+
+def batch_norms(module: GraphModule) -> list[Node]:
+    """Return the batch norms that use the statistics of training, in order; those that use the batch's are left out."""
+    nodes = module.graph.find_nodes(op="call_function", target=BATCH_NORM)
+    return [node for node in nodes if not node.args[5] and isinstance(node.args[3], Node)]
+
+
+def logits_node(module: GraphModule) -> Node:
+    """Return the node whose tensor the graph returns."""
+    (output,) = module.graph.find_nodes(op="output")
+    value = output.args[0]
+    while isinstance(value, tuple | list):
+        value = value[0]
+    assert isinstance(value, Node)
+    return value
+
+
+def with_outputs(module: GraphModule, names: Sequence[str]) -> GraphModule:
+    """Return a graph that computes (logits, [the tensors of the nodes called ``names``]), sharing all parameters."""
+    graph = fx.Graph()
+    mapping: dict[Node, Node] = {}
+    graph.graph_copy(module.graph, mapping)
+    by_name = {node.name: copied for node, copied in mapping.items()}
+    graph.output((mapping[logits_node(module)], [by_name[name] for name in names]))
+    result = GraphModule(module, graph)
+    result.graph.eliminate_dead_code()
+    result.recompile()
+    return result
+
+
+def _copy(module: GraphModule) -> GraphModule:
+    """Return a deep copy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # from torch, whose graphs hold a class that it deprecates itself
+        return copy.deepcopy(module)
+
+
+def fold_batch_norms(module: GraphModule) -> GraphModule:
+    """Return a copy in which every batch norm that alone reads a convolution or linear layer is part of it.
+
+    The copy computes the same logits up to rounding. Other batch norms (pre-activation networks, for example) stay.
+    """
+    folded = _copy(module)
+    for norm in batch_norms(folded):
+        layer = node_at(norm, 0)
+        if has_parameter(layer) and len(layer.users) == 1:
+            _fold(folded, layer, norm)
+    folded.graph.eliminate_dead_code()
+    folded.delete_all_unused_submodules()
+    folded.recompile()
+    return folded
+
+
+def _fold(module: GraphModule, layer: Node, norm: Node) -> None:
+    weight, bias = (_optional_tensor(module, layer, index) for index in (1, 2))
+    scale, shift, mean, var = (_optional_tensor(module, norm, index) for index in (1, 2, 3, 4))
+    eps = norm.args[7]
+    assert weight is not None
+    assert mean is not None
+    assert var is not None
+    assert isinstance(eps, float)
+    weight = nn.Parameter(weight.detach().clone())
+    scale = torch.ones_like(mean) if scale is None else scale
+    shift = torch.zeros_like(mean) if shift is None else shift
+    if layer.target is aten.linear.default:
+        new = fuse_linear_bn_weights(weight, bias, mean, var, eps, scale, shift)
+    else:
+        transposed = layer.target is aten.conv_transpose2d.input
+        new = fuse_conv_bn_weights(weight, bias, mean, var, eps, scale, shift, transposed)
+    owner = layer_name(layer)
+    with module.graph.inserting_before(layer):
+        weight_node, bias_node = (
+            _new_parameter(module, owner, *each) for each in zip(("weight", "bias"), new, strict=True)
+        )
+    layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
+    norm.replace_all_uses_with(layer)
+    module.graph.erase_node(norm)
+    layer._rename(norm.name)  # so that block outputs bear the same name in the teacher and in every student
+
+
+def _optional_tensor(module: GraphModule, node: Node, index: int) -> Tensor | None:
+    argument = node.args[index] if len(node.args) > index else None
+    return tensor_of(module, argument) if isinstance(argument, Node) else None
+
+
+def _new_parameter(module: GraphModule, owner: str, name: str, value: Tensor) -> Node:
+    """Store value in the module called owner and return a node that reads it.
+
+    A parameter that several calls share keeps its value for them; the new one then gets a name of its own.
+    """
+    target = f"{owner}.{name}"
+    readers = [node for node in module.graph.nodes if node.op == "get_attr" and node.target == target]
+    if sum(len(node.users) for node in readers) > 1:
+        own = [key for key, _ in module.get_submodule(owner).named_parameters(recurse=False)]
+        name = f"{name}_{sum(key.startswith(name) for key in own)}"
+    setattr(module.get_submodule(owner), name, nn.Parameter(value.detach().clone()))
+    return module.graph.get_attr(f"{owner}.{name}")
+
+
+def unfold_batch_norms(module: GraphModule) -> GraphModule:
+    """Return a copy in which every batch norm is a multiplication and an addition per channel, both trainable.
+
+    This is the batch norm in evaluation mode, written so that nothing folds it into the layer before.
+    """
+    unfolded = _copy(module)
+    for norm in batch_norms(unfolded):
+        scale, shift, mean, var = (_optional_tensor(unfolded, norm, index) for index in (1, 2, 3, 4))
+        eps = norm.args[7]
+        assert mean is not None
+        assert var is not None
+        assert isinstance(eps, float)
+        factor = torch.rsqrt(var + eps) * (1 if scale is None else scale)
+        offset = (0 if shift is None else shift) - mean * factor
+        per_channel = (-1, *(1 for _ in norm.meta["val"].shape[2:]))
+        owner = str(node_at(norm, 3).target).rpartition(".")[0]
+        with unfolded.graph.inserting_before(norm):
+            factor_node = _new_parameter(unfolded, owner, "factor", factor.view(per_channel))
+            offset_node = _new_parameter(unfolded, owner, "offset", offset.view(per_channel))
+            scaled = unfolded.graph.call_function(aten.mul.Tensor, (node_at(norm, 0), factor_node))
+            result = unfolded.graph.call_function(aten.add.Tensor, (scaled, offset_node))
+        scaled.meta["val"] = result.meta["val"] = norm.meta["val"]
+        norm.replace_all_uses_with(result)
+        unfolded.graph.erase_node(norm)
+        result._rename(norm.name)
+    unfolded.graph.eliminate_dead_code()
+    unfolded.recompile()
+    return unfolded
