@@ -1,0 +1,171 @@
+"""The sample bank: images, soft labels and teacher logits, made once per teacher and used for every bit width."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qimera.errors import ConfigError
+from qimera.settings import InputSpec, SynthesisSettings
+from qimera.synthesis.synthesizer import Synthesizer
+from qimera.teacher import Teacher
+
+FORMAT_VERSION = 1
+_SHARD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some samples of a bank."""
+
+    images: Float[Tensor, "batch channel height width"]
+    """Normalised."""
+    soft_labels: Float[Tensor, "batch num_classes"]
+    logits: Float[Tensor, "batch num_classes"]
+    """The teacher's."""
+
+
+@dataclass(frozen=True)
+class SampleBank:
+    """Synthetic samples of one teacher, as 8-bit pixels, and the synthesizer that can draw more."""
+
+    pixels: UInt8[Tensor, "sample channel height width"]
+    soft_labels: Float[Tensor, "sample num_classes"]
+    logits: Float[Tensor, "sample num_classes"]
+    input_spec: InputSpec
+    settings: SynthesisSettings
+    seed: int
+    teacher_hash: str
+    synthesizer: Synthesizer | None = None
+    """The trained generator, when the settings train one."""
+
+    @classmethod
+    def from_images(
+        cls,
+        images: Float[Tensor, "sample channel height width"],
+        soft_labels: Float[Tensor, "sample num_classes"],
+        teacher: Teacher,
+        settings: SynthesisSettings,
+        seed: int,
+        synthesizer: Synthesizer | None = None,
+    ) -> "SampleBank":
+        """Round normalised images to pixels and ask the teacher what it makes of them."""
+        pixels = teacher.input_spec.to_pixels(images).contiguous()
+        with torch.no_grad():
+            logits = torch.cat([teacher(teacher.input_spec.normalize(part)) for part in pixels.split(64)])
+        return cls(pixels, soft_labels, logits, teacher.input_spec, settings, seed, teacher.hash, synthesizer)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, index: Int[Tensor, " batch"] | slice) -> Samples:
+        """Return the samples at these positions."""
+        return Samples(self.input_spec.normalize(self.pixels[index]), self.soft_labels[index], self.logits[index])
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Samples]:
+        """Yield batches without end, each sample once before any comes again, in random order."""
+        batch_size = min(batch_size, len(self))
+        order = torch.empty(0, dtype=torch.int64)
+        while True:
+            if len(order) < batch_size:
+                order = torch.cat([order, torch.randperm(len(self), generator=generator)])
+            yield self.take(order[:batch_size])
+            order = order[batch_size:]
+
+    def save(self, directory: Path) -> None:
+        """Write shards, generator and manifest; the directory appears complete or not at all.
+
+        Raises:
+            ConfigError: it exists already.
+        """
+        if directory.exists():
+            raise ConfigError(f"bank {directory}: exists already; choose another place or remove it")
+        partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+        partial.mkdir(parents=True)
+        try:
+            self._write(partial)
+            partial.rename(directory)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _write(self, directory: Path) -> None:
+        per_shard = max(1, _SHARD_BYTES // self.pixels[0].numel())
+        shards = []
+        for number, start in enumerate(range(0, len(self), per_shard)):
+            part = slice(start, start + per_shard)
+            shards.append(f"samples-{number:05}.safetensors")
+            tensors = {"pixels": self.pixels[part], "soft_labels": self.soft_labels[part], "logits": self.logits[part]}
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / shards[-1])
+        if self.synthesizer is not None:
+            state = {name: value.contiguous() for name, value in self.synthesizer.state_dict().items()}
+            save_file(state, directory / "generator.safetensors")
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "teacher": self.teacher_hash,
+            "seed": self.seed,
+            "num_samples": len(self),
+            "shards": shards,
+            "input": self.input_spec.model_dump(),
+            "settings": self.settings.model_dump(),
+        }
+        (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, directory: Path, teacher: Teacher) -> "SampleBank":
+        """Read a bank that ``save`` wrote for this teacher.
+
+        Raises:
+            ConfigError: no bank there, a damaged one, or one of another teacher.
+        """
+        try:
+            manifest = json.loads((directory / "manifest.json").read_text())
+            version, owner, seed = manifest["format_version"], manifest["teacher"], manifest["seed"]
+            settings = SynthesisSettings.model_validate(manifest["settings"])
+            if version != FORMAT_VERSION:
+                raise ConfigError(f"bank {directory}: format version {version}, this qimera reads {FORMAT_VERSION}")
+            if owner != teacher.hash:
+                raise ConfigError(
+                    f"bank {directory}: made for another teacher (hash {owner[:12]}, this model has "
+                    f"{teacher.hash[:12]}); synthesise a bank for this model and its weights"
+                )
+            names = [str(name) for name in manifest["shards"]]
+            if any(Path(name).name != name for name in names):
+                raise ConfigError(f"bank {directory}: a shard lies outside of the directory: {names}")
+            shards = [load_file(directory / name) for name in names]
+            parts = [torch.cat([shard[key] for shard in shards]) for key in ("pixels", "soft_labels", "logits")]
+        except FileNotFoundError as error:
+            raise ConfigError(f"bank {directory}: {error.filename or 'a file'} is missing; is this a bank?") from error
+        except (json.JSONDecodeError, KeyError, TypeError, ValidationError, SafetensorError, RuntimeError) as error:
+            raise ConfigError(f"bank {directory}: damaged ({error}); synthesise it again") from error
+        _check_shapes(directory, parts, teacher)
+        synthesizer = _load_synthesizer(directory / "generator.safetensors", teacher, settings)
+        return cls(parts[0], parts[1], parts[2], teacher.input_spec, settings, seed, owner, synthesizer)
+
+
+def _check_shapes(directory: Path, parts: list[Tensor], teacher: Teacher) -> None:
+    count, classes = len(parts[0]), teacher.num_classes
+    expected = [(count, *teacher.input_spec.shape), (count, classes), (count, classes)]
+    found = [tuple(part.shape) for part in parts]
+    if found != expected or parts[0].dtype != torch.uint8:
+        raise ConfigError(f"bank {directory}: expected shapes {expected}, found {found} ({parts[0].dtype})")
+
+
+def _load_synthesizer(path: Path, teacher: Teacher, settings: SynthesisSettings) -> Synthesizer | None:
+    if not path.exists():
+        return None
+    synthesizer = Synthesizer(teacher, settings, torch.Generator().manual_seed(0))
+    try:
+        synthesizer.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ConfigError(f"{path}: damaged ({error}); synthesise the bank again") from error
+    return synthesizer.eval()

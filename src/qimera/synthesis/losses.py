@@ -1,0 +1,50 @@
+"""What a synthetic batch is judged by: the teacher's batch-norm statistics, its labels, its smoothness."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from qimera.teacher import BatchNormTap
+
+
+def bns_loss(entering: Sequence[Tensor], taps: Sequence[BatchNormTap], *, relative: bool = False) -> Float[Tensor, ""]:
+    """Return the batch-normalization statistics loss, averaged over layers.
+
+    Plain, it is the mean squared error of means plus that of variances over channels (Choi et al. 2021, L_BNS, after
+    GDFQ). ``relative`` divides the squared differences of means and of standard deviations by the sum of both
+    variances, so that every channel of every layer counts alike and no term exceeds 2 (deviation D7).
+
+    Args:
+        entering: Input of every batch norm for one batch, each (batch, channel, ...).
+        taps: The statistics recorded in training, in the same order.
+        relative: Which of the two.
+    """
+    losses = []
+    for x, tap in zip(entering, taps, strict=True):
+        var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        if relative:
+            gap = (mean - tap.mean).square() + (safe_sqrt(var) - safe_sqrt(tap.var)).square()
+            losses.append((gap / (var + tap.var + 1e-8)).mean())
+        else:
+            losses.append(F.mse_loss(mean, tap.mean) + F.mse_loss(var, tap.var))
+    return torch.stack(losses).mean()
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Return the square root with a finite slope at zero."""
+    return (x + 1e-8).sqrt()
+
+
+def soft_cross_entropy(
+    logits: Float[Tensor, "batch num_classes"], soft_label: Float[Tensor, "batch num_classes"]
+) -> Float[Tensor, ""]:
+    """Return the cross-entropy of the teacher's answer with the soft label, averaged over the batch."""
+    return F.cross_entropy(logits, soft_label)
+
+
+def total_variation(images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, ""]:
+    """Return the mean absolute difference between neighbouring pixels, in the unit of the images."""
+    return images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean()

@@ -1,0 +1,48 @@
+"""Random draws -> which classes each synthetic sample mixes, in which shares, and the label that follows."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qimera.settings import LabelSettings
+
+
+def draw_mixtures(
+    num_samples: int, num_classes: int, settings: LabelSettings, generator: torch.Generator
+) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"]]:
+    """Return the classes mixed into each sample and the share of each; a plain sample has all weight on its first.
+
+    Shares are the softmax of K standard normal numbers and classes may repeat (Choi et al. 2021, section 4.1). First
+    classes take turns, so that no class is missed in a small bank (deviation D8).
+    """
+    k = settings.num_superposed_classes if settings.superposition else 1
+    label = torch.randint(num_classes, (num_samples, k), generator=generator)
+    label[:, 0] = torch.randperm(num_samples, generator=generator) % num_classes
+    weight = torch.randn(num_samples, k, generator=generator).softmax(1)
+    draws = torch.rand(num_samples if settings.per_sample else 1, generator=generator)
+    plain = (draws >= settings.superposition_probability).expand(num_samples)
+    weight[plain] = torch.eye(k)[0]
+    return label, weight
+
+
+def superpose(
+    latent: Float[Tensor, "batch k latent"], weight: Float[Tensor, "batch k"]
+) -> Float[Tensor, "batch latent"]:
+    """Return the weighted sum of each sample's K class latents (Choi et al. 2021, section 4.1)."""
+    return torch.einsum("bkl,bk->bl", latent, weight)
+
+
+def soft_labels(
+    label: Int[Tensor, "batch k"], weight: Float[Tensor, "batch k"], num_classes: int
+) -> Float[Tensor, "batch num_classes"]:
+    """Return the class probabilities that the teacher should give to each sample.
+
+    A class drawn twice receives the sum of its weights.
+
+    Args:
+        label: Classes mixed into each sample, in ``[0, num_classes)``, repeats allowed.
+        weight: Share of each class; every row sums to 1.
+        num_classes: Width of the result.
+    """
+    target = weight.new_zeros(label.shape[0], num_classes)
+    return target.scatter_add_(1, label, weight)

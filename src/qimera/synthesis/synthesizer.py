@@ -1,0 +1,109 @@
+"""Class embeddings, mapping, superposition and generator in one piece, and the training of it against the teacher."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from qimera.errors import DivergenceError
+from qimera.settings import SynthesisSettings
+from qimera.synthesis.embeddings import ClassEmbedding, DisentanglementMapping
+from qimera.synthesis.generator import Generator
+from qimera.synthesis.losses import bns_loss, soft_cross_entropy
+from qimera.synthesis.superposition import draw_mixtures, soft_labels, superpose
+from qimera.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What a batch of samples is drawn from: mixtures of classes and latent noise."""
+
+    label: Int[Tensor, "batch k"]
+    weight: Float[Tensor, "batch k"]
+    noise: Float[Tensor, "batch k latent"]
+
+
+class Synthesizer(nn.Module):
+    """Draws images near and across the teacher's decision boundaries (Choi et al. 2021, Fig. 4)."""
+
+    def __init__(self, teacher: Teacher, settings: SynthesisSettings, generator: torch.Generator) -> None:
+        super().__init__()
+        spec, num_classes = settings.generator, teacher.num_classes
+        self.labels, self.num_classes = settings.labels, num_classes
+        with torch.random.fork_rng(devices=[]):  # modules draw their start from the global generator
+            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+            self.embedding = ClassEmbedding(teacher.classifier.weight, spec, generator)
+            latent_dim = self.embedding.latent_dim
+            self.mapping: nn.Module = nn.Identity()
+            if spec.disentanglement_mapping:
+                self.mapping = DisentanglementMapping(latent_dim, spec.mapping_dim)
+                latent_dim = spec.mapping_dim
+            conditional = num_classes >= spec.conditional_norm_from
+            self.generator = Generator(
+                latent_dim, teacher.input_spec, spec.base_channels, num_classes, conditional=conditional
+            )
+
+    def draw(self, num_samples: int, generator: torch.Generator) -> Draw:
+        """Draw what ``num_samples`` images are made from."""
+        label, weight = draw_mixtures(num_samples, self.num_classes, self.labels, generator)
+        noise = torch.randn(*label.shape, self.embedding.latent_dim, generator=generator)
+        return Draw(label, weight, noise)
+
+    def forward(
+        self, drawn: Draw
+    ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch num_classes"]]:
+        """Return the images and their soft labels."""
+        soft_label = soft_labels(drawn.label, drawn.weight, self.num_classes)
+        latent = self.mapping(self.embedding(drawn.label, drawn.noise))  # (batch, k, latent)
+        return self.generator(superpose(latent, drawn.weight), soft_label), soft_label
+
+
+class SynthesizerTraining:
+    """The generator's side of the game: each step makes a batch that the teacher finds more real."""
+
+    def __init__(
+        self,
+        synthesizer: Synthesizer,
+        teacher: Teacher,
+        settings: SynthesisSettings,
+        generator: torch.Generator,
+    ) -> None:
+        self.synthesizer, self.teacher = synthesizer, teacher
+        self.settings, self.generator = settings.generator, generator
+        self.optimizer = torch.optim.Adam(synthesizer.parameters(), self.settings.learning_rate, betas=(0.5, 0.999))
+        self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, list(self.settings.milestones), 0.1)
+        self.num_steps = 0
+
+    def step(self) -> dict[str, Tensor]:
+        """Train on one fresh batch: L_G = CE(soft label) + weight * BNS (Choi et al. 2021, Eq. 8).
+
+        Returns:
+            The loss terms, not yet copied from the device.
+
+        Raises:
+            DivergenceError: a term is NaN or infinite.
+        """
+        self.synthesizer.train()
+        images, soft_label = self.synthesizer(self.synthesizer.draw(self.settings.batch_size, self.generator))
+        logits, entering = self.teacher.forward_with_taps(images.contiguous(memory_format=torch.channels_last))
+        ce = soft_cross_entropy(logits, soft_label)
+        bns = bns_loss(entering, self.teacher.batch_norms, relative=self.settings.relative_bns)
+        loss = self.settings.ce_weight * ce + self.settings.bns_weight * bns
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.num_steps += 1
+        return check_finite({"generator_ce": ce.detach(), "generator_bns": bns.detach()}, self.num_steps)
+
+
+def check_finite(losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    """Return ``losses``; raise DivergenceError naming the term and the step when one is NaN or infinite."""
+    if not torch.isfinite(sum(losses.values(), torch.zeros(()))):
+        name = next(name for name, value in losses.items() if not torch.isfinite(value))
+        raise DivergenceError(
+            f"{name} became {float(losses[name])} at step {step}; lower the learning rate of this stage, "
+            "or check mean and std if it happened in the first steps"
+        )
+    return losses
