@@ -1,0 +1,72 @@
+"""Tensors -> scale and zero point: by their extremes, or by the least squared error."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+RangeMethod = Literal["mse", "minmax"]
+
+_NUM_CANDIDATES = 80
+_MAX_VALUES = 1 << 15
+"""Values of an activation tensor that the search looks at; enough for the third digit of the error."""
+
+
+def integer_range(bits: int, *, signed: bool) -> tuple[int, int]:
+    """Return (lowest, highest) integer of this many bits."""
+    return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+
+
+def affine_parameters(
+    x: Tensor, quant_min: int, quant_max: int, *, symmetric: bool, axis: int | None = None
+) -> tuple[Float[Tensor, " channel"], Int[Tensor, " channel"]]:
+    """Return the scale and zero point with which the grid just covers ``x`` and zero (one each, or per channel)."""
+    rows = _rows(x, axis)
+    return _from_extremes(rows.amin(1), rows.amax(1), quant_min, quant_max, symmetric)
+
+
+def search_affine_parameters(
+    x: Tensor, quant_min: int, quant_max: int, *, symmetric: bool, axis: int | None = None
+) -> tuple[Float[Tensor, " channel"], Int[Tensor, " channel"]]:
+    """Return the scale and zero point with the least squared error on ``x`` among shrunken ranges.
+
+    Both ends shrink together where the range is symmetric or starts at zero, else each end on its own.
+    """
+    rows = _rows(x, axis)
+    if axis is None and rows.shape[1] > _MAX_VALUES:
+        rows = rows[:, :: rows.shape[1] // _MAX_VALUES]
+    low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    both = not symmetric and bool((low < 0).any())
+    ratios = torch.linspace(1, 1 / _NUM_CANDIDATES, _NUM_CANDIDATES // (4 if both else 1)).tolist()
+    best = _from_extremes(low, high, quant_min, quant_max, symmetric)
+    least = _squared_error(rows, *best, quant_min, quant_max)
+    for high_ratio in ratios:
+        for low_ratio in ratios if both else [high_ratio]:
+            candidate = _from_extremes(low * low_ratio, high * high_ratio, quant_min, quant_max, symmetric)
+            error = _squared_error(rows, *candidate, quant_min, quant_max)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = torch.where(better, candidate[0], best[0]), torch.where(better, candidate[1], best[1])
+    return best
+
+
+def _rows(x: Tensor, axis: int | None) -> Float[Tensor, "channel value"]:
+    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+
+
+def _from_extremes(low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    tiny = torch.finfo(torch.float32).tiny * (quant_max - quant_min + 1)
+    if symmetric:
+        scale = torch.maximum(high / quant_max, low / quant_min).clamp(min=tiny)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    scale = ((high - low) / (quant_max - quant_min)).clamp(min=tiny)
+    zero_point = (quant_min - low / scale).round().clamp(quant_min, quant_max)
+    return scale, zero_point.to(torch.int32)
+
+
+def _squared_error(rows: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    scale, zero_point = scale[:, None], zero_point[:, None]
+    nearest = (rows / scale).round_().clamp_(quant_min - zero_point, quant_max - zero_point).mul_(scale)
+    return nearest.sub_(rows).square_().sum(1)

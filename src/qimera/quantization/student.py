@@ -1,0 +1,142 @@
+"""A teacher and bit widths -> the student: the same graph with fake quantizers, its first ranges, its integer form."""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from qimera.errors import ConfigError
+from qimera.graph import WEIGHTED, fold_batch_norms, tensor_of, unfold_batch_norms, with_outputs
+from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
+from qimera.quantization.scheme import JOINS, POOLINGS, HardwareQuantizer, PaperQuantizer
+from qimera.settings import QuantizationSettings
+from qimera.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+class Student(nn.Module):
+    """The quantized model in training form; calling it maps normalised images to logits, as the teacher does."""
+
+    def __init__(self, teacher: Teacher, settings: QuantizationSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.module = _prepare(teacher, settings)
+
+    @classmethod
+    def load(cls, path: Path, teacher: Teacher, settings: QuantizationSettings) -> "Student":
+        """Rebuild a student from its teacher, its settings and the file that ``save`` wrote."""
+        student = cls(teacher, settings)
+        try:
+            student.module.load_state_dict(load_file(path))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise ConfigError(f"{path}: does not hold the student of these settings: {error}") from error
+        return student
+
+    def save(self, path: Path) -> None:
+        """Write weights, steps and zero points (safetensors)."""
+        save_file({name: value.contiguous() for name, value in self.module.state_dict().items()}, path)
+
+    def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch num_classes"]:
+        """Return the logits."""
+        logits = self.module(images)
+        assert isinstance(logits, Tensor)
+        return logits
+
+    def with_features(self, names: Sequence[str]) -> GraphModule:
+        """Return a graph that computes (logits, [tensors of the nodes called ``names``]), sharing all parameters."""
+        return with_outputs(self.module, names)
+
+    def converted(self) -> GraphModule:
+        """Return the integer graph in ``quantized_decomposed`` operations; it equals the student bit for bit."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchao's own deprecations, nothing that a user can act on
+            module = copy.deepcopy(self.module)
+            with torch.no_grad():
+                for weight, quantizer in _weight_quantizers(module):
+                    quantizer(weight)  # a range that follows its weight is as old as the last call
+            return convert_pt2e(module)
+
+    @property
+    def steps(self) -> list[nn.Parameter]:
+        """Logarithms of all learned quantizer steps."""
+        return [each.log_scale for each in self.module.modules() if isinstance(each, LearnedStepFakeQuantize)]
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Every other parameter: weights, biases and batch norms that were not folded."""
+        steps = {id(step) for step in self.steps}
+        return [each for each in self.module.parameters() if id(each) not in steps]
+
+    def weight_steps(self) -> list[tuple[nn.Parameter, Float[Tensor, "..."]]]:
+        """Return each quantized weight with its quantizer's present step, shaped to multiply it."""
+        found = []
+        for weight, quantizer in _weight_quantizers(self.module):
+            if isinstance(quantizer, LearnedStepFakeQuantize):
+                assert isinstance(weight, nn.Parameter)
+                found.append((weight, quantizer.scale.detach().clone()))
+        return found
+
+    @torch.no_grad()
+    def initialize_ranges_(self, batches: Iterable[Float[Tensor, "batch channel height width"]]) -> None:
+        """Fit every quantizer to ``batches``, in the order of the graph, each behind its quantized predecessors.
+
+        Learned steps are searched by squared error on the first batch; min-max ranges average over all batches.
+        """
+        quantizers = [m for m in self.module.modules() if isinstance(m, LearnedStepFakeQuantize | MinMaxFakeQuantize)]
+        for quantizer in quantizers:
+            quantizer.searching = "mse" if isinstance(quantizer, LearnedStepFakeQuantize) else "minmax"
+        for batch in batches:
+            self.module(batch)
+            if any(isinstance(quantizer, LearnedStepFakeQuantize) for quantizer in quantizers):
+                break
+        for quantizer in quantizers:
+            quantizer.searching = None
+
+
+def _weight_quantizers(module: GraphModule) -> Iterator[tuple[Tensor, nn.Module]]:
+    """Yield each quantized weight with its quantizer."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        for user in node.users:
+            if user.op == "call_module":
+                yield tensor_of(module, node), module.get_submodule(str(user.target))
+
+
+def _prepare(teacher: Teacher, settings: QuantizationSettings) -> GraphModule:
+    hardware = settings.scheme == "hardware"
+    graph = fold_batch_norms(teacher.module) if hardware else unfold_batch_norms(teacher.module)
+    quantizer = HardwareQuantizer(settings) if hardware else PaperQuantizer(settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchao's own deprecations, nothing that a user can act on
+        prepared = prepare_pt2e(graph, quantizer)
+    return prepared.requires_grad_(True)
+
+
+def block_outputs(module: GraphModule) -> list[str]:
+    """Return the nodes through which everything flows that later layers see: the outputs of the network's blocks.
+
+    In a residual network these are the activations after each addition, in a plain one those before each layer.
+    """
+    nodes = [node for node in module.graph.nodes if node.op not in ("get_attr", "output")]
+    position = {node: index for index, node in enumerate(nodes)}
+    names, furthest = [], 0
+    for index, node in enumerate(nodes):
+        readers = [user for user in node.users if user in position]
+        read_on = any(user.target in WEIGHTED or user.target in JOINS or user.target in POOLINGS for user in readers)
+        if furthest <= index and node.op == "call_function" and read_on and not _is_convolution_before_join(node):
+            names.append(node.name)
+        furthest = max([furthest, *(position[user] for user in readers)])
+    return names
+
+
+def _is_convolution_before_join(node: Node) -> bool:
+    return node.target in WEIGHTED and all(user.target in JOINS for user in node.users)
