@@ -1,0 +1,175 @@
+"""The training of the student: teacher's logits and block outputs on bank and fresh samples."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qimera.errors import ConfigError
+from qimera.graph import fold_batch_norms, with_outputs
+from qimera.progress import Progress, ProgressCallback, silent
+from qimera.quantization.student import Student, block_outputs
+from qimera.settings import DistillationSettings
+from qimera.synthesis.augmentation import flip_at_random, shift_each
+from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.synthesizer import SynthesizerTraining, check_finite
+from qimera.teacher import Teacher
+
+REPORT_EVERY = 10
+"""Steps between two reports; each costs one copy from the device."""
+
+
+def distill_(
+    student: Student,
+    teacher: Teacher,
+    bank: SampleBank,
+    settings: DistillationSettings,
+    generator: torch.Generator,
+    *,
+    training: SynthesizerTraining | None = None,
+    progress: ProgressCallback = silent,
+) -> None:
+    """Train ``student`` for ``settings.num_steps``; its state after the last step is the result.
+
+    Args:
+        student: With ranges already fitted.
+        teacher: The model to agree with.
+        bank: Samples of this teacher.
+        settings: Schedule, rates and loss weights.
+        generator: Draws batches and augmentation.
+        training: The generator's training, when it continues beside the student's.
+        progress: Called every ``REPORT_EVERY`` steps.
+
+    Raises:
+        ConfigError: fresh samples are asked for and there is no generator.
+        DivergenceError: a loss term is NaN or infinite.
+    """
+    folded = fold_batch_norms(teacher.module)
+    names = block_outputs(folded) if settings.feature_weight else []
+    teach = with_outputs(folded, names)
+    learn = student.with_features(names)
+    optimizer = _optimizer(student, settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
+    batches = _batches(bank, settings, generator, training)
+    for step in range(1, settings.num_steps + 1):
+        for _ in range(settings.generator_steps_per_step if training else 0):
+            assert training is not None
+            training.step()
+        images, soft_label = next(batches)
+        with torch.no_grad():
+            target, target_features = teach(images)
+        logits, features = learn(images)
+        terms = {
+            "kl": (settings.kl_weight, kl_loss(logits, target, settings.temperature)),
+            "ce": (settings.ce_weight, F.cross_entropy(logits, soft_label)),
+            "features": (settings.feature_weight, feature_loss(features, target_features)),
+        }
+        terms = {name: (weight, loss) for name, (weight, loss) in terms.items() if weight}
+        total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+        schedule.step()
+        losses = check_finite({name: loss.detach() for name, (_, loss) in terms.items()}, step)
+        if step % REPORT_EVERY == 0 or step == settings.num_steps:
+            metrics = {name: float(value) for name, value in losses.items()}
+            progress(Progress("distillation", step, settings.num_steps, metrics))
+
+
+def kl_loss(
+    logits: Float[Tensor, "batch num_classes"], target: Float[Tensor, "batch num_classes"], temperature: float
+) -> Float[Tensor, ""]:
+    """Return KL(teacher || student) at this temperature, per sample, times its square (Hinton et al. 2015)."""
+    divergence = F.kl_div(
+        F.log_softmax(logits / temperature, 1),
+        F.log_softmax(target / temperature, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return divergence * temperature**2
+
+
+def feature_loss(features: list[Tensor], targets: list[Tensor]) -> Float[Tensor, ""]:
+    """Return the squared error of block outputs over the teacher's variance, averaged over blocks; 0 for none."""
+    if not features:
+        return torch.zeros(())
+    losses = [F.mse_loss(mine, theirs) / (theirs.var() + 1e-8) for mine, theirs in zip(features, targets, strict=True)]
+    return torch.stack(losses).mean()
+
+
+class StepwiseAdam(torch.optim.Adam):
+    """Adam that moves each quantized weight by the learning rate times its channel's quantizer step.
+
+    Folded batch norms leave channels whose weights differ by orders of magnitude; counted in steps, one rate brings
+    each of them as far towards its next integer (deviation D9).
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], units: list[tuple[nn.Parameter, Tensor]]) -> None:
+        super().__init__(groups)
+        self.units = units
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Make one step."""
+        before = [weight.clone() for weight, _ in self.units]
+        super().step(closure)
+        for (weight, unit), old in zip(self.units, before, strict=True):
+            weight.sub_(old).mul_(unit).add_(old)
+
+
+def _optimizer(student: Student, settings: DistillationSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            student.parameters(),
+            settings.weight_learning_rate,
+            momentum=settings.momentum,
+            nesterov=settings.momentum > 0,
+            weight_decay=settings.weight_decay,
+        )
+    units = student.weight_steps()
+    quantized = {id(weight) for weight, _ in units}
+    groups: list[dict[str, Any]] = [
+        {"params": [weight for weight, _ in units], "lr": settings.weight_learning_rate},
+        {"params": [each for each in student.weights if id(each) not in quantized], "lr": settings.bias_learning_rate},
+        {"params": student.steps, "lr": settings.step_learning_rate},
+    ]
+    return StepwiseAdam([group for group in groups if group["params"]], units)
+
+
+def _rate(step: int, settings: DistillationSettings) -> float:
+    """Return the factor on the learning rates at this step."""
+    if settings.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * step / max(1, settings.num_steps)))
+    return 0.1 ** sum(step >= milestone for milestone in settings.milestones)
+
+
+def _batches(
+    bank: SampleBank, settings: DistillationSettings, generator: torch.Generator, training: SynthesizerTraining | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (images, soft labels): augmented bank samples and, in their share, fresh ones."""
+    num_fresh = round(settings.fresh_share * settings.batch_size)
+    synthesizer = training.synthesizer if training else bank.synthesizer
+    if num_fresh and synthesizer is None:
+        raise ConfigError(f"fresh_share is {settings.fresh_share}, but the bank has no generator; set it to 0")
+    stored = bank.batches(settings.batch_size - num_fresh, generator) if num_fresh < settings.batch_size else None
+    while True:
+        images, labels = [], []
+        if stored is not None:
+            samples = next(stored)
+            images.append(_augment(samples.images, settings, generator))
+            labels.append(samples.soft_labels)
+        if num_fresh and synthesizer is not None:
+            with torch.no_grad():
+                fresh, soft_label = synthesizer(synthesizer.draw(num_fresh, generator))
+            images.append(fresh)
+            labels.append(soft_label)
+        yield torch.cat(images).contiguous(memory_format=torch.channels_last), torch.cat(labels)
+
+
+def _augment(images: Tensor, settings: DistillationSettings, generator: torch.Generator) -> Tensor:
+    images = flip_at_random(images, generator) if settings.flip else images
+    return shift_each(images, settings.max_shift, generator) if settings.max_shift else images

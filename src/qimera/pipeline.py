@@ -1,0 +1,194 @@
+"""The whole method in the paper's order: teacher -> samples -> bank -> student -> distillation."""
+
+import torch
+from torch import Tensor, nn
+
+from qimera.distillation import distill_
+from qimera.errors import ConfigError
+from qimera.progress import Progress, ProgressCallback, silent
+from qimera.quantization.student import Student
+from qimera.recipes import recipe
+from qimera.settings import (
+    DistillationSettings,
+    InputSpec,
+    QuantizationSettings,
+    SynthesisSettings,
+    parse_bits,
+    parse_layer_bits,
+)
+from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.direct import optimize_images
+from qimera.synthesis.superposition import draw_mixtures, soft_labels
+from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
+from qimera.teacher import Teacher
+
+
+def synthesize(
+    model: nn.Module,
+    input_spec: InputSpec | None = None,
+    settings: SynthesisSettings | None = None,
+    *,
+    seed: int = 0,
+    progress: ProgressCallback = silent,
+) -> SampleBank:
+    """Make a bank of synthetic samples of ``model``, enough for every bit width.
+
+    Args:
+        model: A trained classifier, or a ``Teacher`` captured from one. It is not changed.
+        input_spec: What its images look like; a ``Teacher`` knows already.
+        settings: How to make the samples; the recipe ``fast`` when absent.
+        seed: Same seed, settings and machine: same bank, bit for bit, on the CPU.
+        progress: Called after every step.
+
+    Raises:
+        ConfigError: the input spec is missing or the model refuses such images.
+        UnsupportedModelError: the model cannot be captured, or has no batch norm.
+        DivergenceError: a loss became NaN or infinite.
+    """
+    teacher = as_teacher(model, input_spec)
+    settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).synthesis
+    generator = torch.Generator().manual_seed(seed)
+    synthesizer = _train_generator(teacher, settings, generator, progress)
+    images, labels = [], []
+    if settings.num_generated and synthesizer is not None:
+        for part in _parts(settings.num_generated, settings.generator.batch_size):
+            with torch.no_grad():
+                drawn, soft_label = synthesizer(synthesizer.draw(part, generator))
+            images.append(drawn)
+            labels.append(soft_label)
+    if settings.num_optimized:
+        drawn, soft_label = _optimize(teacher, settings, synthesizer, generator, progress)
+        images.append(drawn)
+        labels.append(soft_label)
+    return SampleBank.from_images(torch.cat(images), torch.cat(labels), teacher, settings, seed, synthesizer)
+
+
+def quantize(
+    model: nn.Module,
+    bank: SampleBank,
+    bits: str = "w4a4",
+    *,
+    scheme: str = "hardware",
+    layer_bits: str = "",
+    settings: DistillationSettings | None = None,
+    seed: int = 0,
+    progress: ProgressCallback = silent,
+) -> Student:
+    """Return a quantized student of ``model``, trained on ``bank``.
+
+    Args:
+        model: The classifier that the bank was made from, or its ``Teacher``. It is not changed.
+        bank: From ``synthesize``, or loaded.
+        bits: Such as ``w4a8``: weight bits, activation bits, 2 to 8.
+        scheme: ``hardware`` (what integer kernels need) or ``paper`` (as GDFQ and Qimera quantize).
+        layer_bits: Exceptions by layer name, such as ``conv1=8,*fc*=w8a4``.
+        settings: How to train; the recipe ``fast`` when absent.
+        seed: Same seed, settings, bank and machine: same student, bit for bit, on the CPU.
+        progress: Called every few steps.
+
+    Raises:
+        ConfigError: wrong bits, or a bank of another teacher.
+        DivergenceError: a loss became NaN or infinite.
+    """
+    weight_bits, activation_bits = parse_bits(bits)
+    quantization = QuantizationSettings(
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        scheme=scheme,
+        layer_bits=parse_layer_bits(layer_bits),
+    )
+    teacher = as_teacher(model, bank.input_spec)
+    settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).distillation
+    return quantize_with(teacher, bank, quantization, settings, seed=seed, progress=progress)
+
+
+def quantize_with(
+    teacher: Teacher,
+    bank: SampleBank,
+    quantization: QuantizationSettings,
+    distillation: DistillationSettings,
+    *,
+    seed: int = 0,
+    progress: ProgressCallback = silent,
+) -> Student:
+    """``quantize`` with every setting spelled out."""
+    if bank.teacher_hash != teacher.hash:
+        raise ConfigError(
+            f"bank: made for another teacher (hash {bank.teacher_hash[:12]}, this model has {teacher.hash[:12]}); "
+            "synthesise a bank for this model and its weights"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    student = Student(teacher, quantization)
+    batches = bank.batches(quantization.num_range_samples, generator)
+    student.initialize_ranges_(next(batches).images for _ in range(NUM_RANGE_BATCHES))
+    progress(Progress("ranges", 1, 1))
+    training = None
+    if distillation.generator_steps_per_step and bank.synthesizer is not None:
+        training = SynthesizerTraining(bank.synthesizer, teacher, bank.settings, generator)
+    distill_(student, teacher, bank, distillation, generator, training=training, progress=progress)
+    return student
+
+
+def as_teacher(model: nn.Module, input_spec: InputSpec | None) -> Teacher:
+    """Return ``model`` if it is a ``Teacher``, else capture it."""
+    if isinstance(model, Teacher):
+        return model
+    if input_spec is None:
+        raise ConfigError("input_spec: missing; pass InputSpec(shape=..., mean=..., std=...) with a plain model")
+    return Teacher.capture(model, input_spec)
+
+
+NUM_RANGE_BATCHES = 4
+"""Bank batches that min-max ranges average over; searched ranges look at the first."""
+
+
+def _train_generator(
+    teacher: Teacher, settings: SynthesisSettings, generator: torch.Generator, progress: ProgressCallback
+) -> Synthesizer | None:
+    """Train the generator if any sample needs it."""
+    if not settings.num_generated and (settings.direct.start != "generator" or not settings.num_optimized):
+        return None
+    synthesizer = Synthesizer(teacher, settings, generator)
+    training = SynthesizerTraining(synthesizer, teacher, settings, generator)
+    for step in range(1, settings.generator.num_steps + 1):
+        _tell(progress, "generator", step, settings.generator.num_steps, training.step())
+    return synthesizer.eval()
+
+
+def _optimize(
+    teacher: Teacher,
+    settings: SynthesisSettings,
+    synthesizer: Synthesizer | None,
+    generator: torch.Generator,
+    progress: ProgressCallback,
+) -> tuple[Tensor, Tensor]:
+    """Optimise images directly, batch after batch; return them with their soft labels."""
+    direct, spec = settings.direct, teacher.input_spec
+    images, labels = [], []
+    parts = _parts(settings.num_optimized, direct.batch_size)
+    for number, part in enumerate(parts):
+        if direct.start == "generator" and synthesizer is not None:
+            with torch.no_grad():
+                start, soft_label = synthesizer(synthesizer.draw(part, generator))
+        else:
+            soft_label = soft_labels(
+                *draw_mixtures(part, teacher.num_classes, settings.labels, generator), teacher.num_classes
+            )
+            start = torch.randn(part, *spec.shape, generator=generator)
+
+        def report(step: int, losses: dict[str, Tensor], done: int = number * direct.num_steps) -> None:
+            _tell(progress, "direct", done + step, len(parts) * direct.num_steps, losses)
+
+        images.append(optimize_images(start, soft_label, teacher, direct, generator, report))
+        labels.append(soft_label)
+    return torch.cat(images), torch.cat(labels)
+
+
+def _parts(total: int, size: int) -> list[int]:
+    """Return the sizes of the parts of at most ``size`` that ``total`` splits into; no part is a single sample."""
+    count = -(-total // size)
+    return [total // count + (index < total % count) for index in range(count)]
+
+
+def _tell(progress: ProgressCallback, stage: str, step: int, total: int, losses: dict[str, Tensor]) -> None:
+    progress(Progress(stage, step, total, {name: float(value) for name, value in losses.items()}))

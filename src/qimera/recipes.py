@@ -1,0 +1,132 @@
+"""Named recipes: rows of the papers' tables, and ours."""
+
+from dataclasses import dataclass
+
+from qimera.errors import ConfigError
+from qimera.settings import (
+    DirectSettings,
+    DistillationSettings,
+    GeneratorSettings,
+    InputSpec,
+    LabelSettings,
+    SynthesisSettings,
+)
+
+RECIPE_NAMES = ("fast", "best", "paper", "gdfq")
+
+_LARGE_IMAGE = 96 * 96
+"""Pixels from which a sample costs so much that recipes make do with fewer."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of both training stages under one name."""
+
+    name: str
+    description: str
+    synthesis: SynthesisSettings
+    distillation: DistillationSettings
+
+
+def recipe(name: str, input_spec: InputSpec, num_classes: int) -> Recipe:
+    """Return the recipe called ``name`` for such images and so many classes.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    large = input_spec.shape[1] * input_spec.shape[2] >= _LARGE_IMAGE
+    match name:
+        case "fast":
+            return _fast(large)
+        case "best":
+            return _best(large)
+        case "paper":
+            return _paper(large, num_classes)
+        case "gdfq":
+            return _gdfq(large, num_classes)
+    raise ConfigError(f"recipe: no recipe called {name!r}; there are {', '.join(RECIPE_NAMES)}")
+
+
+def _fast(large: bool) -> Recipe:
+    """Minutes on two cores: a bank of directly optimised images, many of them superposed."""
+    samples, steps = (64, 100) if large else (512, 1200)
+    return Recipe(
+        "fast",
+        "minutes on two CPU cores: directly optimised samples, logits and block outputs",
+        SynthesisSettings(num_optimized=samples, direct=DirectSettings(batch_size=32 if large else 128)),
+        DistillationSettings(num_steps=steps, batch_size=16 if large else 64, max_shift=16 if large else 4),
+    )
+
+
+def _best(large: bool) -> Recipe:
+    """The same with more of everything."""
+    samples, steps = (512, 2000) if large else (2048, 6000)
+    return Recipe(
+        "best",
+        "an hour or more: four times the samples, five times the steps of fast",
+        SynthesisSettings(num_optimized=samples, direct=DirectSettings(num_steps=300, batch_size=32 if large else 128)),
+        DistillationSettings(num_steps=steps, batch_size=16 if large else 64, max_shift=16 if large else 4),
+    )
+
+
+def _paper(large: bool, num_classes: int) -> Recipe:
+    """Choi et al. 2021 and their released settings: CIFAR-10 K=2, CIFAR-100 K=10, ImageNet K=100; p=0.4."""
+    k = 2 if num_classes <= 10 else 10 if num_classes <= 100 else 100
+    labels = LabelSettings(superposition_probability=0.4, num_superposed_classes=k, per_sample=False)
+    return Recipe(
+        "paper",
+        "Qimera as published: generator and student in turns, 400 epochs of 200 steps",
+        _published_synthesis(large, labels, GeneratorSettings()),
+        _published_distillation(large, num_classes),
+    )
+
+
+def _gdfq(large: bool, num_classes: int) -> Recipe:
+    """Xu et al. 2020: the same generator without superposition, mapping or extracted embeddings."""
+    generator = GeneratorSettings(extracted_embeddings=False, disentanglement_mapping=False)
+    return Recipe(
+        "gdfq",
+        "GDFQ as published: single classes, random embeddings, no mapping",
+        _published_synthesis(large, LabelSettings(superposition=False), generator),
+        _published_distillation(large, num_classes),
+    )
+
+
+_EPOCH = 200
+"""Steps per epoch in GDFQ and Qimera."""
+
+
+def _published_synthesis(large: bool, labels: LabelSettings, generator: GeneratorSettings) -> SynthesisSettings:
+    warm_up, batch_size = (50, 16) if large else (4, 200)
+    published = {
+        "num_steps": warm_up * _EPOCH,
+        "batch_size": batch_size,
+        "learning_rate": 1e-3,
+        "bns_weight": 0.1,
+        "milestones": (100 * _EPOCH, 200 * _EPOCH, 300 * _EPOCH),
+    }
+    return SynthesisSettings(
+        num_generated=4 * 256, num_optimized=0, labels=labels, generator=generator.model_copy(update=published)
+    )
+
+
+def _published_distillation(large: bool, num_classes: int) -> DistillationSettings:
+    """T=20 and alpha=1 with a mean over classes: 1/C in our per-sample unit (deviation D5)."""
+    warm_up, batch_size, rate = (50, 16, 1e-6) if large else (4, 200, 1e-4)
+    return DistillationSettings(
+        num_steps=(400 - warm_up) * _EPOCH,
+        batch_size=batch_size,
+        optimizer="sgd",
+        weight_learning_rate=rate,
+        weight_decay=1e-4,
+        schedule="milestones",
+        milestones=tuple((epoch - warm_up) * _EPOCH for epoch in (100, 200, 300)),
+        kl_weight=1 / num_classes,
+        temperature=20.0,
+        ce_weight=1.0,
+        feature_weight=0.0,
+        fresh_share=1.0,
+        generator_steps_per_step=1,
+        max_shift=0,
+        flip=False,
+    )
