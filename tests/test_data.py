@@ -1,0 +1,247 @@
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from qimera.data import ImageFiles, LabelledImages, load_labelled_images
+from qimera.errors import ConfigError
+from qimera.settings import InputSpec
+
+GRAY = InputSpec(shape=(1, 8, 10), mean=(0.5,), std=(0.5,))
+COLOUR = InputSpec(shape=(3, 8, 10), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+def pixels(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_image(path: Path, image: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+    return path
+
+
+def write_npz(folder: Path, **arrays: np.ndarray) -> Path:
+    path = folder / "test.npz"
+    np.savez_compressed(path, **arrays)
+    return path
+
+
+# --- .npz -------------------------------------------------------------------------------------------------------------
+
+
+def test_arrays_come_back_as_they_were_saved(tmp_path: Path) -> None:
+    images, labels = pixels(5, 8, 10, 3), np.array([0, 1, 2, 1, 0], dtype=np.uint8)
+    data = load_labelled_images(write_npz(tmp_path, images=images, labels=labels), COLOUR, num_classes=3)
+    np.testing.assert_array_equal(data.images[:], images)
+    np.testing.assert_array_equal(data.labels, labels)
+    assert data.labels.dtype == np.int64
+    assert len(data) == 5
+
+
+def test_gray_images_may_leave_out_the_channel_axis(tmp_path: Path) -> None:
+    images = pixels(4, 8, 10)
+    path = write_npz(tmp_path, images=images, labels=np.arange(4))
+    np.testing.assert_array_equal(load_labelled_images(path, GRAY, 4).images[:], images[..., None])
+
+
+@settings(max_examples=30, deadline=None)
+@given(num_images=st.integers(1, 20), batch_size=st.integers(1, 25))
+def test_batches_hold_every_image_once_and_in_order(num_images: int, batch_size: int) -> None:
+    data = LabelledImages(pixels(num_images, 8, 10, 3), np.arange(num_images, dtype=np.int64))
+    batches = list(data.batches(batch_size))
+    assert all(len(images) == len(labels) == batch_size for images, labels in batches[:-1])
+    np.testing.assert_array_equal(np.concatenate([images for images, _ in batches]), data.images[:])
+    np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), data.labels)
+
+
+def test_a_batch_size_below_one_is_refused() -> None:
+    data = LabelledImages(pixels(2, 8, 10, 3), np.zeros(2, dtype=np.int64))
+    with pytest.raises(ConfigError, match="batch_size: must be at least 1, given 0"):
+        next(data.batches(0))
+
+
+LABELS = np.zeros(2, dtype=np.int64)
+REFUSED_ARRAYS = {
+    "a missing array": ({"images": pixels(2, 8, 10, 3)}, r"array 'labels' missing, found \['images'\]"),
+    "arrays of other names": ({"x": LABELS, "y": LABELS}, r"array 'images' and 'labels' missing, found \['x', 'y'\]"),
+    "normalised images": ({"images": np.zeros((2, 8, 10, 3)), "labels": LABELS}, "images must be uint8 .* float64"),
+    "another size": (
+        {"images": pixels(2, 9, 9, 3), "labels": LABELS},
+        r"shape \(n, 8, 10, 3\) for .* \(3, 8, 10\), given \(2, 9, 9, 3\); resize",
+    ),
+    "channels first": ({"images": pixels(2, 3, 8, 10), "labels": LABELS}, r"given \(2, 3, 8, 10\); channels go last"),
+    "no channel axis in colour": ({"images": pixels(2, 8, 10), "labels": LABELS}, r"given \(2, 8, 10\)"),
+    "a single value": ({"images": np.uint8(3), "labels": LABELS}, r"given \(\)"),
+    "fractional labels": ({"images": pixels(2, 8, 10, 3), "labels": np.zeros(2)}, "labels must be integers, .*float64"),
+    "too few labels": ({"images": pixels(3, 8, 10, 3), "labels": LABELS}, r"one for each of 3 images, given \(2,\)"),
+    "a column of labels": ({"images": pixels(2, 8, 10, 3), "labels": LABELS[:, None]}, r"\(2,\), .* given \(2, 1\)"),
+    "no images": ({"images": pixels(0, 8, 10, 3), "labels": LABELS[:0]}, "holds no images"),
+    "unknown classes": (
+        {"images": pixels(2, 8, 10, 3), "labels": np.array([3, 99])},
+        "the evaluation file has classes up to 99, the model has 10 classes",
+    ),
+    "negative labels": ({"images": pixels(2, 8, 10, 3), "labels": np.array([-1, 0])}, "not be negative, given -1"),
+    "Python objects": ({"images": np.array([None, {}]), "labels": LABELS}, "damaged, or holds Python objects"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_ARRAYS)
+def test_arrays_that_do_not_fit_are_refused_with_the_reason(tmp_path: Path, case: str) -> None:
+    arrays, message = REFUSED_ARRAYS[case]
+    path = write_npz(tmp_path, **arrays)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_labelled_images(path, COLOUR, num_classes=10)
+    assert str(path) in str(caught.value)
+
+
+@settings(max_examples=40, deadline=None)
+@given(share=st.floats(0, 0.999))
+def test_a_truncated_archive_is_refused(tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
+    path = write_npz(tmp_path_factory.mktemp("npz"), images=pixels(2, 8, 10, 3), labels=LABELS)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ConfigError, match=r"cannot be read as an \.npz file"):
+        load_labelled_images(path, COLOUR, num_classes=10)
+
+
+def test_a_flipped_byte_in_the_pixels_is_noticed(tmp_path: Path) -> None:
+    path = write_npz(tmp_path, images=pixels(20, 8, 10, 3), labels=np.zeros(20, dtype=np.int64))
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="damaged"):
+        load_labelled_images(path, COLOUR, num_classes=10)
+
+
+def test_a_lone_array_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "test.npz"
+    with path.open("wb") as file:
+        np.save(file, pixels(2, 8, 10, 3))
+    with pytest.raises(ConfigError, match="one array without a name"):
+        load_labelled_images(path, COLOUR, num_classes=10)
+
+
+def test_a_missing_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        load_labelled_images(tmp_path / "absent", COLOUR, num_classes=10)
+
+
+def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "test.csv"
+    path.write_text("1,2,3")
+    with pytest.raises(ConfigError, match=r"not a folder and not an \.npz file"):
+        load_labelled_images(path, COLOUR, num_classes=10)
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_class_folders_are_counted_in_sorted_order(tmp_path: Path) -> None:
+    images = pixels(3, 8, 10, 3)
+    for name, image in zip(["dog/b.png", "cat/x.png", "dog/a.png"], images, strict=True):
+        write_image(tmp_path / name, image)
+    data = load_labelled_images(tmp_path, COLOUR, num_classes=2)
+    np.testing.assert_array_equal(data.images[:], images[[1, 2, 0]])
+    np.testing.assert_array_equal(data.labels, [0, 1, 1])
+
+
+def test_folders_named_by_integers_are_the_class_indices(tmp_path: Path) -> None:
+    for index in (10, 2, 7):
+        write_image(tmp_path / str(index) / "image.png", np.full((8, 10), index, dtype=np.uint8))
+    data = load_labelled_images(tmp_path, GRAY, num_classes=11)
+    np.testing.assert_array_equal(data.images[:][:, 0, 0, 0], data.labels)
+    assert sorted(data.labels) == [2, 7, 10]
+
+
+def test_fewer_named_folders_than_classes_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_image(tmp_path / "cat" / "x.png", pixels(8, 10, 3))
+    with caplog.at_level(logging.WARNING):
+        load_labelled_images(tmp_path, COLOUR, num_classes=2)
+    assert "1 class folders for 2 classes" in caplog.text
+
+
+def test_other_files_and_hidden_ones_are_passed_over(tmp_path: Path) -> None:
+    write_image(tmp_path / "cat" / "deeper" / "x.PNG", pixels(8, 10, 3))
+    write_image(tmp_path / "cat" / ".hidden.png", pixels(8, 10, 3))
+    write_image(tmp_path / ".thumbnails" / "x.png", pixels(8, 10, 3))
+    (tmp_path / "cat" / "notes.txt").write_text("a cat")
+    assert len(load_labelled_images(tmp_path, COLOUR, num_classes=1)) == 1
+
+
+def test_files_are_decoded_only_when_their_batch_is_taken(tmp_path: Path) -> None:
+    write_image(tmp_path / "0" / "a.png", pixels(8, 10, 3))
+    broken = tmp_path / "0" / "b.png"
+    broken.write_bytes(b"not an image")
+    batches = load_labelled_images(tmp_path, COLOUR, num_classes=1).batches(1)
+    next(batches)
+    with pytest.raises(ConfigError, match=rf"{broken}: cannot be read as an image"):
+        next(batches)
+
+
+def test_a_truncated_image_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.png", pixels(8, 10, 3))
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(ConfigError, match=r"a\.png: cannot be read as an image"):
+        ImageFiles((path,), (3, 8, 10))[:]
+
+
+def test_images_of_more_than_8_bits_are_refused_instead_of_clipped(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.png", np.full((8, 10), 3000, dtype=np.uint16))
+    with pytest.raises(ConfigError, match="more than 8 bits"):
+        ImageFiles((path,), (1, 8, 10))[:]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_images_are_converted_to_the_channels_of_the_model(tmp_path: Path, channels: int) -> None:
+    path = write_image(tmp_path / "a.png", pixels(8, 10, 3))
+    assert ImageFiles((path,), (channels, 8, 10))[:].shape == (1, 8, 10, channels)
+
+
+def test_another_size_is_resized_to_cover_and_cropped_to_the_centre(tmp_path: Path) -> None:
+    # Twice as high and four times as wide as the model's input: the sides go, the middle stays.
+    image = np.zeros((16, 40), dtype=np.uint8)
+    image[:, 10:30] = 200
+    path = write_image(tmp_path / "a.png", image)
+    covered = ImageFiles((path,), (1, 8, 10))[:]
+    assert covered.shape == (1, 8, 10, 1)
+    assert (covered[:, :, 1:-1] == 200).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(height=st.integers(1, 60), width=st.integers(1, 60))
+def test_every_size_is_brought_to_the_shape_without_a_border(
+    tmp_path_factory: pytest.TempPathFactory, height: int, width: int
+) -> None:
+    path = write_image(tmp_path_factory.mktemp("size") / "a.png", np.full((height, width), 77, dtype=np.uint8))
+    assert (ImageFiles((path,), (1, 8, 10))[:] == np.full((1, 8, 10, 1), 77)).all()
+
+
+def test_more_class_folders_than_classes_are_refused(tmp_path: Path) -> None:
+    for name in ("cat", "dog", "fox"):
+        write_image(tmp_path / name / "x.png", pixels(8, 10, 3))
+    with pytest.raises(ConfigError, match="3 class folders, the model has 2 classes"):
+        load_labelled_images(tmp_path, COLOUR, num_classes=2)
+
+
+def test_class_indices_beyond_the_model_are_refused(tmp_path: Path) -> None:
+    for name in ("0", "99"):
+        write_image(tmp_path / name / "x.png", pixels(8, 10, 3))
+    with pytest.raises(ConfigError, match="has classes up to 99, the model has 10 classes"):
+        load_labelled_images(tmp_path, COLOUR, num_classes=10)
+
+
+def test_a_folder_without_class_folders_is_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "x.png", pixels(8, 10, 3))
+    with pytest.raises(ConfigError, match="holds no class folders"):
+        load_labelled_images(tmp_path, COLOUR, num_classes=10)
+
+
+def test_class_folders_without_images_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(ConfigError, match="no images in its 1 class folders"):
+        load_labelled_images(tmp_path, COLOUR, num_classes=1)

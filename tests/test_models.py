@@ -1,0 +1,329 @@
+import logging
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qimera.errors import ConfigError
+from qimera.models import EMBEDDED_MODELS, embedded_input_spec, load_model, load_weights_
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+
+
+def same_state(first: nn.Module, second: nn.Module) -> bool:
+    one, two = first.state_dict(), second.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def write_model_file(folder: Path, code: str, name: str = "model.py") -> str:
+    """Write a user's file and return its path."""
+    path = folder / name
+    path.write_text(f"from torch import nn\n\n\n{code}")
+    return str(path)
+
+
+# --- file.py:function -------------------------------------------------------------------------------------------------
+
+
+def test_a_function_of_a_file_gives_the_network_in_eval_mode(tmp_path: Path) -> None:
+    path = write_model_file(tmp_path, "def build():\n    return nn.Sequential(nn.BatchNorm2d(3), nn.Dropout())\n")
+    model = load_model(f"{path}:build")
+    assert isinstance(model[0], nn.BatchNorm2d)
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_class_of_a_file_works_as_a_function_does(tmp_path: Path) -> None:
+    path = write_model_file(tmp_path, "class Net(nn.Module):\n    pass\n")
+    assert type(load_model(f"{path}:Net")).__name__ == "Net"
+
+
+def test_files_beside_the_users_file_can_be_imported_also_by_the_function(tmp_path: Path) -> None:
+    (tmp_path / "users_layers_a.py").write_text("WIDTH = 7\n")
+    (tmp_path / "users_layers_b.py").write_text("WIDTH = 5\n")
+    path = write_model_file(
+        tmp_path,
+        "import users_layers_a\n\n"
+        "def build():\n    import users_layers_b\n"
+        "    return nn.Linear(users_layers_a.WIDTH, users_layers_b.WIDTH)\n",
+    )
+    before = list(sys.path)
+    assert load_model(f"{path}:build").weight.shape == (5, 7)
+    assert sys.path == before
+
+
+def test_the_search_path_is_put_back_after_a_failure_too(tmp_path: Path) -> None:
+    path = write_model_file(tmp_path, "raise ValueError\n")
+    before = list(sys.path)
+    with pytest.raises(ConfigError):
+        load_model(f"{path}:build")
+    assert sys.path == before
+
+
+def test_a_file_named_like_a_library_does_not_replace_it(tmp_path: Path) -> None:
+    path = write_model_file(tmp_path, "def build():\n    return nn.ReLU()\n", name="torch.py")
+    load_model(f"{path}:build")
+    assert sys.modules["torch"] is torch
+
+
+def test_dataclasses_and_relative_paths_work_in_the_users_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model_file(
+        tmp_path,
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Config:\n    width: int = 3\n\ndef build():\n    return nn.Linear(Config().width, 1)\n",
+        name="my-model.v2.py",
+    )
+    # The file starts with another import, which must not stand before the future one.
+    path = tmp_path / "my-model.v2.py"
+    path.write_text(path.read_text().removeprefix("from torch import nn\n\n\n") + "\nfrom torch import nn\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_model("my-model.v2.py:build").in_features == 3
+
+
+def test_a_files_network_takes_the_weights_of_a_file(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
+    path = write_model_file(tmp_path, "def build():\n    return nn.Linear(2, 2)\n")
+    model = load_model(f"{path}:build", tmp_path / "weights.pt")
+    assert torch.equal(model.weight, torch.load(tmp_path / "weights.pt")["weight"])
+
+
+def test_without_weights_it_is_said_where_they_come_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_model_file(tmp_path, "def build():\n    return nn.ReLU()\n")
+    with caplog.at_level(logging.INFO, logger="qimera.models"):
+        load_model(f"{path}:build")
+    assert "no weights file given" in caplog.text
+
+
+REFUSED_FILES = {
+    "a missing function": (
+        "def build_small():\n    return nn.ReLU()\n",
+        "has no function 'build'; did you mean build_small\\?; it defines build_small",
+    ),
+    "no function at all": ("", "has no function 'build'; it defines none"),
+    "a network instead of a function": ("build = nn.ReLU()\n", "must be a function .* is an object of type ReLU"),
+    "a number instead of a function": ("build = 3\n", "must be a function .* is an object of type int"),
+    "a function that fails": (
+        "def build():\n    return 1 / 0\n",
+        r"build\(\) of .* failed with ZeroDivisionError: division by zero \(line 5 of .*model\.py\)",
+    ),
+    "a function with arguments": (
+        "def build(depth):\n    pass\n",
+        "failed with TypeError: .*'depth'.* without arguments",
+    ),
+    "another result": ("def build():\n    return [1]\n", r"must return a torch\.nn\.Module, but returned .* type list"),
+    "a class as the result": ("def build():\n    return nn.ReLU\n", "but returned the class ReLU"),
+    "a failing import": ("import no_such_module\n", "importing .* failed with ModuleNotFoundError: .*no_such_module"),
+    "a syntax error": ("def build(:\n", "importing .* failed with SyntaxError"),
+    "a script that exits": ("import sys\n\nsys.exit(2)\n", "importing .* failed with SystemExit: 2 .*__main__"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_FILES)
+def test_a_users_file_that_gives_no_network_is_refused_with_the_reason(tmp_path: Path, case: str) -> None:
+    code, message = REFUSED_FILES[case]
+    with pytest.raises(ConfigError, match=message):
+        load_model(write_model_file(tmp_path, code) + ":build")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("absent.py:build", r"no such Python file: absent\.py"),
+        ("resnet.py", r"expected file\.py:function, given 'resnet\.py'; append .* resnet\.py:build"),
+        ("weights/resnet.pt", "holds weights, not an architecture"),
+        ("mnist-cnn", r"embedded model \(mnist_cnn\), given 'mnist-cnn'; did you mean mnist_cnn\?"),
+        ("", r"embedded model \(mnist_cnn\), given ''"),
+    ],
+)
+def test_a_source_that_names_no_model_is_refused_with_what_is_expected(source: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_model(source)
+
+
+# --- embedded models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_an_embedded_model_answers_images_of_its_input_spec(name: str) -> None:
+    spec = embedded_input_spec(name)
+    assert spec is not None
+    model = load_model(name)
+    assert not model.training
+    assert model(torch.zeros(2, *spec.shape)).shape[0] == 2
+
+
+def test_an_embedded_model_can_take_other_weights(tmp_path: Path) -> None:
+    other = EMBEDDED_MODELS["mnist_cnn"].build()
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    assert same_state(load_model("mnist_cnn", tmp_path / "other.safetensors"), other)
+
+
+def test_only_embedded_models_have_an_embedded_input_spec() -> None:
+    assert embedded_input_spec("model.py:build") is None
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+WRAPPINGS: dict[str, Callable[[dict[str, Tensor]], dict[str, object]]] = {
+    "plain": lambda state: state,
+    "state_dict": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}},
+    "model": lambda state: {"model": state},
+    "model_state_dict": lambda state: {"model_state_dict": state},
+    "'module.'": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "'_orig_mod.'": lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_weights_are_found_in_every_usual_wrapping_and_it_is_said(
+    tmp_path: Path, wrapping: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved, model = network(seed=1), network(seed=2)
+    torch.save(WRAPPINGS[wrapping](saved.state_dict()), tmp_path / "weights.pt")
+    with caplog.at_level(logging.INFO, logger="qimera.models"):
+        load_weights_(model, tmp_path / "weights.pt")
+    assert same_state(model, saved)
+    assert (wrapping in caplog.text) == (wrapping != "plain")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_both_formats_of_torch_save_are_read(tmp_path: Path, legacy: bool) -> None:
+    saved, model = network(seed=1), network(seed=2)
+    torch.save(saved.state_dict(), tmp_path / "weights.pth", _use_new_zipfile_serialization=not legacy)
+    load_weights_(model, tmp_path / "weights.pth")
+    assert same_state(model, saved)
+
+
+def test_safetensors_are_read(tmp_path: Path) -> None:
+    saved, model = network(seed=1), network(seed=2)
+    save_file(saved.state_dict(), tmp_path / "weights.safetensors")
+    load_weights_(model, tmp_path / "weights.safetensors")
+    assert same_state(model, saved)
+
+
+def test_a_models_own_module_prefix_is_kept(tmp_path: Path) -> None:
+    saved, model = nn.ModuleDict({"module": network(seed=1)}), nn.ModuleDict({"module": network(seed=2)})
+    torch.save(saved.state_dict(), tmp_path / "weights.pt")
+    load_weights_(model, tmp_path / "weights.pt")
+    assert same_state(model, saved)
+
+
+def test_counts_of_batches_may_be_missing_or_too_many(tmp_path: Path) -> None:
+    state = network(seed=1).state_dict()
+    del state["1.num_batches_tracked"]
+    torch.save(state | {"9.num_batches_tracked": torch.tensor(3)}, tmp_path / "weights.pt")
+    model = network(seed=2)
+    load_weights_(model, tmp_path / "weights.pt")
+    assert torch.equal(model[0].weight, state["0.weight"])
+
+
+def test_half_precision_weights_fill_a_float_model(tmp_path: Path) -> None:
+    saved, model = network(seed=1), network(seed=2)
+    torch.save(saved.half().state_dict(), tmp_path / "weights.pt")
+    load_weights_(model, tmp_path / "weights.pt")
+    assert model[0].weight.dtype == torch.float32
+    assert torch.equal(model[0].weight, saved[0].weight.float())
+
+
+def changed(**changes: object) -> dict[str, object]:
+    """Return a state dict of ``network`` with other entries; None takes one away."""
+    state = network(seed=1).state_dict() | {key.replace("_", ".", 1): value for key, value in changes.items()}
+    return {key: value for key, value in state.items() if value is not None}
+
+
+REFUSED_CONTENTS = {
+    "a missing and an unexpected key": (
+        changed(**{"3_weight": None, "3_weights": torch.zeros(3, 16)}),
+        r"1 missing: 3\.weight \(nearest: 3\.weights\); 1 unexpected: 3\.weights \(nearest: 3\.weight\)",
+    ),
+    "another shape": (
+        changed(**{"3_weight": torch.zeros(10, 16)}),
+        r"3\.weight is \(10, 16\) in the file and \(3, 16\) in the model",
+    ),
+    "integers for weights": (
+        changed(**{"3_weight": torch.zeros(3, 16, dtype=torch.int8)}),
+        r"3\.weight is torch\.int8 in the file and torch\.float32 in the model",
+    ),
+    "NaN": (changed(**{"3_bias": torch.full((3,), float("nan"))}), r"1 with NaN values: 3\.bias"),
+    "sparse tensors": (changed(**{"3_weight": torch.zeros(3, 16).to_sparse()}), r"dense tensors, .* under '3\.weight'"),
+    "numbers": (changed(**{"3_weight": 3}), r"must map names to dense tensors, but holds .* int under '3\.weight'"),
+    "a list": ([torch.zeros(2)], "must map names to tensors, but holds an object of type list"),
+    "one tensor": (torch.zeros(2), "must map names to tensors, but holds an object of type Tensor"),
+    "two state dicts": ({"model": {}, "state_dict": {}}, r"several state dicts \(state_dict, model\)"),
+    "nothing": ({}, r"8 missing: 0\.weight, 0\.bias, 1\.weight, 1\.bias, 1\.running_mean and 3 more"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_CONTENTS)
+def test_weights_that_do_not_fit_are_refused_and_leave_the_model_untouched(tmp_path: Path, case: str) -> None:
+    content, message = REFUSED_CONTENTS[case]
+    torch.save(content, tmp_path / "weights.pt")
+    model = network(seed=2)
+    with pytest.raises(ConfigError, match=message):
+        load_weights_(model, tmp_path / "weights.pt")
+    assert same_state(model, network(seed=2))
+
+
+class Payload:
+    """Runs a command in whoever unpickles it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_code_in_a_pickle_is_refused_and_not_executed(tmp_path: Path) -> None:
+    torch.save({"weight": Payload(tmp_path / "executed")}, tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match=r"more than tensors \(\w+\.mkdir\), .* was not executed; .*state_dict"):
+        load_weights_(network(), tmp_path / "weights.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_code_in_a_bare_pickle_is_not_executed(tmp_path: Path) -> None:
+    (tmp_path / "weights.pkl").write_bytes(pickle.dumps({"weight": Payload(tmp_path / "executed")}))
+    with pytest.raises(ConfigError, match=r"not a file of torch\.save"):
+        load_weights_(network(), tmp_path / "weights.pkl")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_pickled_network_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    torch.save(network(), tmp_path / "weights.pt")
+    with pytest.raises(ConfigError, match=r"more than tensors \(torch\.nn\..*\), .* save model\.state_dict\(\)"):
+        load_weights_(network(), tmp_path / "weights.pt")
+
+
+@settings(max_examples=40, deadline=None)
+@example(share=0.078125, suffix=".pth")  # ends inside the name of a function
+@given(share=st.floats(0, 0.999), suffix=st.sampled_from([".pt", ".pth", ".safetensors"]))
+def test_a_truncated_file_is_refused_and_leaves_the_model_untouched(
+    tmp_path_factory: pytest.TempPathFactory, share: float, suffix: str
+) -> None:
+    path = tmp_path_factory.mktemp("truncated") / f"weights{suffix}"
+    state = network(seed=1).state_dict()
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=suffix == ".pt")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    model = network(seed=2)
+    with pytest.raises(ConfigError, match=rf"{path}: .*damaged"):
+        load_weights_(model, path)
+    assert same_state(model, network(seed=2))
+
+
+def test_a_missing_weights_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="weights: no such file"):
+        load_weights_(network(), tmp_path / "weights.pt")
