@@ -14,8 +14,8 @@ from qimera.graph import fold_batch_norms, with_outputs
 from qimera.progress import Progress, ProgressCallback, silent
 from qimera.quantization.student import Student, block_outputs
 from qimera.settings import DistillationSettings
-from qimera.synthesis.augmentation import flip_at_random, shift_each
-from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.augmentation import blend_at_random, flip_at_random, shift_each
+from qimera.synthesis.bank import SampleBank, Samples
 from qimera.synthesis.synthesizer import SynthesizerTraining, check_finite
 from qimera.teacher import Teacher
 
@@ -159,9 +159,9 @@ def _batches(
     while True:
         images, labels = [], []
         if stored is not None:
-            samples = next(stored)
-            images.append(_augment(samples.images, settings, generator))
-            labels.append(samples.soft_labels)
+            seen, soft_label = _augment(next(stored), settings, generator)
+            images.append(seen)
+            labels.append(soft_label)
         if num_fresh and synthesizer is not None:
             with torch.no_grad():
                 fresh, soft_label = synthesizer(synthesizer.draw(num_fresh, generator))
@@ -170,6 +170,10 @@ def _batches(
         yield torch.cat(images).contiguous(memory_format=torch.channels_last), torch.cat(labels)
 
 
-def _augment(images: Tensor, settings: DistillationSettings, generator: torch.Generator) -> Tensor:
+def _augment(
+    samples: Samples, settings: DistillationSettings, generator: torch.Generator
+) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch num_classes"]]:
+    images, labels = blend_at_random(samples.images, samples.soft_labels, settings.blend_probability, generator)
     images = flip_at_random(images, generator) if settings.flip else images
-    return shift_each(images, settings.max_shift, generator) if settings.max_shift else images
+    images = shift_each(images, settings.max_shift, generator) if settings.max_shift else images
+    return images, labels

@@ -83,7 +83,7 @@ def with_outputs(module: GraphModule, names: Sequence[str]) -> GraphModule:
 def _copy(module: GraphModule) -> GraphModule:
     """Return a deep copy."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # from torch, whose graphs hold a class that it deprecates itself
+        warnings.simplefilter("ignore", FutureWarning)  # from torch, whose graphs hold what it deprecates
         return copy.deepcopy(module)
 
 

@@ -17,7 +17,7 @@ from qimera.settings import (
     parse_layer_bits,
 )
 from qimera.synthesis.bank import SampleBank
-from qimera.synthesis.direct import optimize_images
+from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.superposition import draw_mixtures, soft_labels
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
 from qimera.teacher import Teacher
@@ -117,6 +117,8 @@ def quantize_with(
             f"bank: made for another teacher (hash {bank.teacher_hash[:12]}, this model has {teacher.hash[:12]}); "
             "synthesise a bank for this model and its weights"
         )
+    if bank.input_spec != teacher.input_spec:
+        raise ConfigError(f"bank: made for images of {bank.input_spec}, this teacher takes {teacher.input_spec}")
     generator = torch.Generator().manual_seed(seed)
     student = Student(teacher, quantization)
     batches = bank.batches(quantization.num_range_samples, generator)
@@ -174,7 +176,7 @@ def _optimize(
             soft_label = soft_labels(
                 *draw_mixtures(part, teacher.num_classes, settings.labels, generator), teacher.num_classes
             )
-            start = torch.randn(part, *spec.shape, generator=generator)
+            start = noise_images(part, spec.shape, direct.num_scales, generator)
 
         def report(step: int, losses: dict[str, Tensor], done: int = number * direct.num_steps) -> None:
             _tell(progress, "direct", done + step, len(parts) * direct.num_steps, losses)

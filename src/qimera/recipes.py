@@ -102,7 +102,10 @@ def _published_synthesis(large: bool, labels: LabelSettings, generator: Generato
         "num_steps": warm_up * _EPOCH,
         "batch_size": batch_size,
         "learning_rate": 1e-3,
+        "base_channels": 128,
+        "ce_weight": 1.0,
         "bns_weight": 0.1,
+        "relative_bns": False,
         "milestones": (100 * _EPOCH, 200 * _EPOCH, 300 * _EPOCH),
     }
     return SynthesisSettings(
@@ -127,6 +130,7 @@ def _published_distillation(large: bool, num_classes: int) -> DistillationSettin
         feature_weight=0.0,
         fresh_share=1.0,
         generator_steps_per_step=1,
+        blend_probability=0.0,
         max_shift=0,
         flip=False,
     )

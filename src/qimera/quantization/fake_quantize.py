@@ -22,15 +22,16 @@ def round_to_grid(x: Tensor, scale: Tensor, low: Levels, high: Levels) -> Tensor
 
 
 class _LearnedStep(Function):
-    """``round_to_grid`` with the gradients of Esser et al. 2020 (LSQ), Eq. 3 and 5.
+    """``round_to_grid`` with the gradients of Esser et al. 2020 (LSQ).
 
-    Inside the range the gradient passes to ``x``; the step gets (q - x / s) inside and q outside of it. Summed over
+    Where ``x`` is rounded the gradient passes to it, where it is clamped not; the step gets (q - x / s) where rounded
+    and q where clamped. The range reaches half a step beyond its last levels (deviation D10). Summed over
     all elements this is (dy . y - dx . x) / s: with one clipped copy of dy and two dot products, no more is stored or
     read than training must touch anyway.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, scale: Tensor, low: Levels, high: Levels) -> Tensor:  # type: ignore[no-untyped-def]
         y = round_to_grid(x, scale, low, high)
         ctx.save_for_backward(x, y, scale)
         ctx.range = low, high
@@ -125,7 +126,7 @@ def _count_levels(quantizer: _FakeQuantize, _: object = None) -> None:
 class LearnedStepFakeQuantize(_FakeQuantize):
     """Fake quantizer whose step is learned as a logarithm; the zero point stays where the range search put it.
 
-    A logarithm lets one learning rate serve steps of every size (deviation from LSQ, which learns the step itself).
+    A logarithm lets one learning rate serve steps of every size; LSQ learns the step itself (deviation D10).
     """
 
     def __init__(self, **spec: object) -> None:
@@ -179,7 +180,7 @@ class MinMaxFakeQuantize(_FakeQuantize):
         if self.per_call:
             self.fit_(x, "minmax")
         elif self.searching is not None:
-            self.num_calls += 1  # a plain running mean: deviation from the authors' twice corrected average
+            self.num_calls += 1  # a plain running mean; the authors correct the bias of theirs twice (deviation D12)
             now = torch.stack(torch.aminmax(x.detach()))
             self.extremes.lerp_(now, 1 / self.num_calls)
             self.fit_(self.extremes, "minmax")

@@ -1,4 +1,4 @@
-"""Random flips and shifts of a batch, drawn from a given random generator."""
+"""Random blends, flips and shifts of a batch, drawn from a given random generator."""
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,24 @@ def flip_at_random(
     """Mirror about half of the images left to right."""
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device) < 0.5
     return torch.where(mirrored, images.flip(3), images)
+
+
+def blend_at_random(
+    images: Float[Tensor, "batch channel height width"],
+    soft_labels: Float[Tensor, "batch num_classes"],
+    probability: float,
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch num_classes"]]:
+    """Blend some of the images, and their labels, with another image of the batch, which gets at most half the weight.
+
+    Superposition once more, in the space of images (mixup, Zhang et al. 2018): it costs nothing and fills the space
+    between the samples of a small bank.
+    """
+    share = 0.5 * torch.rand(len(images), 1, generator=generator)
+    share *= torch.rand(len(images), 1, generator=generator) < probability
+    share = share.to(images.device)
+    labels = torch.lerp(soft_labels, soft_labels.flip(0), share)
+    return torch.lerp(images, images.flip(0), share[:, :, None, None]), labels
 
 
 def shift_batch(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -130,13 +129,17 @@ class SampleBank:
         try:
             manifest = json.loads((directory / "manifest.json").read_text())
             version, owner, seed = manifest["format_version"], manifest["teacher"], manifest["seed"]
-            settings = SynthesisSettings.model_validate(manifest["settings"])
             if version != FORMAT_VERSION:
                 raise ConfigError(f"bank {directory}: format version {version}, this qimera reads {FORMAT_VERSION}")
             if owner != teacher.hash:
                 raise ConfigError(
                     f"bank {directory}: made for another teacher (hash {owner[:12]}, this model has "
                     f"{teacher.hash[:12]}); synthesise a bank for this model and its weights"
+                )
+            settings, input_spec = _read_settings(directory, manifest["settings"], manifest["input"])
+            if input_spec != teacher.input_spec:
+                raise ConfigError(
+                    f"bank {directory}: made for images of {input_spec}, this teacher takes {teacher.input_spec}"
                 )
             names = [str(name) for name in manifest["shards"]]
             if any(Path(name).name != name for name in names):
@@ -145,11 +148,18 @@ class SampleBank:
             parts = [torch.cat([shard[key] for shard in shards]) for key in ("pixels", "soft_labels", "logits")]
         except FileNotFoundError as error:
             raise ConfigError(f"bank {directory}: {error.filename or 'a file'} is missing; is this a bank?") from error
-        except (json.JSONDecodeError, KeyError, TypeError, ValidationError, SafetensorError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
             raise ConfigError(f"bank {directory}: damaged ({error}); synthesise it again") from error
         _check_shapes(directory, parts, teacher)
         synthesizer = _load_synthesizer(directory / "generator.safetensors", teacher, settings)
         return cls(parts[0], parts[1], parts[2], teacher.input_spec, settings, seed, owner, synthesizer)
+
+
+def _read_settings(directory: Path, settings: object, input_spec: object) -> tuple[SynthesisSettings, InputSpec]:
+    try:
+        return SynthesisSettings.model_validate(settings), InputSpec.model_validate(input_spec)
+    except ConfigError as error:
+        raise ConfigError(f"bank {directory}: {error}") from error
 
 
 def _check_shapes(directory: Path, parts: list[Tensor], teacher: Teacher) -> None:

@@ -5,12 +5,16 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from qimera.settings import DirectSettings
 from qimera.synthesis.augmentation import flip_at_random, shift_batch
 from qimera.synthesis.losses import bns_loss, soft_cross_entropy, total_variation
 from qimera.synthesis.synthesizer import check_finite
 from qimera.teacher import Teacher
+
+COLOUR = 0.3
+"""Strength of the noise that each channel has of its own, beside what all channels share."""
 
 
 def optimize_images(
@@ -30,10 +34,11 @@ def optimize_images(
         DivergenceError: a term is NaN or infinite.
     """
     low, high = teacher.input_spec.low.to(start.device), teacher.input_spec.high.to(start.device)
-    images = start.detach().clone(memory_format=torch.channels_last).requires_grad_(True)
-    optimizer = torch.optim.Adam([images], settings.learning_rate, betas=(0.5, 0.99))
+    scales = _scales(start, settings.num_scales)
+    optimizer = torch.optim.Adam(scales, settings.learning_rate, betas=(0.5, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.num_steps)
     for step in range(settings.num_steps):
+        images = _compose(scales, low, high)
         seen = flip_at_random(images, generator) if settings.flip else images
         seen = shift_batch(seen, settings.max_shift, generator) if settings.max_shift else seen
         logits, entering = teacher.forward_with_taps(seen)
@@ -48,7 +53,42 @@ def optimize_images(
         loss.backward()
         optimizer.step()
         schedule.step()
-        with torch.no_grad():
-            images.copy_(torch.minimum(torch.maximum(images, low), high))
         report(step + 1, check_finite({name: term.detach() for name, term in losses.items()}, step + 1))
-    return images.detach()
+    return _compose(scales, low, high).detach()
+
+
+def noise_images(
+    num_images: int, shape: tuple[int, int, int], num_scales: int, generator: torch.Generator
+) -> Float[Tensor, "batch channel height width"]:
+    """Return Gaussian noise of half the variance of normalised images.
+
+    With several scales each coarser octave is twice as strong, and channels share most of it, as in photographs.
+    """
+    channels, height, width = shape
+    images = torch.zeros(num_images, *shape)
+    for level, size in enumerate(_sizes(height, width, num_scales)):
+        noise = torch.randn(num_images, channels, *size, generator=generator)
+        if num_scales > 1:
+            noise = COLOUR * noise + torch.randn(num_images, 1, *size, generator=generator)
+        images += 2.0**level * F.interpolate(noise, size=(height, width), mode="bilinear")
+    return images.mul_(0.5**0.5 / float(images.std()))
+
+
+def _sizes(height: int, width: int, num_scales: int) -> list[tuple[int, int]]:
+    """Return the resolutions, each half of the one before, down to one pixel."""
+    return [(-(-height // 2**level), -(-width // 2**level)) for level in range(num_scales)]
+
+
+def _scales(start: Tensor, num_scales: int) -> list[Tensor]:
+    """Return the image itself and corrections at halved resolutions, all zero, whose sum is ``start``."""
+    batch, channels, height, width = start.shape
+    coarse = [start.new_zeros(batch, channels, *size) for size in _sizes(height, width, num_scales)[1:]]
+    return [each.requires_grad_(True) for each in (start.detach().clone(), *coarse)]
+
+
+def _compose(scales: list[Tensor], low: Tensor, high: Tensor) -> Tensor:
+    """Return the images that the scales add up to, within the valid range."""
+    images = scales[0]
+    for coarse in scales[1:]:
+        images = images + F.interpolate(coarse, size=images.shape[2:], mode="bilinear")
+    return torch.minimum(torch.maximum(images, low), high).contiguous(memory_format=torch.channels_last)

@@ -9,7 +9,10 @@ from qimera.settings import GeneratorSettings
 
 
 class ClassEmbedding(nn.Module):
-    """One trainable vector per class, started from the classifier's weight (EEI, Choi et al. 2021, section 4.3)."""
+    """One trainable vector per class, started from the classifier's weight.
+
+    Choi et al. 2021, extracted embedding initialization (EEI); off in most released scripts (deviation D2).
+    """
 
     def __init__(
         self,
@@ -33,12 +36,18 @@ class ClassEmbedding(nn.Module):
     def forward(
         self, label: Int[Tensor, "batch k"], noise: Float[Tensor, "batch k latent"]
     ) -> Float[Tensor, "batch k latent"]:
-        """Return ``normalise(embedding + noise)``, each latent with mean 0 and variance 1 over its own entries."""
+        """Return ``normalise(embedding + noise)``, each latent with mean 0 and variance 1 over its own entries.
+
+        The authors' code normalises superposed latents over the whole batch instead (deviation D19).
+        """
         return F.layer_norm(self.weight[label] + self.noise_scale * noise, (self.latent_dim,))
 
 
 class DisentanglementMapping(nn.Linear):
-    """Learned linear map of every class latent into the space where latents are superposed (DM, section 4.2)."""
+    """Learned linear map of every class latent into the space where latents are superposed.
+
+    Choi et al. 2021, disentanglement mapping (DM); the released scripts switch it off (deviation D1).
+    """
 
     def __init__(self, latent_dim: int, mapping_dim: int) -> None:
         super().__init__(latent_dim, mapping_dim, bias=False)

@@ -15,7 +15,7 @@ def bns_loss(entering: Sequence[Tensor], taps: Sequence[BatchNormTap], *, relati
 
     Plain, it is the mean squared error of means plus that of variances over channels (Choi et al. 2021, L_BNS, after
     GDFQ). ``relative`` divides the squared differences of means and of standard deviations by the sum of both
-    variances, so that every channel of every layer counts alike and no term exceeds 2 (deviation D7).
+    variances, so that every channel of every layer counts alike (deviation D7).
 
     Args:
         entering: Input of every batch norm for one batch, each (batch, channel, ...).

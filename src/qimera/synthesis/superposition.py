@@ -12,8 +12,9 @@ def draw_mixtures(
 ) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"]]:
     """Return the classes mixed into each sample and the share of each; a plain sample has all weight on its first.
 
-    Shares are the softmax of K standard normal numbers and classes may repeat (Choi et al. 2021, section 4.1). First
-    classes take turns, so that no class is missed in a small bank (deviation D8).
+    Shares are the softmax of K standard normal numbers and classes may repeat, as in the code of Choi et al. 2021.
+    Each sample decides for itself whether it is superposed (deviation D6), and first classes take turns, so that no
+    class is missed in a small bank (deviation D8).
     """
     k = settings.num_superposed_classes if settings.superposition else 1
     label = torch.randint(num_classes, (num_samples, k), generator=generator)
@@ -28,7 +29,7 @@ def draw_mixtures(
 def superpose(
     latent: Float[Tensor, "batch k latent"], weight: Float[Tensor, "batch k"]
 ) -> Float[Tensor, "batch latent"]:
-    """Return the weighted sum of each sample's K class latents (Choi et al. 2021, section 4.1)."""
+    """Return the weighted sum of each sample's K class latents (Choi et al. 2021, superposed latent embeddings)."""
     return torch.einsum("bkl,bk->bl", latent, weight)
 
 

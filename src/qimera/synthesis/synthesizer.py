@@ -25,7 +25,7 @@ class Draw:
 
 
 class Synthesizer(nn.Module):
-    """Draws images near and across the teacher's decision boundaries (Choi et al. 2021, Fig. 4)."""
+    """Draws images near and across the teacher's decision boundaries (Choi et al. 2021)."""
 
     def __init__(self, teacher: Teacher, settings: SynthesisSettings, generator: torch.Generator) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class SynthesizerTraining:
         self.num_steps = 0
 
     def step(self) -> dict[str, Tensor]:
-        """Train on one fresh batch: L_G = CE(soft label) + weight * BNS (Choi et al. 2021, Eq. 8).
+        """Train on one fresh batch: L_G = CE(soft label) + weight * BNS (Choi et al. 2021, after GDFQ).
 
         Returns:
             The loss terms, not yet copied from the device.
