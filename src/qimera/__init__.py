@@ -1,25 +1,29 @@
 """Trained image classifiers -> low-bit integer models, without any data."""
 
-from qimera.data import LabelledImages, load_labelled_images
-from qimera.errors import ConfigError, DivergenceError, QimeraError, UnsupportedModelError, VerificationError
-from qimera.evaluation import Evaluation, evaluate
-from qimera.pipeline import quantize, synthesize
-from qimera.progress import Progress
-from qimera.quantization.student import Student
-from qimera.recipes import RECIPE_NAMES, Recipe, recipe
-from qimera.settings import (
-    DirectSettings,
-    DistillationSettings,
-    GeneratorSettings,
-    InputSpec,
-    LabelSettings,
-    LayerBits,
-    QuantizationSettings,
-    RunSettings,
-    SynthesisSettings,
-)
-from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qimera.data import LabelledImages, load_labelled_images
+    from qimera.errors import ConfigError, DivergenceError, QimeraError, UnsupportedModelError, VerificationError
+    from qimera.evaluation import Evaluation, evaluate
+    from qimera.pipeline import quantize, synthesize
+    from qimera.progress import Progress
+    from qimera.quantization.student import Student
+    from qimera.recipes import RECIPE_NAMES, Recipe, recipe
+    from qimera.settings import (
+        DirectSettings,
+        DistillationSettings,
+        GeneratorSettings,
+        InputSpec,
+        LabelSettings,
+        LayerBits,
+        QuantizationSettings,
+        RunSettings,
+        SynthesisSettings,
+    )
+    from qimera.synthesis.bank import SampleBank
+    from qimera.teacher import Teacher
 
 __all__ = [
     "RECIPE_NAMES",
@@ -50,3 +54,34 @@ __all__ = [
     "recipe",
     "synthesize",
 ]
+
+# Imported when first used: torchao takes seconds, and `qimera --help` needs neither it nor torch.
+_NAMES = {
+    "qimera.data": ("LabelledImages", "load_labelled_images"),
+    "qimera.errors": ("ConfigError", "DivergenceError", "QimeraError", "UnsupportedModelError", "VerificationError"),
+    "qimera.evaluation": ("Evaluation", "evaluate"),
+    "qimera.pipeline": ("quantize", "synthesize"),
+    "qimera.progress": ("Progress",),
+    "qimera.quantization.student": ("Student",),
+    "qimera.recipes": ("RECIPE_NAMES", "Recipe", "recipe"),
+    "qimera.settings": (
+        "DirectSettings",
+        "DistillationSettings",
+        "GeneratorSettings",
+        "InputSpec",
+        "LabelSettings",
+        "LayerBits",
+        "QuantizationSettings",
+        "RunSettings",
+        "SynthesisSettings",
+    ),
+    "qimera.synthesis.bank": ("SampleBank",),
+    "qimera.teacher": ("Teacher",),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,11 @@
 """The whole method in the paper's order: teacher -> samples -> bank -> student -> distillation."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
+from qimera.bits import parse_bits, parse_layer_bits
 from qimera.distillation import distill_
 from qimera.errors import ConfigError
 from qimera.progress import Progress, ProgressCallback, silent
@@ -13,8 +16,6 @@ from qimera.settings import (
     InputSpec,
     QuantizationSettings,
     SynthesisSettings,
-    parse_bits,
-    parse_layer_bits,
 )
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images, optimize_images
@@ -126,7 +127,8 @@ def quantize_with(
     progress(Progress("ranges", 1, 1))
     training = None
     if distillation.generator_steps_per_step and bank.synthesizer is not None:
-        training = SynthesizerTraining(bank.synthesizer, teacher, bank.settings, generator)
+        synthesizer = copy.deepcopy(bank.synthesizer)  # the bank serves other runs as it is
+        training = SynthesizerTraining(synthesizer, teacher, bank.settings, generator)
     distill_(student, teacher, bank, distillation, generator, training=training, progress=progress)
     return student
 

@@ -87,8 +87,13 @@ def _scales(start: Tensor, num_scales: int) -> list[Tensor]:
 
 
 def _compose(scales: list[Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """Return the images that the scales add up to, within the valid range."""
+    """Return the images that the scales add up to, within the valid range.
+
+    The gradient passes through the limits, so that a pixel beyond them can come back.
+    """
     images = scales[0]
     for coarse in scales[1:]:
         images = images + F.interpolate(coarse, size=images.shape[2:], mode="bilinear")
-    return torch.minimum(torch.maximum(images, low), high).contiguous(memory_format=torch.channels_last)
+    valid = torch.minimum(torch.maximum(images.detach(), low), high)
+    # images - images.detach() is exactly 0; a difference added to the images themselves would round beyond the limits
+    return (valid + (images - images.detach())).contiguous(memory_format=torch.channels_last)

@@ -36,8 +36,8 @@ class _SharedBatchNorm(nn.BatchNorm2d):
 class Generator(nn.Module):
     """The generator of GDFQ and Qimera: a linear layer, then two doublings of the resolution.
 
-    Sizes that are no multiple of four are reached by upsampling to the exact size. The last activation is a tanh over
-    the valid pixel range, so that no pixel leaves it (deviation D4).
+    Sizes that are no multiple of four are reached by upsampling to the exact size. The last batch norm gives images the
+    mean and variance of normalised ones; a tanh after it bends extremes into the valid pixel range (deviation D4).
     """
 
     def __init__(
@@ -73,4 +73,5 @@ class Generator(nn.Module):
         x = F.leaky_relu(self.norm1(self.conv1(x), soft_label), 0.2)
         x = F.interpolate(x, size=self.sizes[2])
         x = F.leaky_relu(self.norm2(self.conv2(x), soft_label), 0.2)
-        return self.centre + self.radius * torch.tanh(self.norm3(self.conv3(x)))
+        normalised = self.norm3(self.conv3(x))
+        return self.centre + self.radius * torch.tanh((normalised - self.centre) / self.radius)

@@ -1,0 +1,138 @@
+"""The drop from full precision: networks x bits x seeds, one JSON file a result, resumable.
+
+    python benchmarks/accuracy.py resnet20_cifar10 --bits w4a4 w3a3 --seeds 0 1 2
+    python benchmarks/accuracy.py resnet20_cifar100 --bits w3a3 --no-superposition
+
+A result that is there already is not computed again. benchmarks/tables.py writes the README's tables from the files.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+import time
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from zoo import load_subject
+
+from qimera import Evaluation, LabelledImages, QuantizationSettings, SampleBank, Teacher, evaluate, recipe, synthesize
+from qimera.bits import parse_bits
+from qimera.console import ProgressDisplay
+from qimera.pipeline import quantize_with
+from qimera.settings import SynthesisSettings
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    """Compute what is missing."""
+    options = _options()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    teacher, images = load_subject(options.network)
+    full = _full_precision(options.network, teacher, images)
+    for seed in options.seeds:
+        missing = [bits for bits in options.bits if not _path(options, bits, seed).exists()]
+        if missing:
+            _run_seed(options, teacher, images, full, seed, missing)
+
+
+def _run_seed(
+    options: argparse.Namespace,
+    teacher: Teacher,
+    images: LabelledImages,
+    full: float,
+    seed: int,
+    missing: list[str],
+) -> None:
+    """Make one bank and every missing student of it."""
+    chosen = recipe(options.recipe, teacher.input_spec, teacher.num_classes)
+    synthesis = chosen.synthesis
+    if options.no_superposition:
+        labels = synthesis.labels.model_copy(update={"superposition": False})
+        synthesis = SynthesisSettings.model_validate(synthesis.model_dump() | {"labels": labels.model_dump()})
+    with ProgressDisplay() as progress:
+        start = time.perf_counter()
+        bank = synthesize(teacher, settings=synthesis, seed=seed, progress=progress)
+        bank_seconds = time.perf_counter() - start
+        for bits in missing:
+            weight_bits, activation_bits = parse_bits(bits)
+            quantization = QuantizationSettings(
+                weight_bits=weight_bits, activation_bits=activation_bits, scheme=options.scheme
+            )
+            start = time.perf_counter()
+            student = quantize_with(teacher, bank, quantization, chosen.distillation, seed=seed, progress=progress)
+            student_seconds = time.perf_counter() - start
+            result = evaluate(student, images, teacher.input_spec, teacher=teacher)
+            _write(options, bits, seed, full, result, bank, (bank_seconds, student_seconds))
+
+
+def _write(
+    options: argparse.Namespace,
+    bits: str,
+    seed: int,
+    full: float,
+    result: Evaluation,
+    bank: SampleBank,
+    seconds: tuple[float, float],
+) -> None:
+    values = {
+        "network": options.network,
+        "bits": bits,
+        "recipe": options.recipe,
+        "scheme": options.scheme,
+        "superposition": not options.no_superposition,
+        "seed": seed,
+        "full_precision": full,
+        "top1": result.top1,
+        "drop": full - result.top1,
+        "agreement": result.agreement,
+        "num_images": result.num_images,
+        "num_samples": len(bank),
+        "bank_seconds": round(seconds[0], 1),
+        "student_seconds": round(seconds[1], 1),
+        "threads": options.threads,
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    path = _path(options, bits, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n")
+    print(f"{path.name}: top-1 {result.top1:.2f}, drop {full - result.top1:.2f}", flush=True)
+
+
+def _full_precision(network: str, teacher: Teacher, images: LabelledImages) -> float:
+    """Return the teacher's top-1, measured once and kept."""
+    path = RESULTS / f"{network}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        top1 = evaluate(teacher, images, teacher.input_spec).top1
+        path.write_text(json.dumps({"network": network, "full_precision": top1, "num_images": len(images)}) + "\n")
+    return float(json.loads(path.read_text())["full_precision"])
+
+
+def _path(options: argparse.Namespace, bits: str, seed: int) -> Path:
+    variant = "-no-superposition" if options.no_superposition else ""
+    return RESULTS / options.network / f"{bits}-{options.scheme}-{options.recipe}{variant}-{seed}.json"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network")
+    parser.add_argument("--bits", nargs="+", default=["w4a4"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--recipe", default="fast")
+    parser.add_argument("--scheme", default="hardware", choices=("hardware", "paper"))
+    parser.add_argument("--no-superposition", action="store_true")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The main job in three minutes: the embedded MNIST classifier becomes a W4A4 and a W2A2 model without an image.
+
+    python benchmarks/demo.py [--seed 0]
+
+Only the last step, scoring, sees the 1,000 real images that no training ever saw.
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from mnist import load_mnist_split
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from qimera import (
+    DistillationSettings,
+    GeneratorSettings,
+    LabelledImages,
+    LabelSettings,
+    QuantizationSettings,
+    SampleBank,
+    SynthesisSettings,
+    Teacher,
+    evaluate,
+    synthesize,
+)
+from qimera.console import ProgressDisplay
+from qimera.models import EMBEDDED_MODELS, load_model
+from qimera.pipeline import quantize_with
+from qimera.progress import ProgressCallback
+from qimera.recipes import recipe
+from qimera.summary import float_bytes, packed_bytes, readable_bytes
+
+MODEL = "mnist_cnn"
+BITS = (4, 2)
+NUM_SAMPLES, NUM_STEPS = 512, 250
+
+_GENERATOR = GeneratorSettings(num_steps=150, base_channels=32)
+_WITHOUT = _GENERATOR.model_copy(update={"extracted_embeddings": False, "disentanglement_mapping": False})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to make the samples; the student's training is the same for all."""
+
+    name: str
+    make_bank: Callable[[Teacher, int, ProgressCallback], SampleBank]
+    num_steps: int = NUM_STEPS
+
+
+def noise_bank(teacher: Teacher, seed: int, progress: ProgressCallback) -> SampleBank:
+    """Gaussian noise: what is left when nothing is known about the data."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(NUM_SAMPLES, *teacher.input_spec.shape, generator=generator)
+    labels = torch.full((NUM_SAMPLES, teacher.num_classes), 1 / teacher.num_classes)
+    return SampleBank.from_images(images, labels, teacher, SynthesisSettings(), seed)
+
+
+def synthetic_bank(settings: SynthesisSettings) -> Callable[[Teacher, int, ProgressCallback], SampleBank]:
+    """A bank made with these settings."""
+    return lambda teacher, seed, progress: synthesize(teacher, settings=settings, seed=seed, progress=progress)
+
+
+ROWS = (
+    Row("round to nearest", noise_bank, num_steps=0),
+    Row(
+        "GDFQ generator",
+        synthetic_bank(
+            SynthesisSettings(
+                num_generated=NUM_SAMPLES,
+                num_optimized=0,
+                labels=LabelSettings(superposition=False),
+                generator=_WITHOUT,
+            )
+        ),
+    ),
+    Row(
+        "Qimera generator",
+        synthetic_bank(SynthesisSettings(num_generated=NUM_SAMPLES, num_optimized=0, generator=_GENERATOR)),
+    ),
+    Row("Qimera fast", synthetic_bank(SynthesisSettings(num_optimized=NUM_SAMPLES))),
+)
+
+
+def main() -> None:
+    """Quantize, score, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    seed = parser.parse_args().seed
+    warnings.simplefilter("ignore")
+    spec = EMBEDDED_MODELS[MODEL].input_spec
+    teacher = Teacher.capture(load_model(MODEL), spec)
+    images = load_mnist_split().held_out
+    table = _table(teacher, images)
+    with ProgressDisplay() as progress:
+        for row in ROWS:
+            start = time.perf_counter()
+            bank = row.make_bank(teacher, seed, progress)
+            bank_seconds = time.perf_counter() - start
+            for bits in BITS:
+                table.add_row(*_measure(row, bits, teacher, bank, images, seed, bank_seconds, progress))
+    Console().print(table)
+
+
+def _measure(
+    row: Row,
+    bits: int,
+    teacher: Teacher,
+    bank: SampleBank,
+    images: LabelledImages,
+    seed: int,
+    bank_seconds: float,
+    progress: ProgressCallback,
+) -> tuple[str, ...]:
+    settings = QuantizationSettings(weight_bits=bits, activation_bits=bits)
+    training = recipe("fast", teacher.input_spec, teacher.num_classes).distillation
+    training = DistillationSettings.model_validate({**training.model_dump(), "num_steps": row.num_steps})
+    start = time.perf_counter()
+    student = quantize_with(teacher, bank, settings, training, seed=seed, progress=progress)
+    seconds = bank_seconds + time.perf_counter() - start
+    result = evaluate(student, images, teacher.input_spec)
+    return (
+        row.name,
+        f"W{bits}A{bits}",
+        f"{result.top1:.1f}",
+        readable_bytes(packed_bytes(teacher, settings)),
+        f"{seconds:.0f}",
+    )
+
+
+def _table(teacher: Teacher, images: LabelledImages) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=f"{MODEL}: top-1 on {len(images):,} real images")
+    table.add_column("method")
+    for name in ("bits", "top-1 (%)", "size", "seconds"):
+        table.add_column(name, justify="right")
+    full = evaluate(teacher, images, teacher.input_spec)
+    table.add_row("full precision", "W32A32", f"{full.top1:.1f}", readable_bytes(float_bytes(teacher)), "")
+    return table
+
+
+if __name__ == "__main__":
+    main()

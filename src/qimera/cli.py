@@ -1,0 +1,224 @@
+"""The command line: ``qimera inspect``, ``synthesize``, ``quantize``, ``evaluate`` and ``recipes``.
+
+torch, and all that builds on it, is imported inside the commands, so that ``qimera --help`` answers at once.
+"""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qimera.console import ProgressDisplay, errors_as_messages, print_table
+from qimera.errors import ConfigError
+from qimera.progress import Progress
+
+app = typer.Typer(
+    name="qimera",
+    help="Quantize trained PyTorch image classifiers to low bit widths without data.",
+    epilog="Exit codes: 0 done, 2 wrong usage, 3 unsupported model, 4 diverged, 5 a check failed, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="file.py:function, or the name of an embedded model: mnist_cnn.")
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="safetensors, or a state dict of torch.save; no code in it is executed."),
+]
+Shape = Annotated[str | None, typer.Option(metavar="C,H,W", help="One image, such as 3,224,224.")]
+Mean = Annotated[str | None, typer.Option(metavar="A,B,C", help="Subtracted from pixels in training, per channel.")]
+Std = Annotated[str | None, typer.Option(metavar="A,B,C", help="Pixels were divided by it in training, per channel.")]
+PixelRange = Annotated[
+    str | None, typer.Option(metavar="LOW,HIGH", help="Of pixels before mean and std. Default: 0,1.")
+]
+Recipe = Annotated[str | None, typer.Option(metavar="NAME", help="See qimera recipes. Default: fast.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same machine, same result. Default: 0.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch chooses.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _show_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(version("qimera"))
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _before_any_command(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    model: Model,
+    weights: Weights = None,
+    input_shape: Shape = None,
+    mean: Mean = None,
+    std: Std = None,
+    pixel_range: PixelRange = None,
+    every_layer: Annotated[bool, typer.Option("--all", help="List every layer.")] = False,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Show what of a model is quantized, and what samples are synthesised from."""
+    with errors_as_messages(debug):
+        _use_threads(threads)
+        from qimera.options import ModelOptions
+        from qimera.tables import layer_table, teacher_facts
+
+        teacher = ModelOptions(model, weights, input_shape, mean, std, pixel_range).capture()
+        typer.echo(teacher_facts(model, teacher), nl=False)
+        print_table(layer_table(teacher, every_layer))
+
+
+@app.command()
+def synthesize(
+    model: Model,
+    output: Annotated[Path, typer.Option(metavar="BANK", help="Directory that becomes the bank.")],
+    weights: Weights = None,
+    input_shape: Shape = None,
+    mean: Mean = None,
+    std: Std = None,
+    pixel_range: PixelRange = None,
+    recipe: Recipe = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Make a bank of synthetic samples: once per model, for every bit width."""
+    with errors_as_messages(debug, "no bank was written, the same command starts again"):
+        _use_threads(threads)
+        from qimera import pipeline
+        from qimera.options import ModelOptions, recipe_for
+
+        if output.exists():
+            raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
+        teacher = ModelOptions(model, weights, input_shape, mean, std, pixel_range).capture()
+        settings = recipe_for(teacher, recipe).synthesis
+        with ProgressDisplay() as progress:
+            bank = pipeline.synthesize(teacher, settings=settings, seed=seed or 0, progress=progress)
+        bank.save(output)
+        typer.echo(f"{output}: {len(bank)} synthetic samples of {model} (teacher {teacher.hash[:12]})")
+
+
+@app.command()
+def quantize(
+    output: Annotated[Path, typer.Option(metavar="RUN", help="Directory of the run; made, or continued.")],
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="As for inspect.")] = None,
+    weights: Weights = None,
+    input_shape: Shape = None,
+    mean: Mean = None,
+    std: Std = None,
+    pixel_range: PixelRange = None,
+    bits: Annotated[str | None, typer.Option(help="Of weights and activations, 2 to 8. Default: w4a4.")] = None,
+    layer_bits: Annotated[
+        str | None, typer.Option(metavar="RULES", help="Exceptions by layer name, such as 'conv1=8,*fc*=w8a4'.")
+    ] = None,
+    scheme: Annotated[
+        Literal["hardware", "paper"] | None,
+        typer.Option(help="What integer kernels need, or as published. Default: hardware."),
+    ] = None,
+    recipe: Recipe = None,
+    bank: Annotated[Path | None, typer.Option(metavar="BANK", help="Made earlier by qimera synthesize.")] = None,
+    seed: Seed = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="settings.json of a run: starts the same again, instead of MODEL."),
+    ] = None,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model without data; the result is a run directory."""
+    with errors_as_messages(debug, f"the same command continues with what is in {output}"):
+        _use_threads(threads)
+        from qimera.options import ModelOptions, RunOptions, read_settings, resolve
+        from qimera.run import carry_out, check_run
+        from qimera.run_directory import RunDirectory, refuse_other_content
+
+        refuse_other_content(output)
+        model_options = ModelOptions(model, weights, input_shape, mean, std, pixel_range)
+        options = RunOptions(bits, layer_bits, scheme, recipe, bank, seed)
+        read = resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
+        check_run(read.settings, read.teacher, read.bank)
+        run = RunDirectory.start(output, read.settings)
+        if run.is_finished:
+            typer.echo(f"{output}: finished already, this is its summary", err=True)
+        with ProgressDisplay() as progress:
+            summary = carry_out(run, read.teacher, read.bank, progress)
+        typer.echo(summary.text(), nl=False)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The --output of qimera quantize.")],
+    data: Annotated[
+        Path, typer.Option(metavar="PATH", help=".npz with uint8 images (NHWC) and labels, or a folder per class.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Compare the student of a run with its teacher on labelled images."""
+    with errors_as_messages(debug):
+        _use_threads(threads)
+        from qimera import evaluation
+        from qimera.data import load_labelled_images
+        from qimera.run import load_student
+        from qimera.run_directory import RunDirectory
+        from qimera.tables import evaluation_table, evaluation_values
+
+        directory = RunDirectory.open(run)
+        images = load_labelled_images(data, directory.settings.input, directory.summary().num_classes)
+        student, teacher = load_student(directory)
+        with ProgressDisplay() as display:
+            result = evaluation.evaluate(
+                student,
+                images,
+                directory.settings.input,
+                teacher=teacher,
+                progress=lambda done, total: display(Progress("evaluation", done, total)),
+            )
+        if as_json:
+            typer.echo(json.dumps(evaluation_values(run, data, result), indent=2))
+        else:
+            print_table(evaluation_table(result))
+
+
+@app.command()
+def recipes(
+    input_shape: Annotated[str, typer.Option(metavar="C,H,W", help="One image.")] = "3,32,32",
+    num_classes: Annotated[int, typer.Option(min=2, help="Classes of the model.")] = 10,
+    debug: Debug = False,
+) -> None:
+    """List the recipes and what they cost."""
+    with errors_as_messages(debug):
+        from qimera.options import shape_of
+        from qimera.tables import recipe_table
+
+        print_table(recipe_table(shape_of(input_shape), num_classes))
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What the command line shows a person: progress with the time left, tables, and errors as one message."""
+
+import logging
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from qimera.errors import QimeraError
+from qimera.progress import Progress
+
+INTERRUPTED = 130
+USAGE = 2
+_SECONDS_BETWEEN_LINES = 5.0
+_WIDTH_WITHOUT_TERMINAL = 120
+_STAGES = {
+    "generator": "train the generator",
+    "direct": "optimise images",
+    "ranges": "search ranges",
+    "distillation": "train the student",
+    "evaluation": "evaluate",
+}
+
+
+class ProgressDisplay:
+    """Shows each stage on stderr: a live bar in a terminal, a line every few seconds anywhere else.
+
+    An instance is the ``ProgressCallback`` to pass on; use it as a context manager.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bars = Bars(
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[metrics]}", style="dim"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._first_report: dict[str, tuple[float, int]] = {}
+        self._last_line = 0.0
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        """Show one step."""
+        if self._console.is_terminal:
+            self._draw(progress)
+        else:
+            self._write(progress)
+
+    def _draw(self, progress: Progress) -> None:
+        if progress.stage not in self._tasks:
+            self._tasks[progress.stage] = self._bars.add_task(_title(progress), total=progress.total, metrics="")
+        self._bars.update(self._tasks[progress.stage], completed=progress.step, metrics=_metrics(progress))
+
+    def _write(self, progress: Progress) -> None:
+        now = time.monotonic()
+        start, first_step = self._first_report.setdefault(progress.stage, (now, progress.step))
+        is_last = progress.step >= progress.total
+        if not is_last and now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        facts = [f"{_title(progress)}: {progress.step}/{progress.total}"]
+        if not is_last and progress.step > first_step:
+            per_step = (now - start) / (progress.step - first_step)
+            facts.append(f"{per_step * (progress.total - progress.step):.0f} s left")
+        typer.echo("  ".join(filter(None, (*facts, _metrics(progress)))), err=True)
+
+
+@contextmanager
+def errors_as_messages(debug: bool, if_interrupted: str = "") -> Iterator[None]:
+    """Turn an error that the user can mend into one message on stderr and its exit code.
+
+    Args:
+        debug: Show the traceback too.
+        if_interrupted: What to do after Ctrl-C.
+    """
+    try:
+        with _log_to_stderr(logging.DEBUG if debug else logging.WARNING), warnings.catch_warnings():
+            if not debug:
+                _hide_remarks_of_libraries()
+            yield
+    except QimeraError as error:
+        _fail(str(error), error.exit_code, debug)
+    except OSError as error:
+        _fail(": ".join(filter(None, (str(error.filename or ""), error.strerror or str(error)))), USAGE, debug)
+    except KeyboardInterrupt:
+        _fail("; ".join(filter(None, ("interrupted", if_interrupted))), INTERRUPTED, debug)
+
+
+def _fail(message: str, exit_code: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    typer.echo(f"qimera: {message}", err=True)
+    raise typer.Exit(exit_code) from None
+
+
+@contextmanager
+def _log_to_stderr(level: int) -> Iterator[None]:
+    """Show the library's log on stderr."""
+    logger, handler = logging.getLogger("qimera"), RichHandler(console=Console(stderr=True), show_path=False)
+    level_before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level_before)
+
+
+def _hide_remarks_of_libraries() -> None:
+    """Keep what torch and torchao say to developers away from users, who cannot act on it."""
+    warnings.simplefilter("ignore")
+    for name in ("torchao", "torch.utils._pytree"):  # CUDA kernels that a CPU build lacks; a deprecation in torchao
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def print_table(table: Table) -> None:
+    """Print a table on stdout, wide enough for pipes and files too."""
+    console = Console()
+    console.print(table, width=None if console.is_terminal else _WIDTH_WITHOUT_TERMINAL)
+
+
+def _title(progress: Progress) -> str:
+    return _STAGES.get(progress.stage, progress.stage)
+
+
+def _metrics(progress: Progress) -> str:
+    return "  ".join(f"{name} {value:.3g}" for name, value in progress.metrics.items())

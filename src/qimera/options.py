@@ -1,0 +1,182 @@
+"""What a user typed -> the captured teacher and the settings of a run."""
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from qimera.bits import parse_bits, parse_layer_bits
+from qimera.errors import ConfigError
+from qimera.models import EMBEDDED_MODELS, embedded_input_spec, load_model
+from qimera.recipes import Recipe, recipe
+from qimera.settings import InputSpec, QuantizationSettings, RunSettings
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+
+DEFAULT_RECIPE = "fast"
+DEFAULT_BITS = "w4a4"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A model and its input, as they were typed; None where an option was left out."""
+
+    model: str | None
+    weights: Path | None
+    input_shape: str | None
+    mean: str | None
+    std: str | None
+    pixel_range: str | None
+
+    def capture(self) -> Teacher:
+        """Load the model and capture it.
+
+        Raises:
+            ConfigError: an option is missing or wrong, or the model and its weights do not fit.
+            UnsupportedModelError: the model cannot be captured, or has no batch norm.
+        """
+        if self.model is None:
+            raise ConfigError("MODEL: missing; give file.py:function, or the name of an embedded model")
+        model = load_model(self.model, self.weights)
+        return Teacher.capture(model, self._input_spec(self.model))
+
+    def _input_spec(self, model: str) -> InputSpec:
+        """Return what the options say; what they leave open, an embedded model knows."""
+        given: dict[str, object] = {}
+        if self.input_shape is not None:
+            given["shape"] = shape_of(self.input_shape)
+        if self.mean is not None:
+            given["mean"] = _floats("--mean", self.mean)
+        if self.std is not None:
+            given["std"] = _floats("--std", self.std)
+        if self.pixel_range is not None:
+            given["pixel_range"] = _floats("--pixel-range", self.pixel_range)
+        known = embedded_input_spec(model)
+        if known is not None:
+            return InputSpec(**{**known.model_dump(), **given})
+        options = {"shape": "--input-shape", "mean": "--mean", "std": "--std"}
+        missing = [option for name, option in options.items() if name not in given]
+        if missing:
+            raise ConfigError(f"{', '.join(missing)}: missing; {model} does not say what its images look like")
+        return InputSpec(**given)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to quantize, as it was typed; None where an option was left out."""
+
+    bits: str | None
+    layer_bits: str | None
+    scheme: Literal["hardware", "paper"] | None
+    recipe: str | None
+    bank: Path | None
+    seed: int | None
+
+    def quantization(self) -> QuantizationSettings:
+        """Return what is quantized at how many bits."""
+        weight_bits, activation_bits = parse_bits(self.bits or DEFAULT_BITS)
+        return QuantizationSettings(
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            layer_bits=parse_layer_bits(self.layer_bits or ""),
+            scheme=self.scheme or "hardware",
+        )
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Everything that a run starts from."""
+
+    settings: RunSettings
+    teacher: Teacher
+    bank: SampleBank | None
+    """The bank that the settings name; None when the run makes its own."""
+
+
+def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
+    """Return the settings that the options spell, with every path absolute, and what they name.
+
+    Raises:
+        ConfigError: an option is missing or wrong.
+        UnsupportedModelError: the model cannot be captured, or has no batch norm.
+    """
+    quantization = options.quantization()
+    teacher = model_options.capture()
+    row = recipe_for(teacher, options.recipe)
+    bank = None if options.bank is None else SampleBank.load(options.bank, teacher)
+    assert model_options.model is not None
+    settings = RunSettings(
+        model=_absolute_source(model_options.model),
+        weights=_absolute(model_options.weights),
+        recipe=row.name,
+        seed=options.seed or 0,
+        bank=_absolute(options.bank),
+        input=teacher.input_spec,
+        synthesis=row.synthesis if bank is None else bank.settings,
+        quantization=quantization,
+        distillation=row.distillation,
+    )
+    return Resolved(settings, teacher, bank)
+
+
+def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) -> Resolved:
+    """Return the settings in ``path``, beside which no option may say anything, and what they name.
+
+    Raises:
+        ConfigError: no such file, something wrong in it, or another option beside it.
+        UnsupportedModelError: the model cannot be captured, or has no batch norm.
+    """
+    typed = [
+        field.name
+        for part in (model_options, options)
+        for field in fields(part)
+        if getattr(part, field.name) is not None
+    ]
+    if typed:
+        names = ", ".join("MODEL" if name == "model" else f"--{name.replace('_', '-')}" for name in typed)
+        raise ConfigError(f"--settings: says everything about a run, so leave out {names}, or edit {path}")
+    if not path.is_file():
+        raise ConfigError(f"--settings: no such file: {path}; give the settings.json of a run")
+    settings = RunSettings.load(path)
+    model = load_model(settings.model, Path(settings.weights) if settings.weights else None)
+    teacher = Teacher.capture(model, settings.input)
+    bank = SampleBank.load(Path(settings.bank), teacher) if settings.bank else None
+    return Resolved(settings, teacher, bank)
+
+
+def recipe_for(teacher: Teacher, name: str | None) -> Recipe:
+    """Return the recipe called ``name``, or the default one, for this teacher."""
+    return recipe(DEFAULT_RECIPE if name is None else name, teacher.input_spec, teacher.num_classes)
+
+
+def shape_of(text: str) -> tuple[int, int, int]:
+    """``"3,32,32"`` -> (3, 32, 32).
+
+    Raises:
+        ConfigError: not three whole numbers.
+    """
+    try:
+        channels, height, width = (int(part) for part in text.split(","))
+    except ValueError:
+        message = f"--input-shape: expected channels, height and width such as 3,224,224, given {text!r}"
+        raise ConfigError(message) from None
+    return channels, height, width
+
+
+def _floats(option: str, text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (math.nan,)
+    if not all(map(math.isfinite, values)):
+        raise ConfigError(f"{option}: expected numbers with commas between, such as 0.485,0.456,0.406, given {text!r}")
+    return values
+
+
+def _absolute_source(source: str) -> str:
+    path, separator, function = source.rpartition(":")
+    return source if source in EMBEDDED_MODELS or not separator else f"{Path(path).resolve()}:{function}"
+
+
+def _absolute(path: Path | None) -> str:
+    return "" if path is None else str(path.resolve())

@@ -1,0 +1,120 @@
+"""Resolved settings and a directory -> a finished run, from wherever the directory stands."""
+
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+import torch
+
+from qimera import pipeline
+from qimera.errors import ConfigError
+from qimera.progress import ProgressCallback
+from qimera.quantization.student import Student
+from qimera.run_directory import RunDirectory, replacing
+from qimera.settings import RunSettings
+from qimera.summary import Summary
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+
+_AGREEMENT_SAMPLES = 256
+_AGREEMENT_BATCH = 32
+
+
+def check_run(settings: RunSettings, teacher: Teacher, bank: SampleBank | None) -> None:
+    """Refuse what would stop the run only after its directory was made.
+
+    Raises:
+        ConfigError: bits for a layer that is not there, or fresh samples without a generator to draw them.
+    """
+    names = [layer.name for layer in teacher.layers]
+    for rule in settings.quantization.layer_bits:
+        if not any(fnmatchcase(name, rule.pattern) for name in names):
+            nearest = get_close_matches(rule.pattern, names, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"layer_bits: {rule.pattern!r} fits none of the {len(names)} layers (nearest: {', '.join(nearest)}); "
+                "`qimera inspect --all` lists them"
+            )
+    if settings.distillation.fresh_share and not _has_generator(settings, bank):
+        raise ConfigError(
+            f"fresh_share: {settings.distillation.fresh_share} of each batch should come from the generator, "
+            f"but the bank {settings.bank or 'of these settings'} has none; synthesise one with generated samples"
+        )
+
+
+def carry_out(run: RunDirectory, teacher: Teacher, bank: SampleBank | None, progress: ProgressCallback) -> Summary:
+    """Do what the run's directory still lacks, and return the summary that was written to it.
+
+    Args:
+        run: Started with settings that ``check_run`` accepts.
+        teacher: The captured model of the settings.
+        bank: The bank that the settings name; None for one of the run's own.
+        progress: Called after every step.
+
+    Raises:
+        ConfigError: the run is finished, but its model had other weights then.
+        DivergenceError: a loss became NaN or infinite.
+    """
+    settings = run.settings
+    if run.is_finished:
+        return _summary_of(run, teacher)
+    with replacing(run.teacher_file) as temporary:
+        teacher.save(temporary)
+    samples = bank if bank is not None else _own_bank(run, teacher, progress)
+    with run.recording("student", progress) as record:
+        student = pipeline.quantize_with(
+            teacher, samples, settings.quantization, settings.distillation, seed=settings.seed, progress=record
+        )
+    with replacing(run.student_file) as temporary:
+        student.save(temporary)
+    summary = Summary.of_run(
+        settings,
+        teacher,
+        num_samples=len(samples),
+        bank_agreement=_agreement(student, samples),
+        bank_seconds=run.seconds("bank"),
+        student_seconds=run.seconds("student"),
+    )
+    run.finish(summary)
+    return summary
+
+
+def load_student(run: RunDirectory) -> tuple[Student, Teacher]:
+    """Return the student of a finished run, and its teacher."""
+    teacher = Teacher.load(run.teacher_file, run.settings.input)
+    return Student.load(run.student_file, teacher, run.settings.quantization), teacher
+
+
+def _summary_of(run: RunDirectory, teacher: Teacher) -> Summary:
+    summary = run.summary()
+    if summary.teacher_hash != teacher.hash:
+        raise ConfigError(
+            f"{run.path}: holds a run of the same settings, but {run.settings.model} had other weights then "
+            f"(hash {summary.teacher_hash[:12]}, now {teacher.hash[:12]}); choose another --output"
+        )
+    return summary
+
+
+def _own_bank(run: RunDirectory, teacher: Teacher, progress: ProgressCallback) -> SampleBank:
+    if run.has_bank:
+        return SampleBank.load(run.bank_directory, teacher)
+    with run.recording("bank", progress) as record:
+        bank = pipeline.synthesize(teacher, settings=run.settings.synthesis, seed=run.settings.seed, progress=record)
+    bank.save(run.bank_directory)
+    # Read back: a run that is interrupted here and continued must see the same samples.
+    return SampleBank.load(run.bank_directory, teacher)
+
+
+def _has_generator(settings: RunSettings, bank: SampleBank | None) -> bool:
+    if bank is not None:
+        return bank.synthesizer is not None
+    return settings.synthesis.num_generated > 0 or settings.synthesis.direct.start == "generator"
+
+
+@torch.inference_mode()
+def _agreement(student: Student, bank: SampleBank) -> float:
+    """Return the percent of bank samples, evenly spread, for which the student picks the teacher's class."""
+    chosen = torch.linspace(0, len(bank) - 1, min(_AGREEMENT_SAMPLES, len(bank))).long()
+    hits = 0
+    for index in chosen.split(_AGREEMENT_BATCH):
+        samples = bank.take(index)
+        hits += int((student(samples.images).argmax(1) == samples.logits.argmax(1)).sum())
+    return 100 * hits / len(chosen)

@@ -1,0 +1,179 @@
+"""One run on disk: the settings that start it again, its metrics, bank, student and summary; each whole or absent."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from qimera.errors import ConfigError
+from qimera.progress import Progress, ProgressCallback
+from qimera.settings import RunSettings
+from qimera.summary import Summary
+
+Part = Literal["bank", "student"]
+"""The two halves of a run; a run that was interrupted continues at the first half that is not there."""
+
+_MAX_LISTED = 4
+
+
+class RunDirectory:
+    """The files of one run.
+
+    ``settings.json`` is there from the start and ``summary.json`` from the end, so a directory with the first alone
+    is a run that was interrupted.
+    """
+
+    def __init__(self, path: Path, settings: RunSettings) -> None:
+        self.path = path
+        self.settings = settings
+        self.metrics_file = path / "metrics.jsonl"
+        self.teacher_file = path / "teacher.pt2"
+        self.bank_directory = path / "bank"
+        self.student_file = path / "student.safetensors"
+        self.report_file = path / "summary.txt"
+        self._summary_file = path / "summary.json"
+
+    @classmethod
+    def start(cls, path: Path, settings: RunSettings) -> "RunDirectory":
+        """Make the directory, or take up the run of the same settings that is in it.
+
+        Raises:
+            ConfigError: something else is there.
+        """
+        refuse_other_content(path)
+        settings_file = _settings_file(path)
+        if not settings_file.exists():
+            path.mkdir(parents=True, exist_ok=True)
+            with replacing(settings_file) as temporary:
+                settings.save(temporary)
+            return cls(path, settings)
+        differences = _differences(RunSettings.load(settings_file), settings)
+        if differences:
+            listed = "; ".join(differences[:_MAX_LISTED])
+            rest = f"; and {len(differences) - _MAX_LISTED} more" if len(differences) > _MAX_LISTED else ""
+            raise ConfigError(f"{path}: holds a run with other settings ({listed}{rest}); choose another --output")
+        run = cls(path, settings)
+        run._forget_unfinished_part()
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """Return the finished run in ``path``.
+
+        Raises:
+            ConfigError: no run is there, or one that was interrupted.
+        """
+        if not _settings_file(path).is_file():
+            raise ConfigError(f"{path}: not a run (no settings.json in it); give the --output of `qimera quantize`")
+        run = cls(path, RunSettings.load(_settings_file(path)))
+        if not run.is_finished:
+            raise ConfigError(f"{path}: the run was interrupted; give the command that started it again to continue")
+        return run
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the student and its summary are there."""
+        return self._summary_file.exists()
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether the run's own bank is complete."""
+        return self.bank_directory.exists()
+
+    @contextmanager
+    def recording(self, part: Part, also: ProgressCallback) -> Iterator[ProgressCallback]:
+        """Yield a callback that appends one line per step to ``metrics.jsonl`` and then calls ``also``."""
+        start = time.monotonic()
+        with self.metrics_file.open("a", encoding="utf-8", buffering=1) as file:
+
+            def record(progress: Progress) -> None:
+                line = {
+                    "part": part,
+                    "stage": progress.stage,
+                    "step": progress.step,
+                    "total": progress.total,
+                    "seconds": round(time.monotonic() - start, 3),
+                    **progress.metrics,
+                }
+                file.write(json.dumps(line) + "\n")
+                also(progress)
+
+            yield record
+
+    def seconds(self, part: Part) -> float | None:
+        """Return how long a part took, to its last recorded step; None if this run did without it."""
+        lines = [json.loads(line) for line in self._metrics_of(part)]
+        return float(lines[-1]["seconds"]) if lines else None
+
+    def finish(self, summary: Summary) -> None:
+        """Write the summary; from then on the run is finished."""
+        with replacing(self.report_file) as temporary:
+            temporary.write_text(summary.text(), encoding="utf-8")
+        with replacing(self._summary_file) as temporary:
+            summary.save(temporary)
+
+    def summary(self) -> Summary:
+        """Read the summary of a finished run."""
+        return Summary.load(self._summary_file)
+
+    def _forget_unfinished_part(self) -> None:
+        """Drop the metrics of what will be done again, and files that were being written when the run ended."""
+        for left_over in self.path.glob(".*.partial*"):
+            if left_over.is_dir():
+                shutil.rmtree(left_over)
+            else:
+                left_over.unlink()
+        if self.metrics_file.exists() and not self.is_finished:
+            kept = self._metrics_of("bank") if self.has_bank else []
+            with replacing(self.metrics_file) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def _metrics_of(self, part: Part) -> list[str]:
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        # A line that does not end in "}" was cut off when the process was killed.
+        return [line for line in lines if line.startswith(f'{{"part": "{part}"') and line.endswith("}")]
+
+
+def refuse_other_content(path: Path) -> None:
+    """Raise ConfigError if ``path`` is a file, or a directory that holds anything but a run."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: is a file; --output names a directory")
+    if path.is_dir() and any(path.iterdir()) and not _settings_file(path).is_file():
+        raise ConfigError(f"{path}: is not empty and holds no run; choose another --output")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; what is written there becomes ``path`` when the block ends without an error."""
+    temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _settings_file(path: Path) -> Path:
+    return path / "settings.json"
+
+
+def _differences(there: RunSettings, asked: RunSettings) -> list[str]:
+    """Return one line for each setting in which two runs differ."""
+    old, new = (dict(_flat(settings.model_dump(mode="json"))) for settings in (there, asked))
+    return [f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in new if old.get(name) != new[name]]
+
+
+def _flat(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,152 @@
+"""A finished run -> what it was made from, what it cost and how large the student is."""
+
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qimera.errors import ConfigError
+from qimera.settings import QuantizationSettings, RunSettings
+from qimera.teacher import Teacher
+
+_SCALE_BYTES = 4
+_BIAS_BYTES = 4
+
+
+class Summary(BaseModel):
+    """What a run came to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    model: str
+    teacher_hash: str
+    num_classes: int
+    bits: str
+    """Such as ``w4a4``."""
+
+    scheme: str
+    layer_bits: str
+    """Exceptions by layer name, as ``--layer-bits`` takes them."""
+
+    recipe: str
+    seed: int
+    num_samples: int
+    """Synthetic samples in the bank."""
+
+    num_steps: int
+    """Training steps of the student."""
+
+    bank_agreement: float
+    """Percent of synthetic samples, most of them trained on, that student and teacher put into the same class."""
+
+    teacher_bytes: int
+    """Parameters and buffers in float32."""
+
+    student_bytes: int
+    """Weights packed at their bits, one float32 scale and one 32-bit bias per output channel."""
+
+    bank_seconds: float | None
+    """None for a bank made earlier."""
+
+    student_seconds: float | None
+    finished: str
+    """UTC."""
+
+    machine: str
+    versions: dict[str, str]
+
+    @classmethod
+    def of_run(
+        cls,
+        settings: RunSettings,
+        teacher: Teacher,
+        *,
+        num_samples: int,
+        bank_agreement: float,
+        bank_seconds: float | None,
+        student_seconds: float | None,
+    ) -> "Summary":
+        """Collect the summary of a run that has just finished."""
+        quantization = settings.quantization
+        rules = (f"{rule.pattern}=w{rule.weight_bits}a{rule.activation_bits}" for rule in quantization.layer_bits)
+        return cls(
+            model=settings.model,
+            teacher_hash=teacher.hash,
+            num_classes=teacher.num_classes,
+            bits=f"w{quantization.weight_bits}a{quantization.activation_bits}",
+            scheme=quantization.scheme,
+            layer_bits=",".join(rules),
+            recipe=settings.recipe,
+            seed=settings.seed,
+            num_samples=num_samples,
+            num_steps=settings.distillation.num_steps,
+            bank_agreement=bank_agreement,
+            teacher_bytes=float_bytes(teacher),
+            student_bytes=packed_bytes(teacher, quantization),
+            bank_seconds=bank_seconds,
+            student_seconds=student_seconds,
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            machine=f"{platform.machine()}, {torch.get_num_threads()} threads",
+            versions={name: version(name) for name in ("torch", "torchao")} | {"qimera": _own_version()},
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Summary":
+        """Read a summary written by ``save``."""
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            raise ConfigError(f"{path}: damaged, or of another version of qimera: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write the summary as indented JSON."""
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def text(self) -> str:
+        """Return the summary for a person, one fact per line."""
+        exceptions = f", except {self.layer_bits}" if self.layer_bits else ""
+        facts = {
+            "model": f"{self.model} ({self.num_classes} classes, teacher {self.teacher_hash[:12]})",
+            "bits": f"{self.bits}{exceptions}, scheme {self.scheme}",
+            "recipe": f"{self.recipe}, seed {self.seed}",
+            "bank": f"{self.num_samples} synthetic samples, {_readable_seconds(self.bank_seconds)}",
+            "student": f"{self.num_steps} steps, {_readable_seconds(self.student_seconds)}",
+            "size": f"{readable_bytes(self.student_bytes)} instead of {readable_bytes(self.teacher_bytes)}, "
+            f"{self.teacher_bytes / self.student_bytes:.1f} times smaller",
+            "agreement": f"{self.bank_agreement:.1f} % with the teacher, on synthetic samples it was trained on",
+        }
+        return "".join(f"{name:<11}{fact}\n" for name, fact in facts.items())
+
+
+def float_bytes(teacher: Teacher) -> int:
+    """Return the bytes of all floating-point parameters and buffers in float32."""
+    return sum(4 * value.numel() for value in teacher.module.state_dict().values() if value.is_floating_point())
+
+
+def packed_bytes(teacher: Teacher, settings: QuantizationSettings) -> int:
+    """Return the bytes of the student's weights, packed without gaps, with scales and biases per output channel."""
+    total = 0
+    for layer in teacher.layers:
+        channels = layer.weight_shape[1 if layer.kind.startswith("conv_transpose") else 0]
+        num_weights = int(torch.Size(layer.weight_shape).numel())
+        total += (num_weights * settings.bits_of(layer.name)[0] + 7) // 8 + channels * (_SCALE_BYTES + _BIAS_BYTES)
+    return total
+
+
+def readable_bytes(num_bytes: int) -> str:
+    """Return a size in kB or MB (powers of ten)."""
+    return f"{num_bytes / 1e6:.2f} MB" if num_bytes >= 1_000_000 else f"{num_bytes / 1e3:.1f} kB"
+
+
+def _readable_seconds(seconds: float | None) -> str:
+    return "made earlier" if seconds is None else f"{seconds:.{0 if seconds >= 10 else 1}f} s"
+
+
+def _own_version() -> str:
+    try:
+        return version("qimera")
+    except PackageNotFoundError:
+        return "not installed"

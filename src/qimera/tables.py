@@ -1,0 +1,111 @@
+"""Teachers, evaluations and recipes -> the text and tables that the command line prints."""
+
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from qimera.evaluation import Evaluation
+from qimera.recipes import RECIPE_NAMES, recipe
+from qimera.settings import InputSpec, QuantizationSettings
+from qimera.summary import float_bytes, packed_bytes, readable_bytes
+from qimera.teacher import Layer, Teacher
+
+_LISTED_AT_START = 8
+_LISTED_AT_END = 4
+
+
+def teacher_facts(model: str, teacher: Teacher) -> str:
+    """Return what there is to quantize and to synthesise from, one fact per line."""
+    spec, classifier = teacher.input_spec, teacher.classifier
+    four_bits = packed_bytes(teacher, QuantizationSettings(weight_bits=4))
+    facts = {
+        "model": f"{model} (teacher {teacher.hash[:12]})",
+        "input": f"{_times(spec.shape)}, pixels {spec.pixel_range[0]:g} to {spec.pixel_range[1]:g}, "
+        f"mean {_listed(spec.mean)}, std {_listed(spec.std)}",
+        "classes": f"{teacher.num_classes}, from {classifier.name} with {classifier.weight.shape[1]} features",
+        "batch norms": f"{len(teacher.batch_norms)}, {sum(len(tap.mean) for tap in teacher.batch_norms):,} channels",
+        "size": f"{readable_bytes(float_bytes(teacher))} in float32, {readable_bytes(four_bits)} with 4-bit weights",
+        "compute": f"{sum(layer.macs for layer in teacher.layers) / 1e6:,.1f} million multiply-adds per image",
+    }
+    return "".join(f"{name:<13}{fact}\n" for name, fact in facts.items())
+
+
+def layer_table(teacher: Teacher, every_layer: bool) -> Table:
+    """Return the layers with a weight; the middle of a long network is left out unless ``every_layer``."""
+    table = _table("layer", "kind", right=("weight", "multiply-adds"))
+    layers = teacher.layers
+    num_hidden = 0 if every_layer else max(0, len(layers) - _LISTED_AT_START - _LISTED_AT_END)
+    for layer in layers[:_LISTED_AT_START] if num_hidden > 1 else layers:
+        table.add_row(*_layer_cells(layer))
+    if num_hidden > 1:
+        table.add_row(f"... {num_hidden} more (--all)")
+        for layer in layers[-_LISTED_AT_END:]:
+            table.add_row(*_layer_cells(layer))
+    return table
+
+
+def evaluation_table(result: Evaluation) -> Table:
+    """Return student beside teacher; only for an evaluation with a teacher."""
+    assert result.teacher_top1 is not None
+    table = _table("", right=("student", "teacher", "drop"))
+    table.add_row(*_accuracy_cells("top-1 (%)", result.top1, result.teacher_top1))
+    if result.top5 is not None and result.teacher_top5 is not None:
+        table.add_row(*_accuracy_cells("top-5 (%)", result.top5, result.teacher_top5))
+    table.add_row("agreement (%)", f"{result.agreement:.2f}")
+    table.add_row("images", f"{result.num_images:,}")
+    return table
+
+
+def evaluation_values(run: Path, data: Path, result: Evaluation) -> dict[str, str | int | float | None]:
+    """Return an evaluation with a teacher for machines; shares in percent."""
+    assert result.teacher_top1 is not None
+    return {
+        "run": str(run),
+        "data": str(data),
+        "num_images": result.num_images,
+        "student_top1": result.top1,
+        "student_top5": result.top5,
+        "teacher_top1": result.teacher_top1,
+        "teacher_top5": result.teacher_top5,
+        "drop": round(result.teacher_top1 - result.top1, 6),
+        "agreement": result.agreement,
+    }
+
+
+def recipe_table(shape: tuple[int, int, int], num_classes: int) -> Table:
+    """Return every recipe as it would be for such images and so many classes."""
+    any_pixels = InputSpec(shape=shape, mean=(0.0,) * shape[0], std=(1.0,) * shape[0])
+    table = _table("recipe", right=("generated", "optimized", "steps"))
+    table.add_column("what", ratio=1)
+    for name in RECIPE_NAMES:
+        row = recipe(name, any_pixels, num_classes)
+        counts = (row.synthesis.num_generated, row.synthesis.num_optimized, row.distillation.num_steps)
+        table.add_row(name, *(f"{count:,}" for count in counts), row.description)
+    table.caption = f"for {num_classes} classes and images of {_times(shape)}"
+    return table
+
+
+def _table(left: str, *more: str, right: tuple[str, ...]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    for name in (left, *more):
+        table.add_column(name, no_wrap=True)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _layer_cells(layer: Layer) -> tuple[str, str, str, str]:
+    return layer.name, layer.kind, _times(layer.weight_shape), f"{layer.macs:,}"
+
+
+def _accuracy_cells(name: str, student: float, teacher: float) -> tuple[str, str, str, str]:
+    return name, f"{student:.2f}", f"{teacher:.2f}", f"{teacher - student:.2f}"
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

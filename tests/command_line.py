@@ -1,0 +1,70 @@
+"""What the tests of the command line share: how to call it, a user's model file, and settings of a tiny run."""
+
+import re
+from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+from qimera.cli import app
+from qimera.models import embedded_input_spec
+from qimera.settings import (
+    DirectSettings,
+    DistillationSettings,
+    QuantizationSettings,
+    RunSettings,
+    SynthesisSettings,
+)
+
+MODEL_FILE = """
+import torch
+from torch import nn
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 8 * 8, 3)
+    )
+
+
+def build_without_batch_norm():
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 8 * 8, 3))
+
+
+def build_broken():
+    model = build()
+    nn.init.constant_(model[4].weight, float("nan"))
+    return model
+
+
+def build_until_interrupted():
+    raise KeyboardInterrupt
+"""
+INPUT = ("--input-shape", "1,8,8", "--mean", "0.5", "--std", "0.25")
+
+
+def qimera(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def said(result: Result) -> str:
+    """Return stderr on one line."""
+    return re.sub(r"\s+", " ", result.stderr)
+
+
+def tiny_settings(model: str = "mnist_cnn", **changes: object) -> RunSettings:
+    """Return settings of a run that takes a second."""
+    spec = embedded_input_spec("mnist_cnn")
+    assert spec is not None
+    synthesis = SynthesisSettings(num_optimized=16, direct=DirectSettings(num_steps=2, batch_size=16))
+    distillation = DistillationSettings(num_steps=3, batch_size=8)
+    values = {"synthesis": synthesis, "quantization": QuantizationSettings(), "distillation": distillation}
+    return RunSettings(**{"model": model, "recipe": "tiny", "input": spec, **values, **changes})
+
+
+def write_model_file(folder: Path) -> Path:
+    """Write what a user might bring, and a few things that no user should."""
+    path = folder / "toy.py"
+    path.write_text(MODEL_FILE)
+    return path

@@ -1,0 +1,243 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qimera.console import ProgressDisplay
+from qimera.errors import ConfigError
+from qimera.models import load_model
+from qimera.options import ModelOptions, RunOptions, read_settings
+from qimera.progress import Progress
+from qimera.run import carry_out
+from qimera.run_directory import RunDirectory
+from qimera.settings import RunSettings
+from tests.command_line import INPUT, qimera, said, tiny_settings, write_model_file
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    return write_model_file(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    tiny_settings().save(folder / "settings.json")
+    result = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
+    assert result.exit_code == 0, result.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty images of noise: enough to count on."""
+    generator = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("digits") / "digits.npz"
+    images = generator.integers(0, 256, (20, 28, 28, 1), dtype=np.uint8)
+    np.savez(path, images=images, labels=np.arange(20) % 10)
+    return path
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
+
+
+def test_quantize_as_a_user_spells_it_makes_a_run_from_a_file_and_its_weights(tmp_path: Path, model_file: Path) -> None:
+    source = f"{model_file}:build"
+    save_file(load_model(source).state_dict(), tmp_path / "toy.safetensors")
+    options = (source, "--weights", tmp_path / "toy.safetensors", *INPUT)
+    bank = qimera("synthesize", *options, "--seed", 1, "--output", tmp_path / "bank")
+    assert bank.exit_code == 0, bank.stderr
+    how = ("--bits", "w3a4", "--recipe", "fast", "--scheme", "hardware", "--layer-bits", "4=8", "--seed", 0)
+    run = qimera("quantize", *options, *how, "--bank", tmp_path / "bank", "--output", tmp_path / "run")
+    assert run.exit_code == 0, run.stderr
+    assert "w3a4, except 4=w8a8" in run.stdout
+    settings = RunSettings.load(tmp_path / "run" / "settings.json")
+    assert settings.quantization.bits_of("0") == (3, 4)
+    assert settings.quantization.bits_of("4") == (8, 8)
+    assert settings.model == source
+    assert settings.bank == str(tmp_path / "bank")
+    assert not (tmp_path / "run" / "bank").exists()
+
+
+def test_quantize_prints_the_summary_alone_on_stdout(finished_run: Path) -> None:
+    again = qimera("quantize", "--settings", finished_run / "settings.json", "--output", finished_run)
+    assert again.exit_code == 0
+    assert again.stdout == (finished_run / "summary.txt").read_text()
+    assert "finished already" in again.stderr
+
+
+def test_the_settings_of_a_run_start_the_same_run_again(tmp_path: Path, finished_run: Path) -> None:
+    other = qimera("quantize", "--settings", finished_run / "settings.json", "--output", tmp_path / "other")
+    assert other.exit_code == 0, other.stderr
+    assert (tmp_path / "other" / "settings.json").read_text() == (finished_run / "settings.json").read_text()
+    assert_same_tensors(tmp_path / "other" / "student.safetensors", finished_run / "student.safetensors")
+
+
+def test_a_run_that_was_interrupted_continues_with_its_bank_to_the_same_student(
+    tmp_path: Path, finished_run: Path
+) -> None:
+    read = read_settings(finished_run / "settings.json", ModelOptions(*[None] * 6), RunOptions(*[None] * 6))
+    run = RunDirectory.start(tmp_path / "run", read.settings)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(run, read.teacher, read.bank, interrupt_training)
+    assert not run.is_finished
+    bank_written = (run.bank_directory / "manifest.json").stat().st_mtime_ns
+    continued = qimera("quantize", "--settings", finished_run / "settings.json", "--output", run.path)
+    assert continued.exit_code == 0, continued.stderr
+    assert (run.bank_directory / "manifest.json").stat().st_mtime_ns == bank_written
+    assert steps_of(run.path) == steps_of(finished_run)
+    assert_same_tensors(run.student_file, finished_run / "student.safetensors")
+
+
+def test_evaluate_prints_student_teacher_drop_and_agreement(finished_run: Path, digits: Path) -> None:
+    table = qimera("evaluate", finished_run, "--data", digits)
+    assert table.exit_code == 0, table.stderr
+    for word in ("top-1", "top-5", "student", "teacher", "drop", "agreement", "20"):
+        assert word in table.stdout
+    for_machines = qimera("evaluate", finished_run, "--data", digits, "--json")
+    values = json.loads(for_machines.stdout)
+    assert values["num_images"] == 20
+    assert values["drop"] == pytest.approx(values["teacher_top1"] - values["student_top1"])
+    assert 0 <= values["agreement"] <= 100
+    assert values["student_top5"] >= values["student_top1"]
+
+
+def test_inspect_shows_classes_batch_norms_and_layers() -> None:
+    result = qimera("inspect", "mnist_cnn")
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"classes +10, from fc with 64 features", result.stdout)
+    assert re.search(r"stage1.conv1 +conv2d +16 x 16 x 3 x 3 +1,806,336", result.stdout)
+    assert len(result.stdout.splitlines()) < 40
+
+
+def test_recipes_lists_every_recipe_and_what_it_costs() -> None:
+    result = qimera("recipes", "--num-classes", 100)
+    assert result.exit_code == 0
+    for name in ("fast", "best", "paper"):
+        assert re.search(rf"^ *{name} ", result.stdout, re.MULTILINE)
+
+
+def test_an_embedded_model_takes_other_pixels_than_its_own() -> None:
+    result = qimera("inspect", "mnist_cnn", "--pixel-range", "0,255", "--mean", "33.3", "--std", "78.6")
+    assert "pixels 0 to 255, mean 33.3, std 78.6" in result.stdout
+
+
+# --- what is refused, each with its own message and exit code ---------------------------------------------------------
+
+
+def test_a_directory_that_holds_another_run_is_refused_and_left_as_it_is(tmp_path: Path, finished_run: Path) -> None:
+    before = contents(finished_run)
+    tiny_settings(seed=7).save(tmp_path / "settings.json")
+    result = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", finished_run)
+    assert result.exit_code == 2
+    assert "other settings (seed: 0 there, 7 now); choose another --output" in said(result)
+    assert contents(finished_run) == before
+
+
+def test_a_run_of_the_same_settings_but_other_weights_is_refused(tmp_path: Path, finished_run: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    summary = tmp_path / "run" / "summary.json"
+    summary.write_text(re.sub(r'"teacher_hash": "\w+"', '"teacher_hash": "0123"', summary.read_text()))
+    result = qimera("quantize", "--settings", finished_run / "settings.json", "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "had other weights then" in said(result)
+
+
+def test_a_bank_of_another_teacher_is_refused(tmp_path: Path, model_file: Path, finished_run: Path) -> None:
+    options = (*INPUT, "--bank", finished_run / "bank", "--output", tmp_path / "run")
+    result = qimera("quantize", f"{model_file}:build", *options)
+    assert result.exit_code == 2
+    assert "made for another teacher" in said(result)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bank_without_a_generator_is_refused_for_a_recipe_that_draws_fresh_samples(
+    tmp_path: Path, finished_run: Path
+) -> None:
+    options = ("--recipe", "paper", "--bank", finished_run / "bank", "--output", tmp_path / "run")
+    result = qimera("quantize", "mnist_cnn", *options)
+    assert result.exit_code == 2
+    assert "fresh_share" in said(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bank_is_never_overwritten(tmp_path: Path, finished_run: Path) -> None:
+    result = qimera("synthesize", "mnist_cnn", "--output", finished_run / "bank")
+    assert result.exit_code == 2
+    assert "exists already" in said(result)
+
+
+def test_settings_beside_other_options_are_refused(tmp_path: Path, finished_run: Path) -> None:
+    options = ("mnist_cnn", "--bits", "w2a2", "--seed", 0, "--settings", finished_run / "settings.json")
+    result = qimera("quantize", *options, "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "leave out MODEL, --bits, --seed" in said(result)
+    missing = qimera("quantize", "--settings", tmp_path / "none.json", "--output", tmp_path / "run")
+    assert missing.exit_code == 2
+    assert "no such file" in said(missing)
+
+
+def test_evaluate_refuses_what_is_no_finished_run(tmp_path: Path, finished_run: Path, digits: Path) -> None:
+    result = qimera("evaluate", tmp_path, "--data", digits)
+    assert result.exit_code == 2
+    assert "not a run" in said(result)
+    shutil.copytree(finished_run, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    result = qimera("evaluate", tmp_path / "run", "--data", digits)
+    assert result.exit_code == 2
+    assert "interrupted" in said(result)
+
+
+def test_evaluate_refuses_images_of_other_classes_and_missing_files(tmp_path: Path, finished_run: Path) -> None:
+    np.savez(tmp_path / "other.npz", images=np.zeros((2, 28, 28, 1), np.uint8), labels=np.array([3, 10]))
+    result = qimera("evaluate", finished_run, "--data", tmp_path / "other.npz")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "10" in said(result)
+    assert "class" in said(result)
+    result = qimera("evaluate", finished_run, "--data", tmp_path / "missing.npz")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "missing.npz: no such file" in said(result)
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path: Path) -> None:
+    result = qimera("quantize", "mnist_cnn", "--bits", "w9a9", "--output", tmp_path / "run", "--debug")
+    assert result.exit_code == ConfigError.exit_code
+    assert "Traceback" in result.stderr
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_progress_without_a_terminal_is_a_line_at_the_end_of_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressDisplay() as display:
+        for step in range(1, 101):
+            display(Progress("direct", step, 100, {"ce": 0.5}))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines()[-1] == "optimise images: 100/100  ce 0.5"
+    assert len(captured.err.splitlines()) <= 3
+
+
+def interrupt_training(progress: Progress) -> None:
+    if progress.stage == "distillation":
+        raise KeyboardInterrupt
+
+
+def steps_of(run: Path) -> list[tuple[str, int]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["stage"], line["step"]) for line in lines]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_tensors(first: Path, second: Path) -> None:
+    one, two = load_file(first), load_file(second)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)

@@ -1,0 +1,113 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tests.command_line import INPUT, qimera, said, tiny_settings, write_model_file
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    return write_model_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "exit_code", "message"),
+    [
+        ("build_without_batch_norm", INPUT, 3, "no batch norm"),
+        ("build_broken", INPUT, 4, "direct_ce"),
+        ("build_until_interrupted", INPUT, 130, "interrupted; the same command continues"),
+        ("build", ("--input-shape", "3,8,8", "--mean", "0,0,0", "--std", "1,1,1"), 2, r"input_shape \(3, 8, 8\)"),
+        ("build", ("--input-shape", "1,8", "--mean", "0", "--std", "1"), 2, "--input-shape: expected channels"),
+        ("build", ("--input-shape", "1,8,8", "--mean", "0,0,0", "--std", "1"), 2, r"mean must have one value .* \(1\)"),
+        ("build", ("--input-shape", "1,8,8", "--mean", "zero", "--std", "1"), 2, "--mean: expected numbers"),
+        ("build", ("--input-shape", "1,8,8", "--mean", "0", "--std", "0"), 2, "std must be positive"),
+        ("build", ("--input-shape", "1,8,8"), 2, "--mean, --std: missing"),
+        ("build", (*INPUT, "--pixel-range", "1,0"), 2, "pixel_range"),
+        ("build", (*INPUT, "--bits", "w1a4"), 2, "weight bits must be 2 to 8, given 1"),
+        ("build", (*INPUT, "--bits", "w4a9"), 2, "activation bits must be 2 to 8, given 9"),
+        ("build", (*INPUT, "--bits", "4"), 2, "expected the form w4a4"),
+        ("build", (*INPUT, "--layer-bits", "4=1"), 2, "weight bits must be 2 to 8, given 1"),
+        ("build", (*INPUT, "--layer-bits", "fc*=8"), 2, r"'fc\*' fits none of the 2 layers"),
+        ("build", (*INPUT, "--recipe", "quick"), 2, "no recipe called 'quick'; there are fast"),
+        ("build", (*INPUT, "--scheme", "soft"), 2, "soft"),
+        ("build", (*INPUT, "--seed", "-1"), 2, "seed"),
+        ("build", (*INPUT, "--weights", "missing.pt"), 2, "no such file: missing.pt"),
+        ("build", (*INPUT, "--bank", "missing"), 2, "bank missing"),
+        ("biuld", INPUT, 2, "did you mean build"),
+    ],
+)
+def test_a_wrong_option_of_quantize_is_refused_before_anything_is_written(
+    tmp_path: Path, model_file: Path, function: str, options: tuple[str, ...], exit_code: int, message: str
+) -> None:
+    output = tmp_path / "runs" / "run"
+    result = qimera("quantize", f"{model_file}:{function}", *options, "--output", output)
+    assert result.exit_code == exit_code
+    assert result.stdout == ""
+    assert re.search(message, said(result))
+    assert "Traceback" not in result.stderr
+    if exit_code != 4:  # a run that diverges has begun, and leaves its metrics
+        assert not output.parent.exists()
+
+
+def test_a_run_without_a_model_is_refused(tmp_path: Path) -> None:
+    result = qimera("quantize", "--output", tmp_path / "run")
+    assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])
+    assert "MODEL: missing" in said(result)
+
+
+def test_a_model_that_is_neither_embedded_nor_a_file_is_refused(tmp_path: Path) -> None:
+    result = qimera("quantize", "mnist_cn", "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "did you mean mnist_cnn?" in said(result)
+    result = qimera("quantize", f"{tmp_path}/nothing.py:build", *INPUT, "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "nothing.py" in said(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path: Path, model_file: Path) -> None:
+    save_file(nn.Conv2d(1, 8, 5).state_dict(), tmp_path / "other.safetensors")
+    options = (*INPUT, "--weights", tmp_path / "other.safetensors", "--output", tmp_path / "run")
+    result = qimera("quantize", f"{model_file}:build", *options)
+    assert result.exit_code == 2
+    assert "does not fit Sequential" in said(result)
+    assert not (tmp_path / "run").exists()
+
+
+class WritesAFile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_executed(tmp_path: Path, model_file: Path) -> None:
+    torch.save({"0.weight": WritesAFile(tmp_path / "executed")}, tmp_path / "weights.pt")
+    options = (*INPUT, "--weights", tmp_path / "weights.pt", "--output", tmp_path / "run")
+    result = qimera("quantize", f"{model_file}:build", *options)
+    assert result.exit_code == 2
+    assert "was not executed" in said(result)
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "model: Field required"),
+        ("not JSON", "settings.json"),
+        (tiny_settings().model_dump_json().replace('"weight_bits":4', '"weight_bits":9'), "weight_bits.*given 9"),
+        (tiny_settings().model_dump_json().replace('"recipe"', '"receipt"'), "receipt"),
+    ],
+)
+def test_a_wrong_settings_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "settings.json").write_text(text)
+    result = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    assert re.search(message, said(result))
+    assert not (tmp_path / "run").exists()

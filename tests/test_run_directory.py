@@ -1,0 +1,233 @@
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from qimera.errors import ConfigError
+from qimera.progress import Progress, silent
+from qimera.run_directory import RunDirectory, refuse_other_content, replacing
+from qimera.settings import (
+    DistillationSettings,
+    InputSpec,
+    QuantizationSettings,
+    RunSettings,
+    SynthesisSettings,
+)
+from qimera.summary import Summary, packed_bytes, readable_bytes
+from qimera.teacher import Teacher
+
+SPEC = InputSpec(shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
+
+
+def settings(**changes: object) -> RunSettings:
+    values = {
+        "model": "toy.py:build",
+        "recipe": "fast",
+        "input": SPEC,
+        "synthesis": SynthesisSettings(),
+        "quantization": QuantizationSettings(),
+        "distillation": DistillationSettings(),
+    }
+    return RunSettings(**{**values, **changes})
+
+
+def summary() -> Summary:
+    return Summary(
+        model="toy.py:build",
+        teacher_hash="0123456789abcdef",
+        num_classes=3,
+        bits="w4a4",
+        scheme="hardware",
+        layer_bits="",
+        recipe="fast",
+        seed=0,
+        num_samples=16,
+        num_steps=3,
+        bank_agreement=93.75,
+        teacher_bytes=1_600_000,
+        student_bytes=200_000,
+        bank_seconds=None,
+        student_seconds=61.2,
+        finished="2026-01-01T00:00:00+00:00",
+        machine="x86_64, 1 threads",
+        versions={"torch": "2.13.0"},
+    )
+
+
+def files(path: Path) -> list[str]:
+    return sorted(each.name for each in path.iterdir())
+
+
+# --- starting and taking up -------------------------------------------------------------------------------------------
+
+
+def test_a_run_starts_with_its_settings_alone(tmp_path: Path) -> None:
+    run = RunDirectory.start(tmp_path / "some" / "run", settings(seed=3))
+    assert files(run.path) == ["settings.json"]
+    assert RunSettings.load(run.path / "settings.json") == settings(seed=3)
+    assert not run.is_finished
+
+
+def test_an_empty_directory_may_become_a_run(tmp_path: Path) -> None:
+    assert files(RunDirectory.start(tmp_path, settings()).path) == ["settings.json"]
+
+
+def test_the_same_settings_take_up_the_run_that_is_there(tmp_path: Path) -> None:
+    RunDirectory.start(tmp_path, settings()).finish(summary())
+    assert RunDirectory.start(tmp_path, settings()).is_finished
+    assert RunDirectory.open(tmp_path).summary() == summary()
+
+
+def test_other_settings_are_refused_with_the_settings_that_differ(tmp_path: Path) -> None:
+    RunDirectory.start(tmp_path, settings())
+    other = settings(seed=1, quantization=QuantizationSettings(weight_bits=3))
+    with pytest.raises(ConfigError, match=r"seed: 0 there, 1 now; quantization\.weight_bits: 4 there, 3 now"):
+        RunDirectory.start(tmp_path, other)
+    assert RunSettings.load(tmp_path / "settings.json") == settings()
+
+
+def test_a_long_list_of_differences_is_cut(tmp_path: Path) -> None:
+    RunDirectory.start(tmp_path, settings())
+    distillation = DistillationSettings(num_steps=1, batch_size=1, optimizer="sgd", ce_weight=1, flip=False)
+    with pytest.raises(ConfigError, match="and 1 more"):
+        RunDirectory.start(tmp_path, settings(distillation=distillation))
+
+
+def test_a_directory_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="not empty and holds no run"):
+        RunDirectory.start(tmp_path, settings())
+    assert files(tmp_path) == ["thesis.tex"]
+
+
+def test_a_file_is_refused_as_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        refuse_other_content(tmp_path / "run")
+
+
+def test_opening_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a run"):
+        RunDirectory.open(tmp_path)
+    RunDirectory.start(tmp_path, settings())
+    with pytest.raises(ConfigError, match="interrupted"):
+        RunDirectory.open(tmp_path)
+
+
+def test_a_damaged_summary_is_refused_with_its_name(tmp_path: Path) -> None:
+    run = RunDirectory.start(tmp_path, settings())
+    run.finish(summary())
+    (tmp_path / "summary.json").write_text('{"model": ')
+    with pytest.raises(ConfigError, match=r"summary\.json"):
+        run.summary()
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def record(run: RunDirectory, part: str, *steps: int) -> None:
+    with run.recording(part, silent) as callback:  # type: ignore[arg-type]
+        for step in steps:
+            callback(Progress(f"{part} stage", step, 10, {"loss": 1 / step}))
+
+
+def recorded(run: RunDirectory) -> list[tuple[str, int]]:
+    lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    return [(line["part"], line["step"]) for line in lines]
+
+
+def test_every_step_is_one_line_with_its_metrics(tmp_path: Path) -> None:
+    run = RunDirectory.start(tmp_path, settings())
+    seen: list[Progress] = []
+    with run.recording("student", seen.append) as callback:
+        callback(Progress("distillation", 10, 600, {"kl": 0.25}))
+        (line,) = run.metrics_file.read_text().splitlines()  # written at once, not when the stage ends
+    values = json.loads(line)
+    assert values.pop("seconds") >= 0
+    assert values == {"part": "student", "stage": "distillation", "step": 10, "total": 600, "kl": 0.25}
+    assert seen == [Progress("distillation", 10, 600, {"kl": 0.25})]
+
+
+def test_the_seconds_of_a_part_are_those_of_its_last_step(tmp_path: Path) -> None:
+    run = RunDirectory.start(tmp_path, settings())
+    record(run, "bank", 1, 2)
+    last = json.loads(run.metrics_file.read_text().splitlines()[-1])
+    assert run.seconds("bank") == last["seconds"]
+    assert run.seconds("student") is None
+
+
+@pytest.mark.parametrize("has_bank", [False, True])
+def test_taking_up_a_run_forgets_the_steps_that_are_done_again(tmp_path: Path, has_bank: bool) -> None:
+    run = RunDirectory.start(tmp_path, settings())
+    record(run, "bank", 1, 2)
+    if has_bank:
+        run.bank_directory.mkdir()
+        record(run, "student", 1)
+    with run.metrics_file.open("a") as file:
+        file.write('{"part": "student", "stage": "distil')  # the process was killed here
+    again = RunDirectory.start(tmp_path, settings())
+    assert recorded(again) == ([("bank", 1), ("bank", 2)] if has_bank else [])
+
+
+def test_a_finished_run_keeps_all_its_metrics(tmp_path: Path) -> None:
+    run = RunDirectory.start(tmp_path, settings())
+    record(run, "bank", 1)
+    record(run, "student", 1)
+    run.finish(summary())
+    assert recorded(RunDirectory.start(tmp_path, settings())) == [("bank", 1), ("student", 1)]
+
+
+# --- files that are whole or absent -----------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_not_finished_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError), replacing(path) as temporary:
+        temporary.write_text("new, but not \ud800")
+    assert files(tmp_path) == ["student.safetensors"]
+    assert path.read_text() == "old"
+
+
+def test_a_finished_file_replaces_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert (files(tmp_path), path.read_text()) == (["summary.json"], "new")
+
+
+def test_taking_up_a_run_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    RunDirectory.start(tmp_path, settings())
+    (tmp_path / ".student.partial-123.safetensors").touch()
+    (tmp_path / ".bank.partial-123").mkdir()
+    (tmp_path / ".bank.partial-123" / "samples-00000.safetensors").touch()
+    RunDirectory.start(tmp_path, settings())
+    assert files(tmp_path) == ["settings.json"]
+
+
+# --- summary ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_says_what_was_made_from_what(tmp_path: Path) -> None:
+    run = RunDirectory.start(tmp_path, settings())
+    run.finish(summary())
+    text = run.report_file.read_text()
+    assert text == summary().text()
+    for fact in ("toy.py:build", "w4a4", "seed 0", "made earlier", "61 s", "200.0 kB instead of 1.60 MB", "93.8 %"):
+        assert fact in text
+
+
+def test_packed_bytes_count_weights_at_their_bits_and_a_scale_and_a_bias_per_channel() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 6 * 6, 3))
+    teacher = Teacher.capture(model, SPEC)
+    convolution, linear = 8 * 9, 3 * 8 * 6 * 6
+    expected = convolution * 4 // 8 + linear * 4 // 8 + (8 + 3) * 8
+    assert packed_bytes(teacher, QuantizationSettings(weight_bits=4)) == expected
+
+
+@pytest.mark.parametrize(("num_bytes", "text"), [(999, "1.0 kB"), (41_304, "41.3 kB"), (46_800_000, "46.80 MB")])
+def test_sizes_are_readable(num_bytes: int, text: str) -> None:
+    assert readable_bytes(num_bytes) == text
