@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from qimera.teacher import BatchNormTap
@@ -24,13 +25,39 @@ def bns_loss(entering: Sequence[Tensor], taps: Sequence[BatchNormTap], *, relati
     """
     losses = []
     for x, tap in zip(entering, taps, strict=True):
-        var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        mean, var = channel_moments(x)
         if relative:
             gap = (mean - tap.mean).square() + (safe_sqrt(var) - safe_sqrt(tap.var)).square()
             losses.append((gap / (var + tap.var + 1e-8)).mean())
         else:
             losses.append(F.mse_loss(mean, tap.mean) + F.mse_loss(var, tap.var))
     return torch.stack(losses).mean()
+
+
+class _ChannelMoments(Function):
+    """Mean and variance per channel; the gradient is one multiply-add per element, where autograd's own takes ten."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        ctx.save_for_backward(x, mean)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx, dmean: Tensor, dvar: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        x, mean = ctx.saved_tensors
+        per_channel = (-1, *(1 for _ in x.shape[2:]))
+        factor = dvar * (2 * len(mean) / x.numel())
+        offset = dmean * (len(mean) / x.numel()) - factor * mean
+        return torch.addcmul(offset.view(per_channel), x, factor.view(per_channel))
+
+
+def channel_moments(
+    x: Float[Tensor, "batch channel ..."],
+) -> tuple[Float[Tensor, " channel"], Float[Tensor, " channel"]]:
+    """Return the mean and the (biased) variance of every channel over batch and positions."""
+    mean, var = _ChannelMoments.apply(x)  # type: ignore[no-untyped-call]
+    return mean, var
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
