@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qimera.synthesis.augmentation import flip_at_random, shift_batch, shift_each
+from qimera.synthesis.augmentation import blend_at_random, flip_at_random, shift_batch, shift_each
 
 SEEDS = st.integers(0, 1000)
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 3), st.integers(5, 9), st.integers(5, 9))
@@ -97,3 +97,35 @@ def test_the_gradient_of_a_shift_returns_to_the_pixels_it_came_from() -> None:
     shift_batch(images, 2, seeded(0)).sum().backward()
     assert images.grad is not None
     assert float(images.grad.sum()) == 72
+
+
+# --- blending ---------------------------------------------------------------------------------------------------------
+
+
+def blended(count: int, probability: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Blend images whose every pixel is their number; their soft labels are one class per image."""
+    images = torch.arange(float(count))[:, None, None, None].expand(count, 2, 3, 3)
+    return blend_at_random(images, torch.eye(count), probability, seeded(seed))
+
+
+@given(seed=SEEDS, half=st.integers(1, 6))
+def test_image_and_label_are_blended_in_the_same_shares(seed: int, half: int) -> None:
+    count = 2 * half
+    images, labels = blended(count, 1.0, seed)
+    torch.testing.assert_close(labels.sum(1), torch.ones(count))
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        assert bool((image == image[0, 0, 0]).all())
+        assert float(label[number]) >= 0.5
+        # rounding of the interpolation
+        assert float(image[0, 0, 0]) == pytest.approx(float(label @ torch.arange(float(count))), abs=1e-5)
+
+
+def test_with_probability_zero_nothing_is_blended() -> None:
+    images, labels = blended(50, 0.0)
+    assert torch.equal(images[:, 0, 0, 0], torch.arange(50.0))
+    assert torch.equal(labels, torch.eye(50))
+
+
+def test_the_share_of_blended_images_is_the_probability() -> None:
+    _, labels = blended(4000, 0.3)
+    assert float((labels.amax(1) < 1).float().mean()) == pytest.approx(0.3, abs=0.037)  # five standard deviations

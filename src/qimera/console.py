@@ -52,7 +52,8 @@ class ProgressDisplay:
             disable=not self._console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._first_report: dict[str, tuple[float, int]] = {}
+        self._start, self._first_step = 0.0, 0
+        self._stage = ""
         self._last_line = 0.0
 
     def __enter__(self) -> "ProgressDisplay":
@@ -78,14 +79,15 @@ class ProgressDisplay:
 
     def _write(self, progress: Progress) -> None:
         now = time.monotonic()
-        start, first_step = self._first_report.setdefault(progress.stage, (now, progress.step))
+        if progress.stage != self._stage:  # also when a stage comes again, for the next student
+            self._stage, self._start, self._first_step = progress.stage, now, progress.step
         is_last = progress.step >= progress.total
         if not is_last and now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
         facts = [f"{_title(progress)}: {progress.step}/{progress.total}"]
-        if not is_last and progress.step > first_step:
-            per_step = (now - start) / (progress.step - first_step)
+        if not is_last and progress.step > self._first_step:
+            per_step = (now - self._start) / (progress.step - self._first_step)
             facts.append(f"{per_step * (progress.total - progress.step):.0f} s left")
         typer.echo("  ".join(filter(None, (*facts, _metrics(progress)))), err=True)
 

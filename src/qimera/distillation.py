@@ -33,7 +33,7 @@ def distill_(
     training: SynthesizerTraining | None = None,
     progress: ProgressCallback = silent,
 ) -> None:
-    """Train ``student`` for ``settings.num_steps``; its state after the last step is the result.
+    """Train ``student`` for ``settings.num_steps``; its state after the last step is the result (deviation D14).
 
     Args:
         student: With ranges already fitted.
@@ -94,7 +94,10 @@ def kl_loss(
 
 
 def feature_loss(features: list[Tensor], targets: list[Tensor]) -> Float[Tensor, ""]:
-    """Return the squared error of block outputs over the teacher's variance, averaged over blocks; 0 for none."""
+    """Return the squared error of block outputs over the teacher's variance, averaged over blocks; 0 for none.
+
+    Neither the paper nor its code has such a term (deviation D16).
+    """
     if not features:
         return torch.zeros(())
     losses = [F.mse_loss(mine, theirs) / (theirs.var() + 1e-8) for mine, theirs in zip(features, targets, strict=True)]

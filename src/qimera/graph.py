@@ -122,7 +122,7 @@ def _fold(module: GraphModule, layer: Node, norm: Node) -> None:
     owner = layer_name(layer)
     with module.graph.inserting_before(layer):
         weight_node, bias_node = (
-            _new_parameter(module, owner, *each) for each in zip(("weight", "bias"), new, strict=True)
+            _new_parameter(module, layer, owner, *each) for each in zip(("weight", "bias"), new, strict=True)
         )
     layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
     norm.replace_all_uses_with(layer)
@@ -135,14 +135,14 @@ def _optional_tensor(module: GraphModule, node: Node, index: int) -> Tensor | No
     return tensor_of(module, argument) if isinstance(argument, Node) else None
 
 
-def _new_parameter(module: GraphModule, owner: str, name: str, value: Tensor) -> Node:
+def _new_parameter(module: GraphModule, layer: Node, owner: str, name: str, value: Tensor) -> Node:
     """Store value in the module called owner and return a node that reads it.
 
-    A parameter that several calls share keeps its value for them; the new one then gets a name of its own.
+    A parameter that others than ``layer`` read keeps its value for them; the new one then gets a name of its own.
     """
     target = f"{owner}.{name}"
     readers = [node for node in module.graph.nodes if node.op == "get_attr" and node.target == target]
-    if sum(len(node.users) for node in readers) > 1:
+    if any(user is not layer for reader in readers for user in reader.users):
         own = [key for key, _ in module.get_submodule(owner).named_parameters(recurse=False)]
         name = f"{name}_{sum(key.startswith(name) for key in own)}"
     setattr(module.get_submodule(owner), name, nn.Parameter(value.detach().clone()))
@@ -166,8 +166,8 @@ def unfold_batch_norms(module: GraphModule) -> GraphModule:
         per_channel = (-1, *(1 for _ in norm.meta["val"].shape[2:]))
         owner = str(node_at(norm, 3).target).rpartition(".")[0]
         with unfolded.graph.inserting_before(norm):
-            factor_node = _new_parameter(unfolded, owner, "factor", factor.view(per_channel))
-            offset_node = _new_parameter(unfolded, owner, "offset", offset.view(per_channel))
+            factor_node = _new_parameter(unfolded, norm, owner, "factor", factor.view(per_channel))
+            offset_node = _new_parameter(unfolded, norm, owner, "offset", offset.view(per_channel))
             scaled = unfolded.graph.call_function(aten.mul.Tensor, (node_at(norm, 0), factor_node))
             result = unfolded.graph.call_function(aten.add.Tensor, (scaled, offset_node))
         scaled.meta["val"] = result.meta["val"] = norm.meta["val"]

@@ -139,16 +139,19 @@ class GeneratorSettings(_Settings):
     """Width of random class embeddings; extracted ones are as wide as the classifier's input."""
 
     mapping_dim: int = Field(64, ge=2)
-    """Width that the disentanglement mapping leads to."""
+    """Width that the disentanglement mapping leads to (deviation D25)."""
 
     noise_scale: float = Field(1.0, ge=0)
-    """Standard deviation of the noise added to a class embedding, in standard deviations of the embedding."""
+    """Standard deviation of the noise added to a class embedding, in standard deviations of the embedding.
+
+    The authors' code has it for CIFAR alone (deviation D20).
+    """
 
     base_channels: int = Field(64, ge=8)
     """Channels of the generator's first feature map."""
 
     conditional_norm_from: int = Field(200, ge=2)
-    """Number of classes from which the generator's batch norms are conditioned on the class."""
+    """Number of classes from which the generator's batch norms are conditioned on the class (deviation D26)."""
 
     ce_weight: float = Field(0.05, ge=0)
     bns_weight: float = Field(5.0, ge=0)
@@ -275,6 +278,8 @@ class DistillationSettings(_Settings):
     """Of all parameters (``sgd``)."""
 
     schedule: Literal["cosine", "milestones"] = "cosine"
+    """``cosine`` falls to zero over the run; ``milestones`` is that of GDFQ and Qimera (deviation D15)."""
+
     milestones: tuple[int, ...] = ()
     """Steps after which learning rates are divided by ten (schedule ``milestones``)."""
 

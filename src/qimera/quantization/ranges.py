@@ -21,7 +21,10 @@ def integer_range(bits: int, *, signed: bool) -> tuple[int, int]:
 def affine_parameters(
     x: Tensor, quant_min: int, quant_max: int, *, symmetric: bool, axis: int | None = None
 ) -> tuple[Float[Tensor, " channel"], Int[Tensor, " channel"]]:
-    """Return the scale and zero point with which the grid just covers ``x`` and zero (one each, or per channel)."""
+    """Return the scale and zero point with which the grid just covers ``x`` and zero (one each, or per channel).
+
+    Zero is always a level, also of a tensor without it (deviation D11).
+    """
     rows = _rows(x, axis)
     return _from_extremes(rows.amin(1), rows.amax(1), quant_min, quant_max, symmetric)
 

@@ -29,7 +29,7 @@ _VALUE_PRESERVING = {aten.pad.default, aten.constant_pad_nd.default, aten.flatte
 
 
 class HardwareQuantizer(Quantizer):
-    """What integer kernels need: zero-point-0 weights per channel, and every activation edge.
+    """What integer kernels need: zero-point-0 weights per channel, and every activation edge (deviation D18).
 
     Inputs of layers and matrix products get the stated bits; edges into additions, concatenations and pooling, and
     the network's input, ``edge_bits`` and ``input_bits``. A tensor that is read at several widths is first put on the

@@ -64,7 +64,7 @@ class Student(nn.Module):
             with torch.no_grad():
                 for weight, quantizer in _weight_quantizers(module):
                     quantizer(weight)  # a range that follows its weight is as old as the last call
-            return convert_pt2e(module)
+            return _lay_out_(convert_pt2e(module))
 
     @property
     def steps(self) -> list[nn.Parameter]:
@@ -90,7 +90,8 @@ class Student(nn.Module):
     def initialize_ranges_(self, batches: Iterable[Float[Tensor, "batch channel height width"]]) -> None:
         """Fit every quantizer to ``batches``, in the order of the graph, each behind its quantized predecessors.
 
-        Learned steps are searched by squared error on the first batch; min-max ranges average over all batches.
+        Learned steps are searched by squared error on the first batch (deviation D23); min-max ranges average over all
+        batches (deviation D12).
         """
         quantizers = [m for m in self.module.modules() if isinstance(m, LearnedStepFakeQuantize | MinMaxFakeQuantize)]
         for quantizer in quantizers:
@@ -113,12 +114,22 @@ def _weight_quantizers(module: GraphModule) -> Iterator[tuple[Tensor, nn.Module]
 
 def _prepare(teacher: Teacher, settings: QuantizationSettings) -> GraphModule:
     hardware = settings.scheme == "hardware"
-    graph = fold_batch_norms(teacher.module) if hardware else unfold_batch_norms(teacher.module)
+    # Norms that no layer can take in are written out, or torchao would fold them into layers that others read too.
+    graph = unfold_batch_norms(fold_batch_norms(teacher.module) if hardware else teacher.module)
     quantizer = HardwareQuantizer(settings) if hardware else PaperQuantizer(settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchao's own deprecations, nothing that a user can act on
         prepared = prepare_pt2e(graph, quantizer)
-    return prepared.requires_grad_(True)
+    return _lay_out_(prepared.requires_grad_(True))
+
+
+def _lay_out_(module: GraphModule) -> GraphModule:
+    """Bring weights into one layout in memory, which decides on kernels and so on the last bits."""
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4 and tensor.shape[2:].numel() == 1:  # both layouts at once, by the strides of one
+            tensor.data = tensor.data.reshape(-1).view(tensor.shape)
+    return module
 
 
 def block_outputs(module: GraphModule) -> list[str]:

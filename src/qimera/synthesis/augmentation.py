@@ -22,8 +22,8 @@ def blend_at_random(
 ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch num_classes"]]:
     """Blend some of the images, and their labels, with another image of the batch, which gets at most half the weight.
 
-    Superposition once more, in the space of images (mixup, Zhang et al. 2018): it costs nothing and fills the space
-    between the samples of a small bank.
+    Superposition once more, in the space of images (mixup, Zhang et al. 2018; deviation D24): it costs nothing and
+    fills the space between the samples of a small bank.
     """
     share = 0.5 * torch.rand(len(images), 1, generator=generator)
     share *= torch.rand(len(images), 1, generator=generator) < probability

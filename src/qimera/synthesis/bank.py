@@ -1,4 +1,7 @@
-"""The sample bank: images, soft labels and teacher logits, made once per teacher and used for every bit width."""
+"""The sample bank: images, soft labels and teacher logits, made once per teacher and used for every bit width.
+
+GDFQ and Qimera train a generator anew for every bit width (deviation D17).
+"""
 
 import json
 import os

@@ -27,7 +27,7 @@ class ClassConditionalBatchNorm(nn.Module):
 
 
 class _SharedBatchNorm(nn.BatchNorm2d):
-    """Batch norm that ignores the label, for few classes."""
+    """Batch norm that ignores the label, for few classes; its constant is PyTorch's, not 0.8 (deviation D21)."""
 
     def forward(self, x: Tensor, soft_label: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)
@@ -36,8 +36,9 @@ class _SharedBatchNorm(nn.BatchNorm2d):
 class Generator(nn.Module):
     """The generator of GDFQ and Qimera: a linear layer, then two doublings of the resolution.
 
-    Sizes that are no multiple of four are reached by upsampling to the exact size. The last batch norm gives images the
-    mean and variance of normalised ones; a tanh after it bends extremes into the valid pixel range (deviation D4).
+    Sizes that are no multiple of four are reached by upsampling to the exact size (deviation D22). The last batch norm
+    gives images the mean and variance of normalised ones; a tanh after it bends their extremes into the valid pixel
+    range (deviation D4).
     """
 
     def __init__(
@@ -60,9 +61,15 @@ class Generator(nn.Module):
         self.norm3 = nn.BatchNorm2d(channels, affine=False)
         self.register_buffer("centre", (input_spec.low + input_spec.high) / 2)
         self.register_buffer("radius", (input_spec.high - input_spec.low) / 2)
+        # Pixels that training did not normalise have another mean and spread: the middle and a quarter of their range.
+        usual = (input_spec.low < 0) & (input_spec.high > 0) & (self.radius < 8)
+        self.register_buffer("mean", torch.where(usual, 0.0, self.centre), persistent=False)
+        self.register_buffer("std", torch.where(usual, 1.0, self.radius / 2), persistent=False)
 
     centre: Tensor
     radius: Tensor
+    mean: Tensor
+    std: Tensor
 
     def forward(
         self, latent: Float[Tensor, "batch latent"], soft_label: Float[Tensor, "batch num_classes"]
@@ -73,5 +80,5 @@ class Generator(nn.Module):
         x = F.leaky_relu(self.norm1(self.conv1(x), soft_label), 0.2)
         x = F.interpolate(x, size=self.sizes[2])
         x = F.leaky_relu(self.norm2(self.conv2(x), soft_label), 0.2)
-        normalised = self.norm3(self.conv3(x))
+        normalised = self.mean + self.std * self.norm3(self.conv3(x))
         return self.centre + self.radius * torch.tanh((normalised - self.centre) / self.radius)

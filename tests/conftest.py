@@ -1,0 +1,50 @@
+"""One thread, and what many tests share: a small trained classifier, its teacher, and a small bank of its samples."""
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+from qimera.pipeline import synthesize
+from qimera.settings import DirectSettings, GeneratorSettings, SynthesisSettings
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+from tests.networks import SPEC, TinyNet, toy_pixels, trained_tiny_net
+
+# Several threads on shared cores take longer than one, and sum in another order.
+torch.set_num_threads(1)
+
+# No deadline: the first example of a test pays for whatever PyTorch loads.
+hypothesis.settings.register_profile("qimera", deadline=None, max_examples=30)
+hypothesis.settings.load_profile("qimera")
+
+TINY_SYNTHESIS = SynthesisSettings(
+    num_generated=48,
+    num_optimized=48,
+    generator=GeneratorSettings(num_steps=8, batch_size=16, base_channels=16, mapping_dim=8),
+    direct=DirectSettings(num_steps=20, batch_size=24),
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> TinyNet:
+    """A trained classifier as a user would bring it; no test may change it."""
+    return trained_tiny_net()
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny_model: TinyNet) -> Teacher:
+    """The teacher captured from ``tiny_model``."""
+    return Teacher.capture(tiny_model, SPEC)
+
+
+@pytest.fixture(scope="session")
+def bank(teacher: Teacher) -> SampleBank:
+    """A bank with samples of both producers and a generator that can draw more."""
+    return synthesize(teacher, settings=TINY_SYNTHESIS, seed=0)
+
+
+@pytest.fixture(scope="session")
+def toy_images() -> Tensor:
+    """Normalised images of the task that ``tiny_model`` was trained on, which it has not seen."""
+    return SPEC.normalize(toy_pixels(512, seed=2)[0])

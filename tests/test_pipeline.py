@@ -1,0 +1,276 @@
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qimera import pipeline
+from qimera.errors import ConfigError
+from qimera.pipeline import quantize, synthesize
+from qimera.progress import Progress
+from qimera.quantization.student import Student
+from qimera.recipes import recipe
+from qimera.settings import (
+    DirectSettings,
+    DistillationSettings,
+    GeneratorSettings,
+    InputSpec,
+    LabelSettings,
+    SynthesisSettings,
+)
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+from tests.networks import NUM_CLASSES, SPEC, TinyNet
+
+SHORT = DistillationSettings(num_steps=4, batch_size=16)
+
+
+def short_synthesis(generated: int = 12, optimized: int = 12, **changes: object) -> SynthesisSettings:
+    values: dict[str, object] = {
+        "num_generated": generated,
+        "num_optimized": optimized,
+        "generator": GeneratorSettings(num_steps=2, batch_size=8, base_channels=8, mapping_dim=4),
+        "direct": DirectSettings(num_steps=2, batch_size=8),
+    }
+    return SynthesisSettings(**{**values, **changes})
+
+
+def same_bank(one: SampleBank, two: SampleBank) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(two, name)) for name in ("pixels", "soft_labels", "logits"))
+
+
+def same_student(one: Student, two: Student) -> bool:
+    first, second = one.module.state_dict(), two.module.state_dict()
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- the user's model -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["hardware", "paper"])
+def test_a_whole_run_leaves_the_users_model_bit_for_bit_as_it_was(tiny_model: TinyNet, scheme: str) -> None:
+    model = copy.deepcopy(tiny_model).train()
+    model.conv2.weight.requires_grad_(False)
+    state = copy.deepcopy(model.state_dict())
+    flags = {name: each.requires_grad for name, each in model.named_parameters()}
+    bank = synthesize(model, SPEC, short_synthesis())
+    quantize(model, bank, "w3a3", scheme=scheme, settings=SHORT)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert {name: each.requires_grad for name, each in model.named_parameters()} == flags
+    assert all(each.grad is None for each in model.parameters())
+    assert all(module.training for module in model.modules())
+
+
+def test_a_whole_run_leaves_the_teacher_bit_for_bit_as_it_was(teacher: Teacher) -> None:
+    state = {name: value.clone() for name, value in teacher.state_dict().items()}
+    statistics = [(tap.mean.clone(), tap.var.clone()) for tap in teacher.batch_norms]
+    weight, hash_before = teacher.classifier.weight.clone(), teacher.hash
+    bank = synthesize(teacher, settings=short_synthesis())
+    quantize(
+        teacher, bank, settings=recipe("paper", SPEC, NUM_CLASSES).distillation.model_copy(update={"num_steps": 2})
+    )
+    assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())
+    assert all(each.grad is None and not each.requires_grad for each in teacher.parameters())
+    assert torch.equal(teacher.classifier.weight, weight)
+    for tap, (mean, var) in zip(teacher.batch_norms, statistics, strict=True):
+        assert torch.equal(tap.mean, mean)
+        assert torch.equal(tap.var, var)
+    assert Teacher(teacher.program, SPEC).hash == hash_before
+
+
+def test_a_model_and_its_teacher_give_the_same(tiny_model: TinyNet, teacher: Teacher) -> None:
+    one, two = synthesize(tiny_model, SPEC, short_synthesis()), synthesize(teacher, settings=short_synthesis())
+    assert same_bank(one, two)
+    assert same_student(quantize(tiny_model, one, settings=SHORT), quantize(teacher, two, settings=SHORT))
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bank_and_another_seed_another(teacher: Teacher) -> None:
+    torch.manual_seed(1)
+    one = synthesize(teacher, settings=short_synthesis(), seed=5)
+    torch.manual_seed(2)
+    two = synthesize(teacher, settings=short_synthesis(), seed=5)
+    other = synthesize(teacher, settings=short_synthesis(), seed=6)
+    assert same_bank(one, two)
+    assert not torch.equal(one.pixels, other.pixels)
+    assert not torch.equal(one.soft_labels, other.soft_labels)
+
+
+def test_same_seed_same_student_and_another_seed_another(teacher: Teacher, bank: SampleBank) -> None:
+    torch.manual_seed(1)
+    one = quantize(teacher, bank, settings=SHORT, seed=5)
+    torch.manual_seed(2)
+    two = quantize(teacher, bank, settings=SHORT, seed=5)
+    assert same_student(one, two)
+    assert not same_student(one, quantize(teacher, bank, settings=SHORT, seed=6))
+
+
+def test_one_bank_serves_every_run_unchanged(teacher: Teacher, bank: SampleBank) -> None:
+    """Also where the generator goes on learning beside the student, as in the paper."""
+    assert bank.synthesizer is not None
+    before = copy.deepcopy(bank.synthesizer.state_dict())
+    settings = recipe("paper", SPEC, NUM_CLASSES).distillation.model_copy(update={"num_steps": 2, "batch_size": 8})
+    one, two = (quantize(teacher, bank, "w3a3", settings=settings) for _ in range(2))
+    assert same_student(one, two)
+    after = bank.synthesizer.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not bank.synthesizer.training
+
+
+# --- the bank ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("generated", "optimized"), [(12, 0), (0, 12), (9, 11), (17, 2)])
+def test_the_bank_has_as_many_samples_as_asked_for(teacher: Teacher, generated: int, optimized: int) -> None:
+    bank = synthesize(teacher, settings=short_synthesis(generated, optimized))
+    assert len(bank) == generated + optimized
+    torch.testing.assert_close(bank.soft_labels.sum(1), torch.ones(len(bank)))
+    assert (bank.synthesizer is not None) is (generated > 0)
+    assert bank.teacher_hash == teacher.hash
+
+
+@given(total=st.integers(2, 2000), size=st.integers(2, 256))
+def test_parts_add_up_and_none_is_a_single_sample(total: int, size: int) -> None:
+    parts = pipeline._parts(total, size)
+    assert sum(parts) == total
+    assert max(parts) <= size
+    assert min(parts) >= 2 or (size == 2 and total % 2)
+
+
+@pytest.mark.parametrize("start", ["noise", "generator"])
+@pytest.mark.parametrize(("generated", "optimized"), [(40, 0), (0, 40)])
+def test_with_probability_zero_no_sample_of_the_bank_is_superposed(
+    teacher: Teacher, generated: int, optimized: int, start: str
+) -> None:
+    labels = LabelSettings(superposition_probability=0.0)
+    direct = DirectSettings(num_steps=1, batch_size=20, start=start)
+    bank = synthesize(teacher, settings=short_synthesis(generated, optimized, labels=labels, direct=direct))
+    assert bool((bank.soft_labels.amax(1) == 1).all())
+
+
+@pytest.mark.parametrize("start", ["noise", "generator"])
+@pytest.mark.parametrize(("generated", "optimized"), [(40, 0), (0, 40)])
+def test_with_probability_one_samples_of_both_producers_are_superposed(
+    teacher: Teacher, generated: int, optimized: int, start: str
+) -> None:
+    labels = LabelSettings(superposition_probability=1.0, num_superposed_classes=3)
+    direct = DirectSettings(num_steps=1, batch_size=20, start=start)
+    bank = synthesize(teacher, settings=short_synthesis(generated, optimized, labels=labels, direct=direct))
+    superposed = (bank.soft_labels.amax(1) < 1).float().mean()
+    assert float(superposed) > 0.75  # three draws of one class out of five: 1 in 25
+
+
+def test_every_class_appears_in_a_small_bank(teacher: Teacher) -> None:
+    bank = synthesize(teacher, settings=short_synthesis(0, 5, labels=LabelSettings(superposition=False)))
+    assert sorted(bank.soft_labels.argmax(1).tolist()) == list(range(NUM_CLASSES))
+
+
+def test_optimised_samples_are_what_the_teacher_was_asked_for(teacher: Teacher) -> None:
+    labels = LabelSettings(superposition_probability=0.5)
+    direct = DirectSettings(num_steps=60, batch_size=40, ce_weight=1.0)
+    bank = synthesize(teacher, settings=short_synthesis(0, 40, labels=labels, direct=direct))
+    gap = (bank.logits.softmax(1) - bank.soft_labels).abs().sum(1) / 2
+    assert float(gap.mean()) < 0.25
+
+
+def test_gdfq_is_the_generator_without_superposition_mapping_and_extracted_embeddings(teacher: Teacher) -> None:
+    settings = recipe("gdfq", SPEC, NUM_CLASSES).synthesis
+    generator = settings.generator.model_copy(update={"num_steps": 1, "batch_size": 8, "base_channels": 8})
+    bank = synthesize(teacher, settings=settings.model_copy(update={"num_generated": 10, "generator": generator}))
+    assert bool((bank.soft_labels.amax(1) == 1).all())
+    assert bank.synthesizer is not None
+    assert isinstance(bank.synthesizer.mapping, torch.nn.Identity)
+    assert bank.synthesizer.embedding.latent_dim == settings.generator.embedding_dim
+
+
+# --- students ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["hardware", "paper"])
+def test_an_eight_bit_student_agrees_with_its_teacher(
+    teacher: Teacher, bank: SampleBank, toy_images: Tensor, scheme: str
+) -> None:
+    student = quantize(teacher, bank, "w8a8", scheme=scheme, settings=DistillationSettings(num_steps=20, batch_size=32))
+    with torch.no_grad():
+        agreement = (student(toy_images).argmax(1) == teacher(toy_images).argmax(1)).float().mean()
+    assert float(agreement) >= 0.99
+
+
+@pytest.mark.parametrize("scheme", ["hardware", "paper"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_trained_student_converts_to_itself(
+    teacher: Teacher, bank: SampleBank, toy_images: Tensor, scheme: str, optimizer: str
+) -> None:
+    """At once after training, before the student is called again."""
+    settings = SHORT.model_copy(update={"optimizer": optimizer, "weight_learning_rate": 1e-2})
+    student = quantize(teacher, bank, "w3a4", scheme=scheme, layer_bits="fc=8", settings=settings)
+    converted = student.converted()
+    with torch.no_grad():
+        assert torch.equal(converted(toy_images[:64]), student(toy_images[:64]))
+
+
+def test_bits_by_layer_reach_the_student(teacher: Teacher, bank: SampleBank) -> None:
+    student = quantize(teacher, bank, "w4a5", layer_bits="conv1=8,*fc*=w8a6", settings=SHORT)
+    assert student.settings.bits_of("conv2") == (4, 5)
+    assert student.settings.bits_of("conv1") == (8, 8)
+    assert student.settings.bits_of("fc") == (8, 6)
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_reports_up_to_its_total(teacher: Teacher) -> None:
+    reports: list[Progress] = []
+    bank = synthesize(teacher, settings=short_synthesis(), progress=reports.append)
+    quantize(teacher, bank, settings=SHORT, progress=reports.append)
+    by_stage: dict[str, list[Progress]] = {}
+    for report in reports:
+        by_stage.setdefault(report.stage, []).append(report)
+    assert list(by_stage) == ["generator", "direct", "ranges", "distillation"]
+    for stage, found in by_stage.items():
+        steps = [each.step for each in found]
+        assert steps == sorted(steps), stage
+        assert found[-1].step == found[-1].total, stage
+    assert set(by_stage["generator"][0].metrics) == {"generator_ce", "generator_bns"}
+    assert set(by_stage["direct"][0].metrics) == {"direct_ce", "direct_bns", "direct_tv"}
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_without_an_input_spec_is_refused(tiny_model: TinyNet) -> None:
+    with pytest.raises(ConfigError, match="input_spec: missing; pass InputSpec"):
+        synthesize(tiny_model)
+
+
+def test_a_bank_of_another_teacher_is_refused(bank: SampleBank) -> None:
+    torch.manual_seed(3)
+    with pytest.raises(ConfigError, match=r"bank: made for another teacher .*synthesise a bank for this model"):
+        quantize(TinyNet(), bank, settings=SHORT)
+
+
+def test_a_bank_for_other_images_is_refused(tiny_model: TinyNet, bank: SampleBank) -> None:
+    other = Teacher.capture(tiny_model, InputSpec(shape=SPEC.shape, mean=(0.0,) * 3, std=(1.0,) * 3))
+    with pytest.raises(ConfigError, match=r"bank: made for images of .*this teacher takes"):
+        quantize(other, bank, settings=SHORT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bits": "w1a4"}, "weight bits must be 2 to 8"),
+        ({"bits": "four"}, "expected the form w4a4"),
+        ({"scheme": "mixed"}, "scheme: .*'hardware' or 'paper'"),
+        ({"layer_bits": "fc"}, "layer_bits: expected PATTERN=BITS"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    teacher: Teacher, bank: SampleBank, arguments: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quantize(teacher, bank, settings=SHORT, **arguments)

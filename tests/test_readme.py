@@ -1,0 +1,89 @@
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from qimera.cli import app
+from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+RESNET = """
+import torch
+from torch import nn
+
+
+def build():
+    torch.manual_seed(0)
+    features = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    return nn.Sequential(features, nn.Flatten(), nn.Linear(4, 10))
+"""
+
+
+def block(language: str, containing: str) -> str:
+    """Return the one fenced block of this language that contains the text."""
+    found = [text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in text]
+    assert len(found) == 1
+    return found[0]
+
+
+def commands() -> list[list[str]]:
+    """Return the command lines of the README, split as a shell would."""
+    lines = block("sh", "qimera quantize").replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    """Only the lengths of the two stages are cut short."""
+    text = block("python", "qimera.synthesize")
+    short = text.replace("synthesize(model, spec)", "synthesize(model, spec, SYNTHESIS)")
+    short = short.replace('bits="w4a4")', 'bits="w4a4", settings=DISTILLATION)')
+    assert short.count("SYNTHESIS") == short.count("DISTILLATION") == 1
+    names: dict[str, object] = {
+        "SYNTHESIS": SynthesisSettings(num_optimized=4, direct=DirectSettings(num_steps=2)),
+        "DISTILLATION": DistillationSettings(num_steps=2),
+    }
+    exec(short, names)
+    student, graph = names["student"], names["integer_graph"]
+    assert callable(student)
+    assert callable(graph)
+    images = torch.zeros(2, 1, 28, 28)
+    assert torch.equal(student(images), graph(images))
+
+
+def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command as it is typed, on a network of a few hundred parameters."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet.py").write_text(RESNET)
+    namespace: dict[str, object] = {}
+    exec(RESNET, namespace)
+    build = namespace["build"]
+    assert callable(build)
+    save_file(build().state_dict(), tmp_path / "resnet.safetensors")
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(20) % 10)
+    typed = commands()
+    assert [line[:2] for line in typed] == [["qimera", verb] for verb in ("inspect", "quantize", "evaluate", "recipes")]
+    for line in typed:
+        result = CliRunner().invoke(app, line[1:])
+        assert result.exit_code == 0, (line, result.output)
+
+
+def test_every_file_that_the_readme_links_to_exists() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_module_of_the_map_exists() -> None:
+    map_of_tree = README.partition("## How it works")[2].partition("docs/")[0]
+    names = re.findall(r"\b(\w+)\.py\b", map_of_tree)
+    assert len(names) > 10
+    for name in names:
+        assert list((ROOT / "src" / "qimera").rglob(f"{name}.py")), name

@@ -1,0 +1,240 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from qimera import settings as module
+from qimera.bits import parse_bits, parse_layer_bits
+from qimera.errors import ConfigError
+from qimera.settings import (
+    DirectSettings,
+    DistillationSettings,
+    GeneratorSettings,
+    InputSpec,
+    LabelSettings,
+    QuantizationSettings,
+    RunSettings,
+    SynthesisSettings,
+)
+from tests.networks import SPEC
+
+# --- input ------------------------------------------------------------------------------------------------------------
+
+
+def spec(**changes: object) -> InputSpec:
+    values: dict[str, object] = {"shape": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    return InputSpec(**{**values, **changes})
+
+
+WRONG_INPUTS = {
+    "no channels": ({"shape": (0, 16, 16)}, r"shape must be channels \(1 to 4\).*given \(0, 16, 16\)"),
+    "five channels": ({"shape": (5, 16, 16)}, r"channels \(1 to 4\)"),
+    "seven pixels": ({"shape": (3, 7, 16)}, r"at least 8"),
+    "two numbers": ({"shape": (16, 16)}, "InputSpec: shape"),
+    "one mean": ({"mean": (0.5,)}, r"mean must have one value per channel \(3\), given 1: \(0.5,\)"),
+    "four std": ({"std": (1, 1, 1, 1)}, r"std must have one value per channel \(3\), given 4"),
+    "zero std": ({"std": (1, 0, 1)}, r"std must be positive, given \(1.0, 0.0, 1.0\)"),
+    "negative std": ({"std": (1, -1, 1)}, "std must be positive"),
+    "empty range": ({"pixel_range": (1, 1)}, r"pixel_range must be \(low, high\) with low < high, given \(1.0, 1.0\)"),
+    "words": ({"mean": "grey"}, "mean: .*given 'grey'"),
+    "unknown field": ({"colour": 3}, "colour: .*given 3"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_INPUTS)
+def test_a_wrong_input_spec_is_refused_with_field_and_value(case: str) -> None:
+    changes, message = WRONG_INPUTS[case]
+    with pytest.raises(ConfigError, match=message) as refusal:
+        spec(**changes)
+    assert refusal.value.exit_code == 2
+
+
+def test_the_darkest_and_brightest_pixel_are_normalised_as_in_training() -> None:
+    made = spec(shape=(2, 8, 8), mean=(100, 50), std=(50, 25), pixel_range=(0, 255))
+    torch.testing.assert_close(made.low.flatten(), torch.tensor([-2.0, -2.0]))
+    torch.testing.assert_close(made.high.flatten(), torch.tensor([3.1, 8.2]))
+
+
+def test_every_pixel_survives_normalisation() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    for made in (
+        SPEC,
+        spec(pixel_range=(-1, 1)),
+        spec(mean=(123.7, 116.3, 103.5), std=(58, 57, 57), pixel_range=(0, 255)),
+    ):
+        assert torch.equal(made.to_pixels(made.normalize(pixels)), pixels)
+
+
+def test_values_outside_of_the_range_become_the_nearest_pixel() -> None:
+    images = torch.tensor([-100.0, 100.0]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    assert SPEC.to_pixels(images)[:, 0, 0, 0].tolist() == [0, 255]
+
+
+# --- what all settings have in common ---------------------------------------------------------------------------------
+
+WRONG_VALUES = {
+    "probability above one": (LabelSettings, {"superposition_probability": 1.5}, "given 1.5"),
+    "one superposed class": (LabelSettings, {"num_superposed_classes": 1}, "num_superposed_classes: .*2, given 1"),
+    "batch of one": (GeneratorSettings, {"batch_size": 1}, "batch_size: .*given 1"),
+    "rate zero": (GeneratorSettings, {"learning_rate": 0}, "learning_rate"),
+    "no steps": (DirectSettings, {"num_steps": 0}, "num_steps: .*given 0"),
+    "unknown start": (DirectSettings, {"start": "photograph"}, "start: .*'noise' or 'generator', given 'photograph'"),
+    "no samples": (
+        SynthesisSettings,
+        {"num_generated": 0, "num_optimized": 0},
+        "num_generated and num_optimized must give at least 2 samples",
+    ),
+    "one bit": (QuantizationSettings, {"weight_bits": 1}, "weight_bits: .*2, given 1"),
+    "nine bits": (QuantizationSettings, {"activation_bits": 9}, "activation_bits: .*8, given 9"),
+    "unknown scheme": (QuantizationSettings, {"scheme": "mixed"}, "scheme: .*'hardware' or 'paper', given 'mixed'"),
+    "negative weight": (DistillationSettings, {"kl_weight": -1}, "kl_weight"),
+    "share above one": (DistillationSettings, {"fresh_share": 2}, "fresh_share"),
+    "temperature zero": (DistillationSettings, {"temperature": 0}, "temperature"),
+    "misspelt": (DistillationSettings, {"tempeature": 2}, "tempeature: .*given 2"),
+    "two at once": (QuantizationSettings, {"weight_bits": 1, "scheme": "x"}, "weight_bits: .*; scheme: "),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_VALUES)
+def test_a_wrong_value_is_refused_with_class_field_and_value(case: str) -> None:
+    kind, values, message = WRONG_VALUES[case]
+    with pytest.raises(ConfigError, match=message) as refusal:
+        kind(**values)
+    assert str(refusal.value).startswith(f"{kind.__name__}: ")
+
+
+def all_settings() -> list[type[BaseModel]]:
+    found = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, BaseModel)]
+    return [each for each in found if each.__module__ == module.__name__ and not each.__name__.startswith("_")]
+
+
+@pytest.mark.parametrize("kind", all_settings(), ids=lambda kind: kind.__name__)
+def test_settings_are_frozen_and_documented(kind: type[BaseModel]) -> None:
+    assert kind.model_config["frozen"] is True
+    assert kind.model_config["extra"] == "forbid"
+    assert kind.__doc__
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = LabelSettings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.superposition = False
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def run_settings() -> RunSettings:
+    return RunSettings(
+        model="mnist_cnn",
+        recipe="fast",
+        seed=3,
+        input=SPEC,
+        synthesis=SynthesisSettings(num_generated=10, labels=LabelSettings(num_superposed_classes=4)),
+        quantization=QuantizationSettings(weight_bits=3, layer_bits=parse_layer_bits("fc=8")),
+        distillation=DistillationSettings(milestones=(10, 20)),
+    )
+
+
+def test_settings_come_back_as_they_were_saved(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    run_settings().save(path)
+    assert RunSettings.load(path) == run_settings()
+
+
+def test_every_default_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    run_settings().save(path)
+    written = json.loads(path.read_text())
+    assert set(written) == set(RunSettings.model_fields)
+    assert set(written["distillation"]) == set(DistillationSettings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "settings.json: RunSettings: .*Invalid JSON"),
+        ("{}", "settings.json: RunSettings: model: "),
+        ("[]", "settings.json: "),
+        ('{"synthesis": {"labels": {"num_superposed_classes": 0}}}', "settings.json: .*num_superposed_classes"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_its_path(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        RunSettings.load(path)
+
+
+# --- bits -------------------------------------------------------------------------------------------------------------
+
+
+@given(weight=st.integers(2, 8), activation=st.integers(2, 8), upper=st.booleans())
+def test_bits_are_read_as_weights_then_activations(weight: int, activation: int, upper: bool) -> None:
+    text = f"w{weight}a{activation}"
+    assert parse_bits(f" {text.upper() if upper else text} ") == (weight, activation)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("w1a4", "bits: weight bits must be 2 to 8, given 1 in 'w1a4'"),
+        ("w4a9", "bits: activation bits must be 2 to 8, given 9"),
+        ("w4a16", "activation bits must be 2 to 8, given 16"),
+        ("4", "bits: expected the form w4a4.*given '4'"),
+        ("w4", "expected the form w4a4"),
+        ("a4w4", "expected the form w4a4"),
+        ("w4a4b4", "expected the form w4a4"),
+        ("", "expected the form w4a4"),
+        ("w-4a4", "expected the form w4a4"),
+    ],
+)
+def test_other_bits_are_refused_with_what_is_allowed(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_bits(text)
+
+
+def bits_of(rules: str, layer: str) -> tuple[int, int]:
+    return QuantizationSettings(weight_bits=4, activation_bits=5, layer_bits=parse_layer_bits(rules)).bits_of(layer)
+
+
+@pytest.mark.parametrize(
+    ("rules", "layer", "expected"),
+    [
+        ("", "conv1", (4, 5)),
+        ("conv1=8", "conv1", (8, 8)),
+        ("conv1=8", "conv10", (4, 5)),
+        ("conv1=8", "layer1.conv1", (4, 5)),
+        ("*conv1=w8a6", "layer1.conv1", (8, 6)),
+        ("*fc*=w3a4, conv1=8", "head.fc.out", (3, 4)),
+        ("conv?=8", "conv2", (8, 8)),
+        ("*=2,conv1=8", "conv1", (8, 8)),
+        ("conv1=8,*=2", "conv1", (2, 2)),
+        ("layer[12].*=3", "layer2.0.conv1", (3, 3)),
+        ("layer[12].*=3", "layer3.0.conv1", (4, 5)),
+        ("FC=8", "fc", (4, 5)),
+        (" conv1=8 ,, ", "conv1", (8, 8)),
+    ],
+)
+def test_the_last_matching_rule_decides_a_layers_bits(rules: str, layer: str, expected: tuple[int, int]) -> None:
+    assert bits_of(rules, layer) == expected
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("conv1", "layer_bits: expected PATTERN=BITS such as conv1=8.*given 'conv1'"),
+        ("=8", "expected PATTERN=BITS.*given '=8'"),
+        ("conv1=9", "weight bits must be 2 to 8, given 9"),
+        ("conv1=1", "must be 2 to 8"),
+        ("conv1=", "expected the form w4a4"),
+        ("conv1=eight", "expected the form w4a4"),
+    ],
+)
+def test_a_wrong_rule_is_refused(rules: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_layer_bits(rules)

@@ -1,0 +1,270 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qimera.bits import parse_bits, parse_layer_bits
+from qimera.errors import ConfigError
+from qimera.graph import WEIGHTED, aten, fold_batch_norms, with_outputs
+from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
+from qimera.quantization.student import Student, block_outputs
+from qimera.settings import QuantizationSettings
+from qimera.teacher import Teacher
+from tests.networks import NETWORKS, SPEC, random_network
+
+SCHEMES = ["hardware", "paper"]
+
+
+def settings_of(bits: str, scheme: str, layer_bits: str = "") -> QuantizationSettings:
+    weight_bits, activation_bits = parse_bits(bits)
+    return QuantizationSettings(
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        scheme=scheme,
+        layer_bits=parse_layer_bits(layer_bits),
+    )
+
+
+def student_of(
+    teacher: Teacher, images: Tensor, bits: str = "w4a4", scheme: str = "hardware", layer_bits: str = ""
+) -> Student:
+    """Return a student with ranges fitted to the images."""
+    student = Student(teacher, settings_of(bits, scheme, layer_bits))
+    student.initialize_ranges_([images])
+    return student
+
+
+def disturb_(student: Student) -> None:
+    """Move every parameter a little, as training does."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.module.parameters():
+            parameter.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+# --- the integer graph ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    ("bits", "layer_bits"),
+    [
+        ("w2a2", ""),
+        ("w3a8", ""),
+        ("w4a4", ""),
+        ("w5a3", ""),
+        ("w8a8", ""),
+        ("w4a4", "conv1=8,fc=8,depthwise=w6a7"),
+        ("w8a8", "conv*=w2a3"),
+    ],
+)
+def test_the_converted_graph_equals_the_student_bit_for_bit(
+    teacher: Teacher, toy_images: Tensor, scheme: str, bits: str, layer_bits: str
+) -> None:
+    student = student_of(teacher, toy_images[:64], bits, scheme, layer_bits)
+    for trained in (False, True):
+        if trained:
+            disturb_(student)
+        converted = student.converted()
+        with torch.no_grad():
+            for images in (toy_images[64:96], 3 * toy_images[96:97]):
+                assert torch.equal(converted(images), student(images))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_converted_graph_of_any_network_equals_its_student(name: str, scheme: str) -> None:
+    teacher = Teacher.capture(random_network(name), SPEC)
+    images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(0))
+    student = student_of(teacher, images, scheme=scheme)
+    with torch.no_grad():
+        assert torch.equal(student.converted()(images), student(images))
+
+
+def test_the_converted_graph_holds_integers_and_no_fake_quantizer(teacher: Teacher, toy_images: Tensor) -> None:
+    student = student_of(teacher, toy_images[:32], "w3a3")
+    converted = student.converted()
+    assert not any(isinstance(m, LearnedStepFakeQuantize | MinMaxFakeQuantize) for m in converted.modules())
+    integers = [value for value in converted.state_dict().values() if value.dtype == torch.int8]
+    assert len(integers) == len(teacher.layers)
+    assert min(int(each.min()) for each in integers) >= -4
+    assert max(int(each.max()) for each in integers) <= 3
+    targets = {str(node.target) for node in converted.graph.nodes}
+    assert "quantized_decomposed.quantize_per_tensor.default" in targets
+    assert "quantized_decomposed.dequantize_per_channel.default" in targets
+
+
+def test_converting_leaves_the_student_as_it_is(teacher: Teacher, toy_images: Tensor) -> None:
+    student = student_of(teacher, toy_images[:32])
+    before = {name: value.clone() for name, value in student.module.state_dict().items()}
+    student.converted()
+    assert all(torch.equal(before[name], value) for name, value in student.module.state_dict().items())
+    assert all(each.requires_grad for each in student.parameters())
+
+
+# --- ranges -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_quantizer_gets_a_range(teacher: Teacher, toy_images: Tensor, scheme: str) -> None:
+    student = student_of(teacher, toy_images[:64], scheme=scheme)
+    quantizers = [m for m in student.modules() if isinstance(m, LearnedStepFakeQuantize | MinMaxFakeQuantize)]
+    assert quantizers
+    for quantizer in quantizers:
+        assert quantizer.searching is None
+        assert bool((quantizer.scale != 1).all())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_with_eight_bits_the_student_answers_as_the_teacher(teacher: Teacher, toy_images: Tensor, scheme: str) -> None:
+    student = student_of(teacher, toy_images[:128], "w8a8", scheme)
+    with torch.no_grad():
+        agreement = (student(toy_images).argmax(1) == teacher(toy_images).argmax(1)).float().mean()
+    assert float(agreement) >= 0.99
+
+
+def test_more_bits_bring_the_logits_nearer_to_the_teachers(teacher: Teacher, toy_images: Tensor) -> None:
+    errors = []
+    for bits in ("w2a2", "w3a3", "w4a4", "w8a8"):
+        student = student_of(teacher, toy_images[:128], bits)
+        with torch.no_grad():
+            errors.append(float((student(toy_images) - teacher(toy_images)).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01 * errors[0]
+
+
+def test_ranges_are_fitted_behind_quantized_predecessors(teacher: Teacher, toy_images: Tensor) -> None:
+    """At 2 bits the second layer reads other values than in full precision, so its range must suit those."""
+    student = student_of(teacher, toy_images[:64], "w2a2")
+    nodes = [node for node in student.module.graph.nodes if node.target in WEIGHTED]
+    entering = nodes[2].args[0]
+    quantizer = student.module.get_submodule(str(entering.target))
+    assert isinstance(quantizer, LearnedStepFakeQuantize)
+    with torch.no_grad():
+        _, (seen,) = student.with_features([entering.args[0].name])(toy_images[:64])
+        twin = copy.deepcopy(quantizer)
+        twin.fit_(seen, "mse")
+    assert torch.equal(twin.scale, quantizer.scale)
+
+
+def test_min_max_ranges_average_over_the_batches(teacher: Teacher, toy_images: Tensor) -> None:
+    def first_scale(*batches: Tensor) -> float:
+        student = Student(teacher, settings_of("w4a4", "paper"))
+        student.initialize_ranges_(iter(batches))
+        activations = [m for m in student.modules() if isinstance(m, MinMaxFakeQuantize) and not m.per_call]
+        return float(activations[0].scale)
+
+    one, other = toy_images[:8], 2 * toy_images[8:16]
+    mean = (first_scale(one) + first_scale(other)) / 2
+    assert first_scale(one, other) == pytest.approx(mean, rel=1e-5)  # float32
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+def test_every_parameter_is_a_step_or_a_weight(teacher: Teacher) -> None:
+    student = Student(teacher, settings_of("w4a4", "hardware"))
+    steps, weights = ({id(each) for each in group} for group in (student.steps, student.weights))
+    assert not steps & weights
+    assert steps | weights == {id(each) for each in student.parameters()}
+    quantizers = [m for m in student.modules() if isinstance(m, LearnedStepFakeQuantize)]
+    assert len(steps) == len(quantizers)
+
+
+def test_the_paper_scheme_has_no_steps_to_learn(teacher: Teacher) -> None:
+    student = Student(teacher, settings_of("w4a4", "paper"))
+    assert student.steps == []
+    assert student.weight_steps() == []
+
+
+def test_each_quantized_weight_comes_with_the_step_of_its_channels(teacher: Teacher, toy_images: Tensor) -> None:
+    student = student_of(teacher, toy_images[:32])
+    pairs = student.weight_steps()
+    assert sorted(weight.numel() for weight, _ in pairs) == sorted(
+        torch.Size(layer.weight_shape).numel() for layer in teacher.layers
+    )
+    for weight, step in pairs:
+        assert step.shape == (len(weight), *(1 for _ in weight.shape[1:]))
+        levels = weight / step
+        assert float(levels.detach().abs().max()) < 20  # of 8; the search cuts outliers off
+
+
+def test_a_student_shares_no_memory_with_its_teacher(teacher: Teacher) -> None:
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    for scheme in SCHEMES:
+        student = Student(teacher, settings_of("w4a4", scheme))
+        own = {each.data_ptr() for each in teacher.parameters()}
+        assert not own & {each.data_ptr() for each in student.parameters()}
+        disturb_(student)
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_parameter_gets_a_gradient(teacher: Teacher, toy_images: Tensor, scheme: str) -> None:
+    student = student_of(teacher, toy_images[:64], "w3a3", scheme)
+    (student(toy_images[:64]) ** 2).sum().backward()
+    without = [name for name, each in student.named_parameters() if each.grad is None or not each.grad.any()]
+    assert without == []
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_student_comes_back_with_the_same_logits(
+    teacher: Teacher, toy_images: Tensor, tmp_path: Path, scheme: str
+) -> None:
+    student = student_of(teacher, toy_images[:64], "w3a5", scheme, "fc=8")
+    disturb_(student)
+    student.save(tmp_path / "student.safetensors")
+    loaded = Student.load(tmp_path / "student.safetensors", teacher, student.settings)
+    with torch.no_grad():
+        assert torch.equal(loaded(toy_images), student(toy_images))
+        assert torch.equal(loaded.converted()(toy_images), student.converted()(toy_images))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "of another scheme"])
+def test_a_file_that_holds_no_such_student_is_refused(
+    teacher: Teacher, toy_images: Tensor, tmp_path: Path, damage: str
+) -> None:
+    path = tmp_path / "student.safetensors"
+    scheme = "paper" if damage == "of another scheme" else "hardware"
+    student_of(teacher, toy_images[:16], scheme=scheme).save(path)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut off":
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"student\.safetensors: does not hold the student of these settings"):
+        Student.load(path, teacher, settings_of("w4a4", "hardware"))
+
+
+# --- block outputs ----------------------------------------------------------------------------------------------------
+
+
+def test_block_outputs_are_the_activations_that_everything_flows_through(teacher: Teacher) -> None:
+    folded = fold_batch_norms(teacher.module)
+    nodes = {node.name: node for node in folded.graph.nodes}
+    found = [nodes[name].target for name in block_outputs(folded)]
+    assert found[:4] == [aten.relu.default, aten.relu.default, aten.hardtanh.default, aten.relu.default]
+    inside = [node.name for node in folded.graph.nodes if node.target is aten.relu.default][1]
+    assert inside not in block_outputs(folded)  # the shortcut flows past it
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_block_output_of_the_teacher_is_found_in_the_student(name: str, scheme: str) -> None:
+    teacher = Teacher.capture(random_network(name), SPEC)
+    names = block_outputs(fold_batch_norms(teacher.module))
+    assert names
+    images = torch.randn(8, *SPEC.shape, generator=torch.Generator().manual_seed(0))
+    student = student_of(teacher, images, "w8a8", scheme)
+    with torch.no_grad():
+        _, expected = with_outputs(fold_batch_norms(teacher.module), names)(images)
+        logits, found = student.with_features(names)(images)
+        assert torch.equal(logits, student(images))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.shape == theirs.shape
+        # 8 bits: a few percent of the spread
+        assert float((mine - theirs).square().mean()) < 0.01 * float(theirs.var())

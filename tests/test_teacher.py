@@ -1,0 +1,217 @@
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qimera.errors import ConfigError, UnsupportedModelError
+from qimera.settings import InputSpec
+from qimera.teacher import Teacher
+from tests.networks import NUM_CLASSES, SPEC, TinyNet, random_network
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randn(count, *SPEC.shape, generator=torch.Generator().manual_seed(0))
+
+
+# --- what it knows ----------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_answers_as_the_model_for_any_batch_size(tiny_model: TinyNet, teacher: Teacher) -> None:
+    with torch.no_grad():
+        for count in (1, 2, 5):
+            # rounding in another memory layout
+            torch.testing.assert_close(teacher(images(count)), tiny_model(images(count)), rtol=1e-4, atol=1e-5)
+
+
+def test_every_batch_norm_is_tapped_with_what_it_recorded(tiny_model: TinyNet, teacher: Teacher) -> None:
+    assert [tap.name for tap in teacher.batch_norms] == ["bn1", "bn2", "bn3", "bn4", "bn5"]
+    for tap in teacher.batch_norms:
+        norm = tiny_model.get_submodule(tap.name)
+        assert torch.equal(tap.mean, norm.running_mean)
+        assert torch.equal(tap.var, norm.running_var)
+
+
+def test_taps_see_what_enters_each_batch_norm(tiny_model: TinyNet, teacher: Teacher) -> None:
+    seen: dict[str, Tensor] = {}
+    model = copy.deepcopy(tiny_model)
+    for tap in teacher.batch_norms:
+        model.get_submodule(tap.name).register_forward_pre_hook(
+            lambda module, args, name=tap.name: seen.update({name: args[0]})
+        )
+    with torch.no_grad():
+        model(images())
+        logits, entering = teacher.forward_with_taps(images())
+        assert torch.equal(logits, teacher(images()))
+    for tap, x in zip(teacher.batch_norms, entering, strict=True):
+        torch.testing.assert_close(x, seen[tap.name], rtol=1e-4, atol=1e-4)  # rounding in another memory layout
+
+
+def test_rows_of_the_classifier_stand_for_classes(tiny_model: TinyNet, teacher: Teacher) -> None:
+    assert teacher.classifier.name == "fc"
+    assert torch.equal(teacher.classifier.weight, tiny_model.fc.weight)
+    assert teacher.num_classes == NUM_CLASSES
+
+
+def test_a_1x1_convolution_can_be_the_classifier() -> None:
+    model = random_network("many edges")
+    teacher = Teacher.capture(model, SPEC)
+    assert teacher.classifier.name == "classifier"
+    assert torch.equal(teacher.classifier.weight, model.classifier.weight.flatten(1))
+
+
+def test_layers_are_listed_with_their_work(teacher: Teacher) -> None:
+    layers = {layer.name: layer for layer in teacher.layers}
+    assert list(layers) == ["conv1", "conv2", "conv3", "depthwise", "pointwise", "fc"]
+    assert layers["conv1"].macs == 16 * 16 * 8 * 3 * 3 * 3
+    assert layers["depthwise"].macs == 8 * 8 * 8 * 3 * 3
+    assert layers["pointwise"].macs == 8 * 8 * 24 * 8
+    assert layers["fc"].macs == 24 * NUM_CLASSES
+    assert layers["fc"].kind == "linear"
+    assert layers["conv1"].kind == "conv2d"
+
+
+def test_an_uncommon_batch_norm_is_recognised() -> None:
+    class NormAndActivation(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(super().forward(x))
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), NormAndActivation(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    assert [tap.name for tap in Teacher.capture(model, SPEC).batch_norms] == ["1"]
+
+
+# --- the user's model stays as it is ----------------------------------------------------------------------------------
+
+
+def test_capturing_changes_nothing_about_the_model() -> None:
+    model = TinyNet().train()
+    model.conv2.weight.requires_grad_(False)
+    state = copy.deepcopy(model.state_dict())
+    flags = [each.requires_grad for each in model.parameters()]
+    teacher = Teacher.capture(model, SPEC)
+    assert [each.requires_grad for each in model.parameters()] == flags
+    assert all(module.training for module in model.modules())
+    assert all(each.grad is None for each in model.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(not each.requires_grad for each in teacher.parameters())
+    shared = {each.data_ptr() for each in model.parameters()} & {each.data_ptr() for each in teacher.parameters()}
+    assert not shared
+
+
+def test_a_model_in_training_mode_is_captured_in_evaluation_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(784, 3)).train()
+    teacher = Teacher.capture(model, SPEC)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images()), model.eval()(images()), rtol=1e-4, atol=1e-5)  # memory layout
+
+
+def test_gradients_pass_through_the_teacher_to_the_images_alone(teacher: Teacher) -> None:
+    leaf = images().requires_grad_()
+    logits, entering = teacher.forward_with_taps(leaf)
+    (logits.sum() + sum(x.square().sum() for x in entering)).backward()
+    assert leaf.grad is not None
+    assert bool(leaf.grad.any())
+    assert all(each.grad is None for each in teacher.parameters())
+
+
+# --- hash and file ----------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_depends_on_weights_and_statistics_alone(tiny_model: TinyNet, teacher: Teacher) -> None:
+    assert Teacher.capture(copy.deepcopy(tiny_model), SPEC).hash == teacher.hash
+    for name in ("conv1.weight", "fc.bias", "bn3.running_var"):
+        changed = copy.deepcopy(tiny_model)
+        with torch.no_grad():
+            changed.state_dict()[name].view(-1)[0] += 1e-3
+        assert Teacher.capture(changed, SPEC).hash != teacher.hash, name
+
+
+def test_a_teacher_comes_back_as_it_was_saved(teacher: Teacher, tmp_path: Path) -> None:
+    teacher.save(tmp_path / "teacher.pt2")
+    loaded = Teacher.load(tmp_path / "teacher.pt2", SPEC)
+    assert loaded.hash == teacher.hash
+    assert [tap.name for tap in loaded.batch_norms] == [tap.name for tap in teacher.batch_norms]
+    assert loaded.num_classes == teacher.num_classes
+    with torch.no_grad():
+        assert torch.equal(loaded(images(3)), teacher(images(3)))
+
+
+@pytest.mark.parametrize("content", [b"", b"no program", b"PK\x03\x04"])
+def test_a_file_that_holds_no_teacher_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "teacher.pt2").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"teacher\.pt2: not a teacher saved by qimera"):
+        Teacher.load(tmp_path / "teacher.pt2", SPEC)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def network(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+class Wrapped(nn.Module):
+    """A good network whose answer is wrapped by ``wrap``."""
+
+    def __init__(self, wrap: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.network = network(nn.BatchNorm2d(4))
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> object:
+        return self.wrap(self.network(x))
+
+
+class DataDependent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network(nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x) if x.sum() > 0 else self.network(-x)
+
+
+UNSUPPORTED: dict[str, tuple[nn.Module, str]] = {
+    "no batch norm": (network(nn.ReLU()), r"no batch norm .* found in Sequential \(6 modules\).*before folding them"),
+    "statistics of the batch": (
+        network(nn.BatchNorm2d(4, track_running_stats=False)),
+        "no batch norm with running statistics",
+    ),
+    "group norm": (network(nn.GroupNorm(2, 4)), "no batch norm with running statistics"),
+    "tuple": (Wrapped(lambda logits: (logits, logits)), "Wrapped returns tuple for 2 images.*wrap the model"),
+    "dictionary": (Wrapped(lambda logits: {"logits": logits}), "returns dict"),
+    "feature map": (Wrapped(lambda logits: logits[:, :, None, None]), r"a tensor of shape \(2, 3, 1, 1\)"),
+    "one class": (Wrapped(lambda logits: logits[:, :1]), r"a tensor of shape \(2, 1\).*at least 2 classes"),
+    "probabilities": (
+        Wrapped(lambda logits: logits.softmax(1)),
+        "logits come from .*softmax.*return its output unchanged",
+    ),
+    "data-dependent flow": (DataDependent(), "DataDependent cannot be captured by torch.export.*control flow"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_what_cannot_be_quantized_is_refused_with_the_reason(case: str) -> None:
+    model, message = UNSUPPORTED[case]
+    with pytest.raises(UnsupportedModelError, match=message) as refusal:
+        Teacher.capture(model, SPEC)
+    assert refusal.value.exit_code == 3
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (4, 16, 16)])
+def test_images_that_the_model_cannot_process_are_refused(tiny_model: TinyNet, shape: tuple[int, int, int]) -> None:
+    spec = InputSpec(shape=shape, mean=(0.0,) * shape[0], std=(1.0,) * shape[0])
+    with pytest.raises(ConfigError, match=r"input_shape \(\d, 16, 16\): TinyNet cannot process such images"):
+        Teacher.capture(tiny_model, spec)
+
+
+def test_another_height_is_refused_where_the_model_flattens() -> None:
+    spec = InputSpec(shape=(3, 24, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
+    with pytest.raises(ConfigError, match=r"input_shape \(3, 24, 16\): LinearNorm cannot process"):
+        Teacher.capture(random_network("linear layer with norm"), spec)
