@@ -37,10 +37,11 @@ from qimera.recipes import recipe
 from qimera.summary import float_bytes, packed_bytes, readable_bytes
 
 MODEL = "mnist_cnn"
-BITS = (4, 2)
-NUM_SAMPLES, NUM_STEPS = 512, 250
+NUM_SAMPLES = 256
+NUM_STEPS = {4: 200, 2: 800}
+"""Training steps by bits; the fewer bits, the more there is to mend."""
 
-_GENERATOR = GeneratorSettings(num_steps=150, base_channels=32)
+_GENERATOR = GeneratorSettings(num_steps=150, base_channels=32, learning_rate=3e-3)
 _WITHOUT = _GENERATOR.model_copy(update={"extracted_embeddings": False, "disentanglement_mapping": False})
 
 
@@ -50,7 +51,7 @@ class Row:
 
     name: str
     make_bank: Callable[[Teacher, int, ProgressCallback], SampleBank]
-    num_steps: int = NUM_STEPS
+    trains: bool = True
 
 
 def noise_bank(teacher: Teacher, seed: int, progress: ProgressCallback) -> SampleBank:
@@ -67,7 +68,7 @@ def synthetic_bank(settings: SynthesisSettings) -> Callable[[Teacher, int, Progr
 
 
 ROWS = (
-    Row("round to nearest", noise_bank, num_steps=0),
+    Row("round to nearest", noise_bank, trains=False),
     Row(
         "GDFQ generator",
         synthetic_bank(
@@ -102,7 +103,7 @@ def main() -> None:
             start = time.perf_counter()
             bank = row.make_bank(teacher, seed, progress)
             bank_seconds = time.perf_counter() - start
-            for bits in BITS:
+            for bits in NUM_STEPS:
                 table.add_row(*_measure(row, bits, teacher, bank, images, seed, bank_seconds, progress))
     Console().print(table)
 
@@ -119,7 +120,9 @@ def _measure(
 ) -> tuple[str, ...]:
     settings = QuantizationSettings(weight_bits=bits, activation_bits=bits)
     training = recipe("fast", teacher.input_spec, teacher.num_classes).distillation
-    training = DistillationSettings.model_validate({**training.model_dump(), "num_steps": row.num_steps})
+    training = DistillationSettings.model_validate(
+        {**training.model_dump(), "num_steps": NUM_STEPS[bits] if row.trains else 0}
+    )
     start = time.perf_counter()
     student = quantize_with(teacher, bank, settings, training, seed=seed, progress=progress)
     seconds = bank_seconds + time.perf_counter() - start
