@@ -81,10 +81,10 @@ ROWS = (
         ),
     ),
     Row(
-        "Qimera generator",
+        "Qimera, generator",
         synthetic_bank(SynthesisSettings(num_generated=NUM_SAMPLES, num_optimized=0, generator=_GENERATOR)),
     ),
-    Row("Qimera fast", synthetic_bank(SynthesisSettings(num_optimized=NUM_SAMPLES))),
+    Row("Qimera, recipe fast", synthetic_bank(SynthesisSettings(num_optimized=NUM_SAMPLES))),
 )
 
 
