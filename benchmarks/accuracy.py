@@ -3,7 +3,8 @@
     python benchmarks/accuracy.py resnet20_cifar10 --bits w4a4 w3a3 --seeds 0 1 2
     python benchmarks/accuracy.py resnet20_cifar100 --bits w3a3 --no-superposition
 
-A result that is there already is not computed again. benchmarks/tables.py writes the README's tables from the files.
+A result that is there already is not computed again, and a bank serves every bit width. benchmarks/tables.py writes
+the README's tables from the files.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from qimera import Evaluation, LabelledImages, QuantizationSettings, SampleBank,
 from qimera.bits import parse_bits
 from qimera.console import ProgressDisplay
 from qimera.pipeline import quantize_with
+from qimera.progress import ProgressCallback
 from qimera.settings import SynthesisSettings
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,9 +58,7 @@ def _run_seed(
         labels = synthesis.labels.model_copy(update={"superposition": False})
         synthesis = SynthesisSettings.model_validate(synthesis.model_dump() | {"labels": labels.model_dump()})
     with ProgressDisplay() as progress:
-        start = time.perf_counter()
-        bank = synthesize(teacher, settings=synthesis, seed=seed, progress=progress)
-        bank_seconds = time.perf_counter() - start
+        bank, bank_seconds = _bank(options, teacher, synthesis, seed, progress)
         for bits in missing:
             weight_bits, activation_bits = parse_bits(bits)
             quantization = QuantizationSettings(
@@ -69,6 +69,30 @@ def _run_seed(
             student_seconds = time.perf_counter() - start
             result = evaluate(student, images, teacher.input_spec, teacher=teacher)
             _write(options, bits, seed, full, result, bank, (bank_seconds, student_seconds))
+
+
+def _bank(
+    options: argparse.Namespace,
+    teacher: Teacher,
+    settings: SynthesisSettings,
+    seed: int,
+    progress: ProgressCallback,
+) -> tuple[SampleBank, float]:
+    """Return the bank of this seed and the seconds that it took, from disk if it was made before."""
+    variant = "-no-superposition" if options.no_superposition else ""
+    path = options.banks / f"{options.network}-{options.recipe}{variant}-{seed}"
+    timing = path.with_suffix(".json")
+    if timing.exists():
+        bank = SampleBank.load(path, teacher)
+        if bank.settings == settings:
+            return bank, float(json.loads(timing.read_text())["seconds"])
+        raise SystemExit(f"{path}: a bank of other settings; remove it, or choose another --banks")
+    start = time.perf_counter()
+    bank = synthesize(teacher, settings=settings, seed=seed, progress=progress)
+    seconds = time.perf_counter() - start
+    bank.save(path)
+    timing.write_text(json.dumps({"seconds": seconds, "threads": options.threads}) + "\n")
+    return bank, seconds
 
 
 def _write(
@@ -131,6 +155,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--scheme", default="hardware", choices=("hardware", "paper"))
     parser.add_argument("--no-superposition", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--banks", type=Path, default=Path(__file__).parent / ".banks", help="where banks are kept")
     return parser.parse_args()
 
 

@@ -226,7 +226,7 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(
 
     before = divergence()
     distill_(student, teacher, bank, DistillationSettings(num_steps=60, batch_size=32, flip=False), seeded(0))
-    assert divergence() < 0.6 * before
+    assert divergence() < 0.8 * before
 
 
 def test_the_last_step_is_the_result(teacher: Teacher, bank: SampleBank) -> None:

@@ -211,7 +211,7 @@ def test_a_trained_student_converts_to_itself(
     student = quantize(teacher, bank, "w3a4", scheme=scheme, layer_bits="fc=8", settings=settings)
     converted = student.converted()
     with torch.no_grad():
-        assert torch.equal(converted(toy_images[:64]), student(toy_images[:64]))
+        assert torch.equal(converted(toy_images[:64]), student.module(toy_images[:64]))
 
 
 def test_bits_by_layer_reach_the_student(teacher: Teacher, bank: SampleBank) -> None:

@@ -7,13 +7,11 @@ from torch.nn import functional as F
 from qimera.bits import parse_layer_bits
 from qimera.graph import WEIGHTED, aten, layer_name
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
-from qimera.quantization.scheme import JOINS, MATRIX_PRODUCTS, POOLINGS, RELUS
+from qimera.quantization.scheme import JOINS, MATRIX_PRODUCTS, POOLINGS, RELUS, before_moves, is_move
 from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.teacher import Teacher
 from tests.networks import NETWORKS, SPEC, Head, random_network
-
-TRANSPARENT = {aten.flatten.using_ints, aten.view.default, aten.pad.default, aten.constant_pad_nd.default}
 
 
 def student_of(teacher: Teacher, layer_bits: str = "", **settings: object) -> Student:
@@ -35,7 +33,7 @@ def bits_of(quantizer: LearnedStepFakeQuantize | MinMaxFakeQuantize | None) -> i
 
 def bits_before(student: Student, node: Node, index: int) -> int | None:
     """Return the width of the grid on which ``node`` reads its argument; None for full precision."""
-    return bits_of(quantizer_at(student, node.args[index]))
+    return bits_of(quantizer_at(student, before_moves(node.args[index])))
 
 
 def layers(student: Student) -> dict[str, Node]:
@@ -51,7 +49,7 @@ def layer_name_of(student: Student, node: Node) -> str:
 
 def reads_images(node: Node) -> bool:
     """Whether ``node`` is the network's input, or that moved about or quantized."""
-    while node.op == "call_module" or node.target in TRANSPARENT:
+    while node.op == "call_module" or is_move(node):
         node = node.args[0]
     return node.op == "placeholder"
 
@@ -77,7 +75,8 @@ def test_every_edge_that_an_integer_kernel_reads_is_on_a_grid(random_teacher: Te
         elif node.target in POOLINGS:
             assert bits_before(student, node, 0) == 7, node
         elif node.target is aten.cat.default:
-            assert [bits_of(quantizer_at(student, each)) for each in node.args[0]] == [7] * len(node.args[0]), node
+            grids = [bits_of(quantizer_at(student, before_moves(each))) for each in node.args[0]]
+            assert grids == [7] * len(node.args[0]), node
         elif node.target in JOINS and all(isinstance(each, Node) and each.op != "get_attr" for each in node.args[:2]):
             assert [bits_before(student, node, index) for index in (0, 1)] == [7, 7], node
     assert found == len(random_teacher.layers)
@@ -113,7 +112,7 @@ def test_weights_are_symmetric_per_output_channel(random_teacher: Teacher) -> No
 def test_activations_are_unsigned_with_one_step_each(random_teacher: Teacher) -> None:
     student = student_of(random_teacher)
     for node in layers(student).values():
-        quantizer = quantizer_at(student, node.args[0])
+        quantizer = quantizer_at(student, before_moves(node.args[0]))
         assert isinstance(quantizer, LearnedStepFakeQuantize)
         assert quantizer.quant_min == 0
         assert quantizer.dtype == torch.uint8
@@ -158,6 +157,68 @@ def test_the_input_has_its_own_width_also_behind_padding() -> None:
     student = student_of(Teacher.capture(Padded(), SPEC), weight_bits=2, activation_bits=2)
     assert bits_before(student, layers(student)["conv"], 0) == 8
     assert bits_before(student, layers(student)["head.fc"], 0) == 2
+
+
+def test_a_bias_lies_on_the_grid_of_its_layers_sums(random_teacher: Teacher) -> None:
+    student = student_of(random_teacher)
+    student.initialize_ranges_([torch.randn(8, *SPEC.shape, generator=torch.Generator().manual_seed(0))])
+    with_bias = [node for node in layers(student).values() if len(node.args) > 2 and node.args[2] is not None]
+    assert with_bias
+    for node in with_bias:
+        bias_quantizer = student.module.get_submodule(str(node.args[2].target))
+        bias = student.module.get_parameter(str(node.args[2].args[0].target))
+        activation = quantizer_at(student, before_moves(node.args[0]))
+        weight = quantizer_at(student, node.args[1])
+        step = (activation.scale * weight.scale.flatten()).repeat(len(bias) // weight.scale.numel())
+        rounded = bias_quantizer(bias)
+        levels = rounded / step
+        # float32 holds 24 bits; a bias may take a million steps here
+        torch.testing.assert_close(
+            levels, levels.round(), atol=1e-7 * float(levels.abs().max().detach()) + 1e-4, rtol=0
+        )
+        assert bool(((rounded - bias).abs() <= 0.5001 * step).all())
+
+
+def test_a_bias_of_a_dead_channel_keeps_its_value() -> None:
+    """A channel whose weights are next to nothing gets a step that is large enough to count the bias in."""
+    model = random_network("convolution without bias")
+    with torch.no_grad():
+        model.bn.weight[2:4] = torch.tensor([0.0, 1e-30])
+        model.bn.bias[2:4] = torch.tensor([3.0, -2.0])
+    images = torch.randn(8, *SPEC.shape, generator=torch.Generator().manual_seed(0))
+    student = student_of(Teacher.capture(model, SPEC))
+    student.initialize_ranges_([images])
+    student(images).square().sum().backward()
+    node = layers(student)["conv"]
+    bias = student.module.get_parameter(str(node.args[2].args[0].target))
+    rounded = student.module.get_submodule(str(node.args[2].target))(bias)
+    assert rounded[2:4].tolist() == pytest.approx(bias[2:4].tolist(), rel=1e-3)
+    assert all(bool(each.grad.isfinite().all()) for each in student.parameters() if each.grad is not None)
+
+
+@pytest.mark.parametrize("activation", [nn.Hardswish(), nn.SiLU(), nn.Sigmoid()])
+def test_what_an_integer_kernel_cannot_finish_is_rounded_where_the_layer_ends(activation: nn.Module) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.activation, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), activation, Head(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.activation(self.bn(self.conv(x))))
+
+    student = student_of(Teacher.capture(Net(), SPEC), edge_bits=7)
+    (user,) = layers(student)["conv"].users
+    assert bits_of(quantizer_at(student, user)) == 7
+    (user,) = layers(student)["head.fc"].users
+    assert user.op == "output"
+
+
+def test_values_are_rounded_before_they_are_moved_about(teacher: Teacher) -> None:
+    """So that integers are moved: here flattened on their way into the classifier."""
+    student = student_of(teacher)
+    entering = layers(student)["fc"].args[0]
+    assert entering.target is aten.flatten.using_ints
+    assert bits_of(quantizer_at(student, entering.args[0])) == 4
 
 
 # --- exceptions by layer ----------------------------------------------------------------------------------------------

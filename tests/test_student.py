@@ -70,7 +70,7 @@ def test_the_converted_graph_equals_the_student_bit_for_bit(
         converted = student.converted()
         with torch.no_grad():
             for images in (toy_images[64:96], 3 * toy_images[96:97]):
-                assert torch.equal(converted(images), student(images))
+                assert torch.equal(converted(images), student.module(images))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -80,7 +80,7 @@ def test_the_converted_graph_of_any_network_equals_its_student(name: str, scheme
     images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(0))
     student = student_of(teacher, images, scheme=scheme)
     with torch.no_grad():
-        assert torch.equal(student.converted()(images), student(images))
+        assert torch.equal(student.converted()(images), student.module(images))
 
 
 def test_the_converted_graph_holds_integers_and_no_fake_quantizer(teacher: Teacher, toy_images: Tensor) -> None:
@@ -263,7 +263,7 @@ def test_every_block_output_of_the_teacher_is_found_in_the_student(name: str, sc
     with torch.no_grad():
         _, expected = with_outputs(fold_batch_norms(teacher.module), names)(images)
         logits, found = student.with_features(names)(images)
-        assert torch.equal(logits, student(images))
+        assert torch.equal(logits, student.module(images))
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.shape == theirs.shape
         # 8 bits: a few percent of the spread

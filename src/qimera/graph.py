@@ -43,6 +43,12 @@ def has_parameter(layer: Node) -> bool:
     return layer.target in WEIGHTED and node_at(layer, 1).op == "get_attr"
 
 
+def has_bias(layer: Node) -> bool:
+    """Whether ``layer`` adds a bias that is a parameter."""
+    bias = layer.args[2] if len(layer.args) > 2 else None
+    return isinstance(bias, Node) and bias.op == "get_attr"
+
+
 def layer_name(node: Node) -> str:
     """Return the dotted name of the module whose weight ``node`` uses, such as ``layer1.0.conv1``."""
     for argument in node.args[1:]:

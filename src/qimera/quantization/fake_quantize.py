@@ -12,6 +12,9 @@ from qimera.quantization.ranges import RangeMethod, affine_parameters, search_af
 Levels = Tensor | int
 """Levels counted in steps from zero: one number, or one per channel."""
 
+_BIAS_LEVELS = 1 << 24
+"""Levels that a bias may use of int32 to either side: float32 holds them exactly, and sums get the rest."""
+
 
 def round_to_grid(x: Tensor, scale: Tensor, low: Levels, high: Levels) -> Tensor:
     """Return the multiple of ``scale`` between ``low`` and ``high`` steps that is nearest to ``x``, half to even.
@@ -186,3 +189,71 @@ class MinMaxFakeQuantize(_FakeQuantize):
             self.fit_(self.extremes, "minmax")
         # x - x.detach() is exactly 0 and carries the gradient; x + (q - x) would round away from the grid
         return round_to_grid(x.detach(), self.scale, self.low, self.high) + (x - x.detach())
+
+
+class PerChannelBiasFakeQuantize(FakeQuantizeBase):
+    """Fake quantizer of a bias: the int32 grid of the sums that it is added to (deviation D27).
+
+    Its step is the product of the steps of the layer's input and weight, which ``follow_`` names, so nothing is learned
+    here. torchao keeps the channel axis of classes with ``PerChannel`` in their name alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype,
+        quant_min: int,
+        quant_max: int,
+        qscheme: torch.qscheme,
+        ch_axis: int,
+        num_channels: int,
+        is_dynamic: bool = False,
+    ) -> None:
+        super().__init__()
+        for name in ("fake_quant_enabled", "observer_enabled"):
+            self.register_buffer(name, torch.ones(1, dtype=torch.uint8), persistent=False)
+        self.dtype, self.qscheme, self.is_dynamic = dtype, qscheme, is_dynamic
+        self.quant_min, self.quant_max, self.ch_axis = quant_min, quant_max, ch_axis
+        self.num_channels = num_channels
+        self.searching: RangeMethod | None = None
+        """While set, every call first makes the weight's step large enough to count the bias in."""
+        self.followed: tuple[LearnedStepFakeQuantize, LearnedStepFakeQuantize] | None = None  # a tuple: not submodules
+
+    def follow_(self, activation: LearnedStepFakeQuantize, weight: LearnedStepFakeQuantize) -> None:
+        """Take the step from the quantizers of the layer's input and weight."""
+        self.followed = (activation, weight)
+
+    @property
+    def scale(self) -> Float[Tensor, " channel"]:
+        """The step of every channel, in the unit of the bias."""
+        assert self.followed is not None
+        activation, weight = (each.scale.detach() for each in self.followed)
+        scale = (activation * weight.reshape(-1)).clamp(min=torch.finfo(torch.float32).tiny)
+        return scale.repeat(self.num_channels // len(scale))  # the groups of a transposed convolution share theirs
+
+    def calculate_qparams(self, **_: object) -> tuple[Float[Tensor, " channel"], Int[Tensor, " channel"]]:
+        """Return (scale, zero point) per channel, as ``convert_pt2e`` asks for them."""
+        return self.scale, torch.zeros(self.num_channels, dtype=torch.int32)
+
+    def forward(self, x: Float[Tensor, " channel"]) -> Float[Tensor, " channel"]:
+        """Return the bias on the grid."""
+        if self.searching is not None:
+            self._make_room_(x.detach())
+        y = _LearnedStep.apply(x, self.scale, self.quant_min, self.quant_max)  # type: ignore[no-untyped-call]
+        assert isinstance(y, Tensor)
+        return y
+
+    def _make_room_(self, bias: Float[Tensor, " channel"]) -> None:
+        """Enlarge the steps of channels whose weights are so small that the bias would not fit beside them.
+
+        Such channels are dead: their weights are next to nothing before and after.
+        """
+        assert self.followed is not None
+        activation, weight = self.followed
+        step = weight.scale.detach()
+        largest = bias.abs().view(-1, step.numel()).amax(0) / (activation.scale.detach() * _BIAS_LEVELS)
+        floor = torch.maximum(largest, step.max() / _BIAS_LEVELS).view_as(step)
+        weight.set_(torch.maximum(step, floor), weight.zero_point)
+
+
+FakeQuantize = LearnedStepFakeQuantize | MinMaxFakeQuantize | PerChannelBiasFakeQuantize

@@ -4,36 +4,55 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-from qimera.graph import aten, has_parameter, layer_name, node_at, tensor_of
-from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
+from qimera.graph import aten, has_bias, has_parameter, layer_name, node_at, tensor_of
+from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize, PerChannelBiasFakeQuantize
 from qimera.quantization.ranges import integer_range
 from qimera.settings import QuantizationSettings
 
 _ANNOTATION = "quantization_annotation"
+_BIAS_LIMIT = 1 << 30
 
 MATRIX_PRODUCTS = {aten.matmul.default, aten.bmm.default}
 JOINS = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul_.Tensor, aten.cat.default}
 POOLINGS = {
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
-    aten.max_pool2d.default,
     aten.adaptive_max_pool2d.default,
     aten.mean.dim,
 }
 RELUS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.relu6_.default}
 RELUS |= {aten.hardtanh.default, aten.hardtanh_.default}
-_VALUE_PRESERVING = {aten.pad.default, aten.constant_pad_nd.default, aten.flatten.using_ints, aten.view.default}
+_PADDINGS = {aten.pad.default, aten.constant_pad_nd.default}
+_MOVES = {
+    aten.dropout.default,
+    aten.flatten.using_ints,
+    aten.max_pool2d.default,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.slice.Tensor,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+}
+
+_Edge = tuple[Node, Node, int]
+"""Who reads, which tensor, and at how many bits."""
 
 
 class HardwareQuantizer(Quantizer):
     """What integer kernels need: zero-point-0 weights per channel, and every activation edge (deviation D18).
 
-    Inputs of layers and matrix products get the stated bits; edges into additions, concatenations and pooling, and
-    the network's input, ``edge_bits`` and ``input_bits``. A tensor that is read at several widths is first put on the
-    widest grid and from there on the narrower ones, as an integer requantization would.
+    Inputs of layers and matrix products get the stated bits; edges into additions, concatenations and average pooling,
+    and outputs of layers that something reads in full precision, ``edge_bits``; the network's input ``input_bits``. A
+    tensor that is read at several widths is first put on the widest grid and from there on the narrower ones, as an
+    integer requantization would. Biases lie on the grid of the sums that they are added to (deviation D27).
     """
 
     def __init__(self, settings: QuantizationSettings) -> None:
@@ -42,19 +61,25 @@ class HardwareQuantizer(Quantizer):
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Write the annotations into the nodes' ``meta``."""
-        widths: dict[Node, set[int]] = defaultdict(set)
+        readers: dict[Node, list[_Edge]] = defaultdict(list)
         for node in model.graph.nodes:
             for producer, bits in self._edges(node):
-                widths[producer].add(bits)
-                annotation = _annotation(node)
-                annotation.input_qspec_map[producer] = _activation_spec(bits)
+                readers[before_moves(producer)].append((node, producer, bits))
             if has_parameter(node):
-                bits = self.settings.bits_of(layer_name(node))[0]
-                _annotation(node).input_qspec_map[node_at(node, 1)] = _weight_spec(model, node, bits)
-        for producer, found in widths.items():
-            if len(found) > 1:
-                _annotation(producer).output_qspec = _activation_spec(max(found))
+                self._annotate_parameters(model, node)
+        for tensor, edges in readers.items():
+            _annotate_tensor(tensor, edges, {bits for _, _, bits in edges})
+        for node in model.graph.nodes:
+            end = _end_of_kernel(node)
+            if has_parameter(node) and _is_read_in_full(end, readers[end]):
+                _annotate_tensor(end, readers[end], {self.settings.edge_bits, *(bits for _, _, bits in readers[end])})
         return model
+
+    def _annotate_parameters(self, model: GraphModule, layer: Node) -> None:
+        read = _annotation(layer).input_qspec_map
+        read[node_at(layer, 1)] = _weight_spec(model, layer, self.settings.bits_of(layer_name(layer))[0])
+        if has_bias(layer):
+            read[node_at(layer, 2)] = _bias_spec(model, layer)
 
     def _edges(self, node: Node) -> Iterator[tuple[Node, int]]:
         """Yield (producer, bits) for each activation that ``node`` reads on a grid."""
@@ -104,6 +129,55 @@ class PaperQuantizer(Quantizer):
         """Accept every annotated graph."""
 
 
+def before_moves(tensor: Node) -> Node:
+    """Return the tensor whose values ``tensor`` holds, moved about: all values of one lie on any grid of the other."""
+    while is_move(tensor):
+        tensor = node_at(tensor, 0)
+    return tensor
+
+
+def is_move(node: Node) -> bool:
+    """Whether every value that ``node`` returns is one of its first argument, or zero."""
+    if node.target in _PADDINGS:
+        mode, value = (node.args[2:] + ("constant", None)[len(node.args) - 2 :])[:2]
+        return mode in ("constant", 0, 0.0) and not value
+    return node.target in _MOVES
+
+
+def quantizer_of(module: GraphModule, argument: object) -> nn.Module | None:
+    """Return the quantizer on whose grid all values of ``argument`` lie; None if it is no tensor, or on no grid."""
+    node = before_moves(argument) if isinstance(argument, Node) else None
+    return module.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
+
+
+def _end_of_kernel(layer: Node) -> Node:
+    """Return the tensor that an integer kernel of ``layer`` can write: what its activation function returns."""
+    end = layer
+    while len(end.users) == 1 and next(iter(end.users)).target in RELUS:
+        end = next(iter(end.users))
+    return end
+
+
+def _is_read_in_full(tensor: Node, edges: list["_Edge"]) -> bool:
+    """Whether something but ``edges`` and the caller of the network reads ``tensor``, as it is or moved about."""
+    on_grid = {(reader, producer) for reader, producer, _ in edges}
+    return any(
+        _is_read_in_full(user, edges) if is_move(user) else user.op != "output" and (user, tensor) not in on_grid
+        for user in tensor.users
+    )
+
+
+def _annotate_tensor(tensor: Node, edges: list["_Edge"], widths: set[int]) -> None:
+    """Put ``tensor`` on the widest grid where it is made, if one grid alone does not do for all who read it."""
+    widest = max(widths)
+    moved = any(producer is not tensor for _, producer, _ in edges)
+    if len(widths) > 1 or moved or len(edges) == 0:
+        _annotation(tensor).output_qspec = _activation_spec(widest)
+    for reader, producer, bits in edges:
+        if producer is tensor or bits < widest:
+            _annotation(reader).input_qspec_map[producer] = _activation_spec(bits)
+
+
 def _annotation(node: Node) -> QuantizationAnnotation:
     annotation = node.meta.setdefault(_ANNOTATION, QuantizationAnnotation(_annotated=True))
     assert isinstance(annotation, QuantizationAnnotation)
@@ -134,6 +208,19 @@ def _weight_spec(model: GraphModule, node: Node, bits: int) -> QuantizationSpec:
     )
 
 
+def _bias_spec(model: GraphModule, layer: Node) -> QuantizationSpec:
+    return QuantizationSpec(
+        dtype=torch.int32,
+        quant_min=-_BIAS_LIMIT,
+        quant_max=_BIAS_LIMIT,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+        observer_or_fake_quant_ctr=PerChannelBiasFakeQuantize.with_args(  # type: ignore[no-untyped-call]
+            num_channels=len(tensor_of(model, node_at(layer, 2)))
+        ),
+    )
+
+
 def _minmax_weight_spec(model: GraphModule, node: Node, bits: int) -> QuantizationSpec:
     low, high = integer_range(bits, signed=True)
     return QuantizationSpec(
@@ -158,6 +245,4 @@ def _activations(node: Node) -> list[Node]:
 
 
 def _is_network_input(node: Node) -> bool:
-    while node.target in _VALUE_PRESERVING and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node.op == "placeholder"
+    return before_moves(node).op == "placeholder"

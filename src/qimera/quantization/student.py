@@ -15,22 +15,38 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from qimera.errors import ConfigError
-from qimera.graph import WEIGHTED, fold_batch_norms, tensor_of, unfold_batch_norms, with_outputs
-from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
-from qimera.quantization.scheme import JOINS, POOLINGS, HardwareQuantizer, PaperQuantizer
+from qimera.graph import WEIGHTED, aten, fold_batch_norms, node_at, tensor_of, unfold_batch_norms, with_outputs
+from qimera.quantization.exact import with_exact_sums
+from qimera.quantization.fake_quantize import (
+    FakeQuantize,
+    LearnedStepFakeQuantize,
+    MinMaxFakeQuantize,
+    PerChannelBiasFakeQuantize,
+)
+from qimera.quantization.scheme import JOINS, POOLINGS, HardwareQuantizer, PaperQuantizer, quantizer_of
 from qimera.settings import QuantizationSettings
 from qimera.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
+_READING_ON = {*WEIGHTED, *JOINS, *POOLINGS, aten.max_pool2d.default}
+
 
 class Student(nn.Module):
-    """The quantized model in training form; calling it maps normalised images to logits, as the teacher does."""
+    """The quantized model in training form; calling it maps normalised images to logits, as the teacher does.
+
+    Where gradients are recorded, layers compute in floating point; elsewhere their sums are exact, as those of integer
+    kernels are. The logits of both differ where rounding errors carry a sum over the edge between two levels.
+    """
 
     def __init__(self, teacher: Teacher, settings: QuantizationSettings) -> None:
         super().__init__()
         self.settings = settings
+        self.input_spec = teacher.input_spec
+        self.num_classes = teacher.num_classes
+        self.teacher_hash = teacher.hash
         self.module = _prepare(teacher, settings)
+        self._exact = (with_exact_sums(self.module),)  # a tuple: its parameters are those of self.module
 
     @classmethod
     def load(cls, path: Path, teacher: Teacher, settings: QuantizationSettings) -> "Student":
@@ -48,7 +64,7 @@ class Student(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch num_classes"]:
         """Return the logits."""
-        logits = self.module(images)
+        logits = self.module(images) if torch.is_grad_enabled() else self._exact[0](images)
         assert isinstance(logits, Tensor)
         return logits
 
@@ -57,7 +73,10 @@ class Student(nn.Module):
         return with_outputs(self.module, names)
 
     def converted(self) -> GraphModule:
-        """Return the integer graph in ``quantized_decomposed`` operations; it equals the student bit for bit."""
+        """Return the integer graph in ``quantized_decomposed`` operations.
+
+        It equals the student bit for bit as long as it is run in floating point, with gradients recorded or not.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchao's own deprecations, nothing that a user can act on
             module = copy.deepcopy(self.module)
@@ -93,12 +112,13 @@ class Student(nn.Module):
         Learned steps are searched by squared error on the first batch (deviation D23); min-max ranges average over all
         batches (deviation D12).
         """
-        quantizers = [m for m in self.module.modules() if isinstance(m, LearnedStepFakeQuantize | MinMaxFakeQuantize)]
+        quantizers = [m for m in self.module.modules() if isinstance(m, FakeQuantize)]
+        averaging = any(isinstance(quantizer, MinMaxFakeQuantize) for quantizer in quantizers)
         for quantizer in quantizers:
-            quantizer.searching = "mse" if isinstance(quantizer, LearnedStepFakeQuantize) else "minmax"
+            quantizer.searching = "minmax" if averaging else "mse"
         for batch in batches:
             self.module(batch)
-            if any(isinstance(quantizer, LearnedStepFakeQuantize) for quantizer in quantizers):
+            if not averaging:
                 break
         for quantizer in quantizers:
             quantizer.searching = None
@@ -120,7 +140,21 @@ def _prepare(teacher: Teacher, settings: QuantizationSettings) -> GraphModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchao's own deprecations, nothing that a user can act on
         prepared = prepare_pt2e(graph, quantizer)
+    if hardware:
+        _link_biases_(prepared)
     return _lay_out_(prepared.requires_grad_(True))
+
+
+def _link_biases_(prepared: GraphModule) -> None:
+    """Let every bias quantizer follow those of its layer's input and weight, and run after them."""
+    for layer in [node for node in prepared.graph.nodes if len(node.args) > 2]:
+        activation, weight, bias = (quantizer_of(prepared, argument) for argument in layer.args[:3])
+        if isinstance(bias, PerChannelBiasFakeQuantize):
+            assert isinstance(activation, LearnedStepFakeQuantize)
+            assert isinstance(weight, LearnedStepFakeQuantize)
+            bias.follow_(activation, weight)
+            layer.prepend(node_at(layer, 2))
+    prepared.recompile()
 
 
 def _lay_out_(module: GraphModule) -> GraphModule:
@@ -142,7 +176,7 @@ def block_outputs(module: GraphModule) -> list[str]:
     names, furthest = [], 0
     for index, node in enumerate(nodes):
         readers = [user for user in node.users if user in position]
-        read_on = any(user.target in WEIGHTED or user.target in JOINS or user.target in POOLINGS for user in readers)
+        read_on = any(user.target in _READING_ON for user in readers)
         if furthest <= index and node.op == "call_function" and read_on and not _is_convolution_before_join(node):
             names.append(node.name)
         furthest = max([furthest, *(position[user] for user in readers)])

@@ -1,0 +1,101 @@
+"""Exact sums: what a student computes where no gradients are recorded."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from qimera.graph import WEIGHTED
+from qimera.quantization.exact import _ExactLayer, with_exact_sums
+from qimera.quantization.student import Student
+from qimera.settings import QuantizationSettings
+from qimera.teacher import Teacher
+from tests.networks import NETWORKS, SPEC, random_network
+
+
+def student_of(name: str, bits: int, scheme: str = "hardware") -> tuple[Student, Tensor]:
+    teacher = Teacher.capture(random_network(name), SPEC)
+    student = Student(teacher, QuantizationSettings(weight_bits=bits, activation_bits=bits, scheme=scheme))
+    images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(0))
+    student.initialize_ranges_([images])
+    return student, images
+
+
+class _OnLevels(torch.fx.Interpreter):
+    """Runs an exact graph and checks that every layer was given what it is said to be given: whole numbers."""
+
+    def call_module(self, target: str, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+        result = super().call_module(target, args, kwargs)
+        module = self.fetch_attr(target)
+        if isinstance(module, _ExactLayer):
+            steps = [quantizer.scale for quantizer in module.quantizers]
+            for value, step in zip(args, steps, strict=False):
+                levels = value / step
+                # 255 levels, each with a relative rounding error of two multiplications
+                torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+        return result
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_layer_reads_whole_numbers_of_steps(name: str) -> None:
+    student, images = student_of(name, 4)
+    exact = with_exact_sums(student.module)
+    layers = [each for each in exact.modules() if isinstance(each, _ExactLayer)]
+    assert len(layers) == sum(node.target in WEIGHTED for node in student.module.graph.nodes)
+    with torch.no_grad():
+        _OnLevels(exact).run(images)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("bits", [3, 8])
+def test_exact_sums_are_those_of_float64(name: str, bits: int) -> None:
+    """A layer's sums in float64, rounded once, are what no order of summation can change."""
+    student, images = student_of(name, bits)
+    for node, layer in _layers_with_inputs(student, images):
+        x, weight, *rest = node
+        steps = [quantizer.scale.detach().double() for quantizer in layer.quantizers]
+        levels = [(value.double() / step).round() for value, step in zip((x, weight), steps, strict=True)]
+        bias = rest[0] if rest else None
+        expected = layer.layer(levels[0] * steps[0], levels[1] * steps[1], *_in_double(bias, rest))
+        actual = layer(x, weight, *rest)
+        # two roundings to float32 of the product of a sum and two steps
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+def _in_double(bias: Tensor | None, rest: list[object]) -> list[object]:
+    return [None if bias is None else bias.double(), *rest[1:]]
+
+
+def _layers_with_inputs(student: Student, images: Tensor) -> list[tuple[list[object], _ExactLayer]]:
+    found: list[tuple[list[object], _ExactLayer]] = []
+
+    class Recorder(torch.fx.Interpreter):
+        def call_module(self, target: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+            module = self.fetch_attr(target)
+            if isinstance(module, _ExactLayer):
+                found.append((list(args), module))
+            return super().call_module(target, args, kwargs)
+
+    with torch.no_grad():
+        Recorder(with_exact_sums(student.module)).run(images)
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["hardware", "paper"])
+def test_with_and_without_gradients_a_student_answers_alike(scheme: str) -> None:
+    student, images = student_of("residual", 8, scheme)
+    recorded = student(images).detach()
+    with torch.no_grad():
+        exact = student(images)
+    # where a sum lies between two levels, a rounding error may carry it to either
+    assert float((recorded - exact).abs().max()) < 0.02 * float(exact.std())
+    assert torch.equal(recorded, exact) == (scheme == "paper")
+
+
+def test_what_is_learned_later_reaches_the_exact_sums() -> None:
+    student, images = student_of("residual", 4)
+    with torch.no_grad():
+        before = student(images)
+        for parameter in student.weights:
+            parameter.mul_(1.5)
+        assert not torch.equal(student(images), before)
