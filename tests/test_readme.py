@@ -5,10 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnxruntime import InferenceSession
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from qimera.cli import app
+from qimera.export.verification import Verification
+from qimera.quantization.student import Student
 from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +42,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def test_the_python_of_the_readme_runs() -> None:
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the lengths of the two stages are cut short."""
     text = block("python", "qimera.synthesize")
     short = text.replace("synthesize(model, spec)", "synthesize(model, spec, SYNTHESIS)")
@@ -49,12 +52,15 @@ def test_the_python_of_the_readme_runs() -> None:
         "SYNTHESIS": SynthesisSettings(num_optimized=4, direct=DirectSettings(num_steps=2)),
         "DISTILLATION": DistillationSettings(num_steps=2),
     }
+    monkeypatch.chdir(tmp_path)
     exec(short, names)
-    student, graph = names["student"], names["integer_graph"]
-    assert callable(student)
-    assert callable(graph)
+    student, verification = names["student"], names["verification"]
+    assert isinstance(student, Student)
+    assert isinstance(verification, Verification)
     images = torch.zeros(2, 1, 28, 28)
-    assert torch.equal(student(images), graph(images))
+    (logits,) = InferenceSession(tmp_path / "mnist_cnn.onnx").run(None, {"input": images.numpy()})
+    with torch.no_grad():
+        assert np.allclose(logits, student(images).numpy(), atol=1e-4)
 
 
 def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +76,8 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     images = generator.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "test.npz", images=images, labels=np.arange(20) % 10)
     typed = commands()
-    assert [line[:2] for line in typed] == [["qimera", verb] for verb in ("inspect", "quantize", "evaluate", "recipes")]
+    verbs = ("inspect", "quantize", "export", "evaluate", "recipes")
+    assert [line[:2] for line in typed] == [["qimera", verb] for verb in verbs]
     for line in typed:
         result = CliRunner().invoke(app, line[1:])
         assert result.exit_code == 0, (line, result.output)

@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from qimera.data import LabelledImages, load_labelled_images
     from qimera.errors import ConfigError, DivergenceError, QimeraError, UnsupportedModelError, VerificationError
     from qimera.evaluation import Evaluation, evaluate
+    from qimera.export.onnx import export_onnx
+    from qimera.export.verification import Comparison, Verification
     from qimera.pipeline import quantize, synthesize
     from qimera.progress import Progress
     from qimera.quantization.student import Student
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RECIPE_NAMES",
+    "Comparison",
     "ConfigError",
     "DirectSettings",
     "DistillationSettings",
@@ -47,8 +50,10 @@ __all__ = [
     "SynthesisSettings",
     "Teacher",
     "UnsupportedModelError",
+    "Verification",
     "VerificationError",
     "evaluate",
+    "export_onnx",
     "load_labelled_images",
     "quantize",
     "recipe",
@@ -60,6 +65,8 @@ _NAMES = {
     "qimera.data": ("LabelledImages", "load_labelled_images"),
     "qimera.errors": ("ConfigError", "DivergenceError", "QimeraError", "UnsupportedModelError", "VerificationError"),
     "qimera.evaluation": ("Evaluation", "evaluate"),
+    "qimera.export.onnx": ("export_onnx",),
+    "qimera.export.verification": ("Comparison", "Verification"),
     "qimera.pipeline": ("quantize", "synthesize"),
     "qimera.progress": ("Progress",),
     "qimera.quantization.student": ("Student",),

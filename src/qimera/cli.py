@@ -1,4 +1,4 @@
-"""The command line: ``qimera inspect``, ``synthesize``, ``quantize``, ``evaluate`` and ``recipes``.
+"""The command line: ``qimera inspect``, ``synthesize``, ``quantize``, ``evaluate``, ``export`` and ``recipes``.
 
 torch, and all that builds on it, is imported inside the commands, so that ``qimera --help`` answers at once.
 """
@@ -197,6 +197,42 @@ def evaluate(
             typer.echo(json.dumps(evaluation_values(run, data, result), indent=2))
         else:
             print_table(evaluation_table(result))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The --output of qimera quantize.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the file goes. Default: student.onnx in RUN.")
+    ] = None,
+    include_preprocessing: Annotated[
+        bool, typer.Option("--include-preprocessing", help="Let the file read uint8 NHWC pixels and normalise them.")
+    ] = False,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Names of the classes, one a line, for the metadata.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Percent of samples that must get the student's class.")
+    ] = None,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Write the student of a run as an ONNX file, and compare the file with it."""
+    with errors_as_messages(debug, "no file was written"):
+        _use_threads(threads)
+        from qimera.export.run import export_run
+        from qimera.run_directory import RunDirectory
+
+        directory = RunDirectory.open(run)
+        path = output or directory.path / "student.onnx"
+        verification = export_run(
+            directory,
+            path,
+            include_preprocessing=include_preprocessing,
+            labels_file=labels,
+            min_agreement=min_agreement,
+        )
+        typer.echo(f"{path}: {verification.text()}", nl=False)
 
 
 @app.command()

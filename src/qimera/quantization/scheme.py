@@ -67,12 +67,13 @@ class HardwareQuantizer(Quantizer):
                 readers[before_moves(producer)].append((node, producer, bits))
             if has_parameter(node):
                 self._annotate_parameters(model, node)
-        for tensor, edges in readers.items():
-            _annotate_tensor(tensor, edges, {bits for _, _, bits in edges})
-        for node in model.graph.nodes:
-            end = _end_of_kernel(node)
-            if has_parameter(node) and _is_read_in_full(end, readers[end]):
-                _annotate_tensor(end, readers[end], {self.settings.edge_bits, *(bits for _, _, bits in readers[end])})
+        ends = [end_of_kernel(node) for node in model.graph.nodes if has_parameter(node)]
+        in_full = [end for end in ends if _is_read_in_full(end, readers.get(end, []))]
+        for tensor in dict.fromkeys([*readers, *in_full]):
+            widths = {bits for _, _, bits in readers[tensor]}
+            if tensor in in_full:
+                widths.add(self.settings.edge_bits)
+            _annotate_tensor(tensor, readers[tensor], widths, for_all=tensor in in_full)
         return model
 
     def _annotate_parameters(self, model: GraphModule, layer: Node) -> None:
@@ -150,7 +151,7 @@ def quantizer_of(module: GraphModule, argument: object) -> nn.Module | None:
     return module.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
 
 
-def _end_of_kernel(layer: Node) -> Node:
+def end_of_kernel(layer: Node) -> Node:
     """Return the tensor that an integer kernel of ``layer`` can write: what its activation function returns."""
     end = layer
     while len(end.users) == 1 and next(iter(end.users)).target in RELUS:
@@ -167,11 +168,11 @@ def _is_read_in_full(tensor: Node, edges: list["_Edge"]) -> bool:
     )
 
 
-def _annotate_tensor(tensor: Node, edges: list["_Edge"], widths: set[int]) -> None:
-    """Put ``tensor`` on the widest grid where it is made, if one grid alone does not do for all who read it."""
+def _annotate_tensor(tensor: Node, edges: list["_Edge"], widths: set[int], *, for_all: bool) -> None:
+    """Put ``tensor`` on a grid: on the widest where it is made, if that is ``for_all`` or for several ``edges``."""
     widest = max(widths)
     moved = any(producer is not tensor for _, producer, _ in edges)
-    if len(widths) > 1 or moved or len(edges) == 0:
+    if len(widths) > 1 or moved or for_all:
         _annotation(tensor).output_qspec = _activation_spec(widest)
     for reader, producer, bits in edges:
         if producer is tensor or bits < widest:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from qimera.quantization.fake_quantize import (
     MinMaxFakeQuantize,
     PerChannelBiasFakeQuantize,
 )
-from qimera.quantization.scheme import JOINS, POOLINGS, HardwareQuantizer, PaperQuantizer, quantizer_of
+from qimera.quantization.scheme import JOINS, POOLINGS, HardwareQuantizer, PaperQuantizer, end_of_kernel, quantizer_of
 from qimera.settings import QuantizationSettings
 from qimera.teacher import Teacher
 
@@ -83,7 +83,40 @@ class Student(nn.Module):
             with torch.no_grad():
                 for weight, quantizer in _weight_quantizers(module):
                     quantizer(weight)  # a range that follows its weight is as old as the last call
-            return _lay_out_(convert_pt2e(module))
+            names = self.layer_names()
+            converted = convert_pt2e(module)
+            for node in [each for each in converted.graph.nodes if each.name in names]:
+                _name_integers_(converted, node, names[node.name])
+            return _lay_out_(converted)
+
+    def layer_names(self) -> dict[str, str]:
+        """Return the name of each layer by that of its node; a layer that is called again gets a number."""
+        names: dict[str, str] = {}
+        for node in self.module.graph.nodes:
+            if node.target in WEIGHTED and isinstance(node.args[1], Node) and node.args[1].op == "call_module":
+                owner = str(node_at(node.args[1], 0).target).rpartition(".")[0]
+                calls = sum(name.partition("@")[0] == owner for name in names.values())
+                names[node.name] = f"{owner}@{calls}" if calls else owner
+        return names
+
+    @torch.no_grad()
+    def integers(self, images: Float[Tensor, "batch channel height width"]) -> dict[str, UInt8[Tensor, "..."]]:
+        """Return the integers that the kernel of each layer writes, by the layer's name; float logits are left out."""
+        quantizers = {}
+        layers = {node.name: node for node in self.module.graph.nodes}
+        for layer, name in self.layer_names().items():
+            end = end_of_kernel(layers[layer])
+            behind = [user for user in end.users if user.op == "call_module"]
+            if behind:
+                quantizers[name] = behind[0]
+        exact = with_exact_sums(self.module)
+        _, values = with_outputs(exact, [node.name for node in quantizers.values()])(images)
+        found = {}
+        for (name, node), value in zip(quantizers.items(), values, strict=True):
+            quantizer = self.module.get_submodule(str(node.target))
+            assert isinstance(quantizer, LearnedStepFakeQuantize)
+            found[name] = ((value / quantizer.scale).round() + quantizer.zero_point).to(torch.uint8)
+        return found
 
     @property
     def steps(self) -> list[nn.Parameter]:
@@ -155,6 +188,25 @@ def _link_biases_(prepared: GraphModule) -> None:
             bias.follow_(activation, weight)
             layer.prepend(node_at(layer, 2))
     prepared.recompile()
+
+
+def _name_integers_(converted: GraphModule, layer: Node, name: str) -> None:
+    """Call the integers of a layer's weight and bias after the layer, where torchao has numbered them."""
+    for argument, kind in zip(layer.args[1:3], ("weight", "bias"), strict=False):
+        frozen = argument.args[0] if isinstance(argument, Node) else None
+        if isinstance(frozen, Node) and frozen.op == "get_attr" and str(frozen.target).startswith("_frozen_param"):
+            owner = converted
+            for part in name.split("."):
+                if not hasattr(owner, part):
+                    owner.add_module(part, nn.Module())
+                owner = getattr(owner, part)
+            value = tensor_of(converted, frozen)
+            if hasattr(owner, kind):
+                delattr(owner, kind)
+            owner.register_buffer(kind, value)
+            delattr(converted, str(frozen.target))
+            frozen.target = f"{name}.{kind}"
+    converted.recompile()
 
 
 def _lay_out_(module: GraphModule) -> GraphModule:

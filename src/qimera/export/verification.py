@@ -1,0 +1,233 @@
+"""An exported file and the student it came from -> how they compare, on every runtime that is there."""
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from qimera.errors import VerificationError
+from qimera.quantization.student import Student
+from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.direct import noise_images
+
+MAX_SAMPLES = 256
+_BATCH = 32
+
+OPENVINO_MIN_AGREEMENT = 80.0
+"""OpenVINO rounds fewer tensors than the file says (outputs of convolutions into additions, for one)."""
+
+_INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger"}
+
+_DIFFERENCE_PERCENT = 1.0
+
+Runner = Callable[[np.ndarray], np.ndarray]
+"""One batch of the file's input -> logits."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one runtime makes of the file."""
+
+    runtime: str
+    """Name and version."""
+
+    agreement: float
+    """Percent of samples that file and student put into the same class."""
+
+    largest_difference: float
+    """Of any two logits, in their own unit."""
+
+    identical: float
+    """Percent of samples on which all logits are the same up to rounding (1e-4 of their spread)."""
+
+    integer_layers: int
+    """Convolutions and linear layers that run in integer kernels."""
+
+    float_layers: tuple[str, ...]
+    """Names of those that do not."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a file compares with the student it came from."""
+
+    num_layers: int
+    num_bytes: int
+    """Size of the file."""
+
+    num_samples: int
+    comparisons: tuple[Comparison, ...]
+
+    def text(self) -> str:
+        """Return a few lines for people."""
+        lines = [f"file size {self.num_bytes:,} bytes, compared with the student on {self.num_samples} samples"]
+        for each in self.comparisons:
+            lines.append(
+                f"{each.runtime}: same class {each.agreement:.2f} %, same logits {each.identical:.2f} %, "
+                f"largest difference {each.largest_difference:.2g}; "
+                f"{each.integer_layers} of {self.num_layers} layers in integer kernels"
+            )
+            if each.float_layers:
+                lines.append(f"  in floating point: {', '.join(each.float_layers)}")
+        return "\n".join(lines) + "\n"
+
+
+def verify_onnx(student: Student, path: Path, samples: SampleBank | None, *, min_agreement: float) -> Verification:
+    """Run the file on ONNX Runtime, and on OpenVINO if it is installed, and compare it with ``student``.
+
+    Raises:
+        VerificationError: agreement below ``min_agreement`` percent on one of them.
+    """
+    pixels = sample_pixels(student, samples)
+    images = student.input_spec.normalize(pixels)
+    with torch.no_grad():
+        expected = torch.cat([student(batch) for batch in images.split(_BATCH)]).numpy()
+    names = list(student.layer_names().values())
+    comparisons = []
+    for runtime, run, float_layers in _runtimes(path, names):
+        actual = np.concatenate([run(batch) for batch in _inputs(path, pixels, images)])
+        comparison = compare(runtime, expected, actual, len(names), float_layers)
+        required = min_agreement if runtime.startswith("ONNX") else min(min_agreement, OPENVINO_MIN_AGREEMENT)
+        if not comparison.agreement >= required:
+            raise VerificationError(
+                f"{runtime}: file and student agree on {comparison.agreement:.2f} % of {len(pixels)} samples, "
+                f"at least {required:g} % are required; {_first_difference(student, path, images)}; no file was written"
+            )
+        comparisons.append(comparison)
+    return Verification(len(names), path.stat().st_size, len(pixels), tuple(comparisons))
+
+
+def sample_pixels(student: Student, samples: SampleBank | None) -> UInt8[Tensor, "batch channel height width"]:
+    """Return the pixels that a comparison runs on: of ``samples``, evenly spread, or noise where there are none."""
+    if samples is not None:
+        return samples.pixels[torch.linspace(0, len(samples) - 1, min(MAX_SAMPLES, len(samples))).long()]
+    spec = student.input_spec
+    scales = 1 + int(np.log2(min(spec.shape[1:])) // 1) // 2
+    return spec.to_pixels(noise_images(_BATCH, spec.shape, scales, torch.Generator().manual_seed(0)))
+
+
+def _inputs(path: Path, pixels: Tensor, images: Tensor) -> Iterator[np.ndarray]:
+    """Yield batches of what the file reads: normalised images, or pixels with the channel last."""
+    model = onnx.load(path)
+    normalised = model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    source = images if normalised else pixels.permute(0, 2, 3, 1)
+    yield from (np.ascontiguousarray(batch.numpy()) for batch in source.split(_BATCH))
+
+
+def compare(
+    runtime: str,
+    expected: Float[np.ndarray, "batch num_classes"],
+    actual: Float[np.ndarray, "batch num_classes"],
+    num_layers: int,
+    float_layers: list[str],
+) -> Comparison:
+    """Return how the logits of a runtime compare with the student's."""
+    difference = np.abs(expected - actual).max(1)
+    return Comparison(
+        runtime=runtime,
+        agreement=100 * float((expected.argmax(1) == actual.argmax(1)).mean()),
+        largest_difference=float(difference.max()),
+        identical=100 * float((difference <= 1e-4 * expected.std()).mean()),
+        integer_layers=num_layers - len(float_layers),
+        float_layers=tuple(float_layers),
+    )
+
+
+def _runtimes(path: Path, names: list[str]) -> Iterator[tuple[str, Runner, list[str]]]:
+    """Yield each runtime with a function that runs the file, and the layers that it computes in floating point."""
+    session, float_layers = onnx_runtime(path, names)
+    key = session.get_inputs()[0].name
+    yield f"ONNX Runtime {onnxruntime.__version__}", lambda batch: session.run(None, {key: batch})[0], float_layers
+    if importlib.util.find_spec("openvino") is not None:
+        import openvino
+
+        compiled, float_layers = openvino_model(path, names)
+        number = openvino.__version__.partition("-")[0]
+        yield f"OpenVINO {number}", lambda batch: compiled(batch)[0], float_layers
+
+
+def onnx_runtime(path: Path, names: list[str], num_threads: int = 1) -> tuple[onnxruntime.InferenceSession, list[str]]:
+    """Return a session for the file and the layers that are in no integer kernel of it."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.log_severity_level = 3
+    # Later optimizations change layouts alone, into forms that are not for files.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        options.optimized_model_filepath = str(optimized)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(optimized, load_external_data=False).graph.node
+    integer = [node for node in nodes if node.op_type in _INTEGER_KERNELS]
+    found = {name for name in names if any(_is_of(name, node.name) for node in integer)}
+    return session, [name for name in names if name not in found]
+
+
+def _is_of(layer: str, node: str) -> bool:
+    return node == layer or node.startswith((f"{layer}_", f"{layer}/"))
+
+
+def openvino_model(path: Path, names: list[str], num_threads: int = 1):  # type: ignore[no-untyped-def]
+    """Return a compiled model and the layers that it computes in floating point."""
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": num_threads, "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    integer: list[str] = []
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        kind, precision, names_before = (
+            info[key].astype(str) if key in info else ""
+            for key in ("layerType", "runtimePrecision", "originalLayersNames")
+        )
+        if kind in ("Convolution", "Deconvolution", "FullyConnected", "MatMul") and precision in ("i8", "u8"):
+            integer += [node.get_friendly_name(), *names_before.split(",")]
+    return compiled, [name for name in names if not any(_is_of(name, each) for each in integer)]
+
+
+def _first_difference(student: Student, path: Path, images: Float[Tensor, "batch channel height width"]) -> str:
+    """Say at which layer, in order, the integers of file and student first differ on more than a few samples."""
+    for name, expected, actual in _integers_of_layers(student, path, images):
+        differing = 100 * float((expected != actual).mean())
+        if differing > _DIFFERENCE_PERCENT:
+            return f"the first layer that disagrees is {name}: {differing:.1f} % of its integers differ"
+    return f"no layer's integers differ on more than {_DIFFERENCE_PERCENT:g} %, so the last layer does"
+
+
+def _integers_of_layers(
+    student: Student, path: Path, images: Float[Tensor, "batch channel height width"]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield, for each layer, the integers behind it in the student and in the file, where both have any."""
+    model = onnx.load(path)
+    if model.graph.input[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
+        return
+    in_file = {name: value for name in student.layer_names().values() if (value := _integers_behind(model, name))}
+    model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in in_file.values())
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    batch = images[:_BATCH]
+    _, *actual = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+    expected = student.integers(batch)
+    for (name, _), integers in zip(in_file.items(), actual, strict=True):
+        if name in expected:
+            yield name, expected[name].numpy(), integers
+
+
+def _integers_behind(model: onnx.ModelProto, layer: str) -> str | None:
+    """Return the uint8 tensor that a layer's kernel writes: behind QuantizeLinear, and behind a Clip of its own."""
+    found = next((node.output[0] for node in model.graph.node if node.name == layer), None)
+    quantized = None
+    while found is not None:
+        readers = [node for node in model.graph.node if found in node.input]
+        if len(readers) != 1 or readers[0].op_type not in ("QuantizeLinear", "Clip", "Relu"):
+            return quantized
+        found = readers[0].output[0]
+        quantized = found if quantized is not None or readers[0].op_type == "QuantizeLinear" else None
+    return quantized

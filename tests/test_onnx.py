@@ -1,0 +1,238 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qimera.bits import parse_bits
+from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
+from qimera.export.onnx import export_onnx, onnx_model
+from qimera.export.verification import onnx_runtime
+from qimera.quantization.student import Student
+from qimera.settings import QuantizationSettings
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+from tests.networks import NETWORKS, SPEC, Head, random_network, toy_pixels
+
+
+def student_of(teacher: Teacher, bits: str = "w4a4", scheme: str = "hardware") -> Student:
+    weight_bits, activation_bits = parse_bits(bits)
+    settings = QuantizationSettings(weight_bits=weight_bits, activation_bits=activation_bits, scheme=scheme)
+    student = Student(teacher, settings)
+    student.initialize_ranges_([torch.randn(32, *SPEC.shape, generator=torch.Generator().manual_seed(0))])
+    return student
+
+
+def logits_of(path: Path, inputs: np.ndarray, **options: object) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path, **options)
+    return session.run(["logits"], {session.get_inputs()[0].name: inputs})[0]
+
+
+def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Sums are exact on both sides; the product of three steps is rounded once here and twice there.
+
+    At 8 bits that now and then carries a value over the edge between two levels, and a sample with it.
+    """
+    difference = np.abs(actual - expected).max(1)
+    assert (difference < 1e-4).mean() >= 0.9
+    assert difference.max() < 0.1 * expected.std()
+
+
+def operations(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+# --- the file computes what the student computes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", ["w2a2", "w3a3", "w4a4", "w5a6", "w8a8"])
+def test_a_file_gives_the_students_logits_on_real_integers(
+    tmp_path: Path, teacher: Teacher, bank: SampleBank, toy_images: Tensor, bits: str
+) -> None:
+    student = student_of(teacher, bits)
+    verification = export_onnx(student, tmp_path / "model.onnx", bank)
+    with torch.no_grad():
+        expected = student(toy_images[:64]).numpy()
+    assert_same(logits_of(tmp_path / "model.onnx", toy_images[:64].numpy()), expected)
+    comparison = verification.comparisons[0]
+    assert comparison.agreement == 100
+    assert comparison.integer_layers == verification.num_layers == len(teacher.layers)
+    assert verification.num_bytes == (tmp_path / "model.onnx").stat().st_size
+    assert verification.num_samples == len(bank)
+
+
+WITHOUT_KERNEL = {
+    "transposed convolution": ("up",),  # there is none in ONNX Runtime
+    "many edges": ("classifier",),  # a convolution whose results, the logits, are not on a grid
+}
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in WITHOUT_KERNEL])
+def test_every_layer_of_any_network_runs_in_an_integer_kernel(tmp_path: Path, name: str) -> None:
+    student = student_of(Teacher.capture(random_network(name), SPEC))
+    verification = export_onnx(student, tmp_path / "model.onnx")
+    assert verification.comparisons[0].float_layers == ()
+    assert verification.comparisons[0].agreement == 100
+
+
+@pytest.mark.parametrize("name", WITHOUT_KERNEL)
+def test_layers_without_integer_kernel_are_named(tmp_path: Path, name: str) -> None:
+    student = student_of(Teacher.capture(random_network(name), SPEC))
+    verification = export_onnx(student, tmp_path / "model.onnx")
+    assert verification.comparisons[0].float_layers == WITHOUT_KERNEL[name]
+    assert f"in floating point: {WITHOUT_KERNEL[name][0]}" in verification.text()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_the_batch_is_dynamic(tmp_path: Path, teacher: Teacher, toy_images: Tensor, batch: int) -> None:
+    student = student_of(teacher)
+    export_onnx(student, tmp_path / "model.onnx")
+    assert logits_of(tmp_path / "model.onnx", toy_images[:batch].numpy()).shape == (batch, 5)
+
+
+# --- its form ---------------------------------------------------------------------------------------------------------
+
+
+def test_activations_are_clipped_as_integers(tmp_path: Path, teacher: Teacher) -> None:
+    export_onnx(student_of(teacher), tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    values = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
+    clips = [node for node in model.graph.node if node.op_type == "Clip"]
+    assert clips
+    for clip in clips:
+        assert [values[name].dtype for name in clip.input[1:]] == [np.uint8, np.uint8]
+        assert int(values[clip.input[2]]) <= 15
+
+
+def test_relu6_and_relu_are_left_to_the_integer_grids(tmp_path: Path, teacher: Teacher) -> None:
+    export_onnx(student_of(teacher, "w8a8"), tmp_path / "model.onnx")
+    assert "Relu" not in operations(tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    types = {each.name: each.data_type for each in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Clip":
+            assert types[node.input[1]] == onnx.TensorProto.UINT8
+
+
+@pytest.mark.parametrize("limit", [0.5, 6.0, 100.0])
+@pytest.mark.parametrize("bits", ["w8a8", "w4a3"])
+def test_a_clip_inside_or_outside_of_the_grid_is_absorbed_exactly(tmp_path: Path, limit: float, bits: str) -> None:
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Head(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.hardtanh(self.bn(self.conv(x)), -limit / 2, limit))
+
+    student = student_of(Teacher.capture(Clipped(), SPEC), bits)
+    export_onnx(student, tmp_path / "model.onnx")
+    images = 3 * torch.randn(32, *SPEC.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = student(images).numpy()
+    assert_same(logits_of(tmp_path / "model.onnx", images.numpy()), expected)
+
+
+@pytest.mark.parametrize(("bits", "stored"), [("w4a4", "int4"), ("w3a4", "int3"), ("w2a4", "int2"), ("w6a4", "int6")])
+def test_weights_take_the_bits_that_they_have(tmp_path: Path, bits: str, stored: str) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.head = nn.Conv2d(3, 129, 3), nn.BatchNorm2d(129), Head(129)
+            self.second = nn.Conv2d(129, 129, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.second(F.relu(self.bn(self.conv(x))))))
+
+    student = student_of(Teacher.capture(Wide(), SPEC), bits)
+    export_onnx(student, tmp_path / "model.onnx")
+    packed = {each.name: each for each in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    weight = packed[f"second.weight.{stored}"]
+    assert len(weight.raw_data) == -(-129 * 129 * 9 // 8) * int(stored[3:]) - (stored == "int4") * 3
+    integers = dict(student.converted().named_buffers())["second.weight"]
+    model = onnx.load(tmp_path / "model.onnx")
+    # the name of the expanded tensor is what the DequantizeLinear in front of the layer reads
+    layer = next(node for node in model.graph.node if node.name == "second")
+    dequantize = next(node for node in model.graph.node if node.output[0] == layer.input[1])
+    model.graph.output.append(onnx.ValueInfoProto(name=dequantize.input[0]))
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    _, expanded = session.run(None, {"input": np.zeros((1, *SPEC.shape), np.float32)})
+    assert expanded.dtype == np.int8
+    assert np.array_equal(expanded, integers.numpy())
+
+
+def test_values_that_were_moved_about_stay_integers(tmp_path: Path, teacher: Teacher) -> None:
+    """The classifier behind a Reshape is an integer kernel too."""
+    export_onnx(student_of(teacher), tmp_path / "model.onnx")
+    _, float_layers = onnx_runtime(tmp_path / "model.onnx", [layer.name for layer in teacher.layers])
+    assert float_layers == []
+
+
+def test_the_metadata_says_what_a_device_team_asks(tmp_path: Path, teacher: Teacher) -> None:
+    labels = ["apple", "bear", "cat", "dog", "eel"]
+    export_onnx(student_of(teacher, "w3a5"), tmp_path / "model.onnx", labels=labels)
+    metadata = onnxruntime.InferenceSession(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["qimera.labels"]) == labels
+    assert json.loads(metadata["qimera.input_mean"]) == list(SPEC.mean)
+    assert json.loads(metadata["qimera.input_std"]) == list(SPEC.std)
+    assert metadata["qimera.teacher_hash"] == teacher.hash
+    assert QuantizationSettings.model_validate_json(metadata["qimera.quantization"]).weight_bits == 3
+
+
+def test_nothing_of_the_exporting_machine_is_in_the_file(tmp_path: Path, teacher: Teacher) -> None:
+    export_onnx(student_of(teacher), tmp_path / "model.onnx")
+    content = (tmp_path / "model.onnx").read_bytes()
+    for trace in (b"site-packages", b"pkg.torch", b"/home", str(tmp_path).encode()):
+        assert trace not in content
+
+
+def test_with_preprocessing_a_file_reads_camera_bytes(tmp_path: Path, teacher: Teacher, bank: SampleBank) -> None:
+    student = student_of(teacher)
+    verification = export_onnx(student, tmp_path / "model.onnx", bank, include_preprocessing=True)
+    assert verification.comparisons[0].agreement == 100
+    pixels, _ = toy_pixels(16, seed=3)
+    with torch.no_grad():
+        expected = student(SPEC.normalize(pixels)).numpy()
+    nhwc = np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
+    assert_same(logits_of(tmp_path / "model.onnx", nhwc), expected)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_disagrees_is_not_handed_over(tmp_path: Path, teacher: Teacher, bank: SampleBank) -> None:
+    """The student changes between translation and comparison: as if the file computed something else."""
+    student = student_of(teacher)
+    model = onnx_model(student)
+
+    class Changed(Student):
+        def converted(self) -> torch.fx.GraphModule:
+            weight = self.module.get_parameter("conv3.weight")
+            with torch.no_grad():
+                kept = weight.clone()
+                weight.neg_()
+                result = super().converted()
+                weight.copy_(kept)
+            return result
+
+    assert isinstance(model, ir.Model)
+    student.__class__ = Changed
+    with pytest.raises(VerificationError, match=r"agree on .* the first layer that disagrees is conv3: .* no file"):
+        export_onnx(student, tmp_path / "model.onnx", bank)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_must_be_as_many_as_classes(tmp_path: Path, teacher: Teacher) -> None:
+    with pytest.raises(ConfigError, match="labels: 2 names for 5 classes"):
+        export_onnx(student_of(teacher), tmp_path / "model.onnx", labels=["a", "b"])
+
+
+def test_the_paper_scheme_is_refused(tmp_path: Path, teacher: Teacher) -> None:
+    with pytest.raises(UnsupportedModelError, match="scheme paper"):
+        export_onnx(student_of(teacher, scheme="paper"), tmp_path / "model.onnx")
