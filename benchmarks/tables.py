@@ -1,7 +1,7 @@
-"""benchmarks/results -> the README's tables, between the markers that bear their names.
+"""benchmarks/results -> the tables of README.md and docs/, between the markers that bear their names.
 
-python benchmarks/tables.py            # writes README.md
-python benchmarks/tables.py --check    # fails when README.md is out of date
+python benchmarks/tables.py            # writes them
+python benchmarks/tables.py --check    # fails when one is out of date
 """
 
 import argparse
@@ -13,7 +13,12 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+INFERENCE = RESULTS / "inference"
+EXPORT = RESULTS / "export"
 README = ROOT / "README.md"
+EXPORT_TARGETS = ROOT / "docs" / "export-targets.md"
+
+_ORDER = ["w8a8", "w4a8", "w4a4", "w3a3"]
 
 Result = dict[str, Any]
 
@@ -22,19 +27,26 @@ def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    before = README.read_text()
+    check = parser.parse_args().check
+    update(README, {"drops": drops(), "superposition": superposition()}, check=check)
+    update(EXPORT_TARGETS, {"inference": inference(), "agreement": agreement()}, check=check)
+
+
+def update(path: Path, tables: dict[str, str], *, check: bool) -> None:
+    """Put each table between its markers in the file, or fail where it is not there already."""
+    before = path.read_text()
     after = before
-    for name, table in (("drops", drops()), ("superposition", superposition())):
+    for name, table in tables.items():
         block = f"<!-- {name}: begin -->\n{table}<!-- {name}: end -->"
         after, count = re.subn(
             rf"<!-- {name}: begin -->.*?<!-- {name}: end -->", lambda _, b=block: b, after, flags=re.S
         )
         if count != 1:
-            raise SystemExit(f"README.md: expected the markers of table {name!r} once, found {count}")
-    if not parser.parse_args().check:
-        README.write_text(after)
+            raise SystemExit(f"{path.name}: expected the markers of table {name!r} once, found {count}")
+    if not check:
+        path.write_text(after)
     elif after != before:
-        raise SystemExit("README.md is out of date; run: python benchmarks/tables.py")
+        raise SystemExit(f"{path.name} is out of date; run: python benchmarks/tables.py")
 
 
 def drops() -> str:
@@ -66,8 +78,81 @@ def superposition() -> str:
     return "".join(rows)
 
 
+def inference() -> str:
+    """Size and integer layers of each exported file, its speed on each runtime, and where that was measured."""
+    found = [json.loads(path.read_text()) for path in sorted(INFERENCE.glob("*.json"))]
+    machines = sorted({_machine(result) for result in found})
+    return "\n".join([_exported_files(found), _speed(found), *(f"{machine}\n" for machine in machines)])
+
+
+def _exported_files(found: list[Result]) -> str:
+    head = "| network | bits | file | full precision | smaller | integer in ONNX Runtime | integer in OpenVINO |\n"
+    rows = [head, "|---|---|---|---|---|---|---|\n"]
+    for result in found:
+        full = result["files"]["fp32"]["bytes"]
+        for bits in ("w8a8", "w4a4"):
+            file = result["files"][bits]
+            layers = [
+                f"{file['integer_layers'][each]} of {file['num_layers']}" for each in ("ONNX Runtime", "OpenVINO")
+            ]
+            rows.append(
+                f"| {result['network']} | {bits.upper()} | {file['bytes'] / 1000:,.0f} kB | {full / 1000:,.0f} kB | "
+                f"{full / file['bytes']:.1f}x | {' | '.join(layers)} |\n"
+            )
+    return "".join(rows)
+
+
+def _speed(found: list[Result]) -> str:
+    rows = [
+        "| network | runtime | threads | batch | full precision | W8A8 | W4A4 |\n",
+        "|---|---|---|---|---|---|---|\n",
+    ]
+    for result in found:
+        for row in result["timings"]:
+            full, *others = (_milliseconds(row["milliseconds"][name]) for name in ("fp32", "w8a8", "w4a4"))
+            times = [
+                f"{time}, **{row['speedup'][bits]:.2f}x**" for time, bits in zip(others, ("w8a8", "w4a4"), strict=True)
+            ]
+            rows.append(
+                f"| {result['network']} | {row['runtime']} | {row['threads']} | {row['batch']} | {full} | "
+                f"{' | '.join(times)} |\n"
+            )
+    return "".join(rows)
+
+
+def _milliseconds(value: float) -> str:
+    """Return three digits and the unit."""
+    return f"{value:#.3g}".rstrip(".") + " ms"
+
+
+def _machine(result: Result) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "torch")
+    return f"Measured on {result['machine']}; {versions}."
+
+
+def agreement() -> str:
+    """Files against their students on all test images."""
+    rows = [
+        "| network | bits | file | ONNX Runtime: layers | same class | same logits | top-1 of student, file "
+        "| OpenVINO: layers | same class | top-1 |\n",
+        "|---|---|---|---|---|---|---|---|---|---|\n",
+    ]
+    found = [json.loads(path.read_text()) for path in EXPORT.glob("*.json")]
+    for each in sorted(found, key=lambda each: (each["network"], _ORDER.index(each["bits"]))):
+        ort, openvino = each["ONNX Runtime"], each["OpenVINO"]
+        layers = [f"{runtime['integer_layers']} of {each['num_layers']}" for runtime in (ort, openvino)]
+        rows.append(
+            f"| {each['network']} | {each['bits'].upper()} | {each['num_bytes'] / 1000:,.0f} kB | {layers[0]} "
+            f"| **{ort['agreement']:.2f}** | {ort['identical']:.1f} | {each['top1']:.2f}, {ort['top1']:.2f} "
+            f"| {layers[1]} | {openvino['agreement']:.2f} | {openvino['top1']:.2f} |\n"
+        )
+    return "".join(rows)
+
+
 def _results() -> list[Result]:
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/*.json"))]
+    """Return the accuracies."""
+    paths = sorted(path for path in RESULTS.glob("*/*.json") if path.parent not in (INFERENCE, EXPORT))
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def _grouped(*keys: str, **only: object) -> dict[tuple[Any, ...], list[Result]]:

@@ -1,9 +1,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
+import torch
+from torch import Tensor
 
+from qimera.export.verification import Comparison, compare
+from qimera.quantization.student import Student
 from qimera.run_directory import RunDirectory
 from tests.command_line import qimera, said, tiny_settings
 
@@ -25,7 +30,7 @@ def test_export_writes_a_file_into_the_run_and_says_how_it_compares(finished_run
     assert f"file size {file.stat().st_size:,} bytes" in result.stdout
     assert "ONNX Runtime" in result.stdout
     assert "layers in integer kernels" in result.stdout
-    record = json.loads((finished_run / "export.json").read_text())
+    record = json.loads((finished_run / "export-onnx.json").read_text())
     assert record["num_bytes"] == file.stat().st_size
     assert record["comparisons"][0]["agreement"] == 100
     assert RunDirectory.open(finished_run).is_finished
@@ -53,14 +58,39 @@ def test_wrong_labels_and_places_are_refused_before_anything_is_written(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["labels.txt"]
 
 
+def test_export_writes_a_program_that_torch_loads(finished_run: Path) -> None:
+    result = qimera("export", finished_run, "--format", "pt2")
+    assert result.exit_code == 0, result.stderr
+    program = torch.export.load(finished_run / "student.pt2").module()
+    assert program(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
+    assert json.loads((finished_run / "export-pt2.json").read_text())["num_layers"] == 10
+
+
+def test_options_of_another_format_are_refused(tmp_path: Path, finished_run: Path) -> None:
+    options = ("--format", "pt2", "--include-preprocessing", "--output", tmp_path / "x.pt2")
+    result = qimera("export", finished_run, *options)
+    assert result.exit_code == 2
+    assert "are for --format onnx, given --format pt2" in said(result)
+
+
 def test_a_file_below_the_threshold_is_not_written(
     tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A comparison that always fails stands for a runtime that computes something else."""
-    monkeypatch.setattr("qimera.export.verification.OPENVINO_MIN_AGREEMENT", 0.0)
-    monkeypatch.setattr("qimera.export.run.MIN_AGREEMENT", 100.5)
+    """Turned upside down, the logits stand for a runtime that computes something else."""
+
+    def upside_down(student: Student, path: Path, images: Tensor) -> str:
+        return "the first layer that disagrees is 7"
+
+    monkeypatch.setattr("qimera.export.verification.compare", _compared_with_the_negative)
+    monkeypatch.setattr("qimera.export.verification._first_difference", upside_down)
     result = qimera("export", finished_run, "--output", tmp_path / "x.onnx")
     assert result.exit_code == 5
-    assert "at least 100.5 % are required" in said(result)
+    assert "at least 99 % are required" in said(result)
     assert "no file was written" in said(result)
     assert list(tmp_path.iterdir()) == []
+
+
+def _compared_with_the_negative(
+    runtime: str, expected: np.ndarray, actual: np.ndarray, num_layers: int, float_layers: list[str]
+) -> Comparison:
+    return compare(runtime, expected, -actual, num_layers, float_layers)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from qimera.errors import ConfigError, DivergenceError, QimeraError, UnsupportedModelError, VerificationError
     from qimera.evaluation import Evaluation, evaluate
     from qimera.export.onnx import export_onnx
+    from qimera.export.program import export_aotinductor, export_pt2
     from qimera.export.verification import Comparison, Verification
     from qimera.pipeline import quantize, synthesize
     from qimera.progress import Progress
@@ -53,7 +54,9 @@ __all__ = [
     "Verification",
     "VerificationError",
     "evaluate",
+    "export_aotinductor",
     "export_onnx",
+    "export_pt2",
     "load_labelled_images",
     "quantize",
     "recipe",
@@ -66,6 +69,7 @@ _NAMES = {
     "qimera.errors": ("ConfigError", "DivergenceError", "QimeraError", "UnsupportedModelError", "VerificationError"),
     "qimera.evaluation": ("Evaluation", "evaluate"),
     "qimera.export.onnx": ("export_onnx",),
+    "qimera.export.program": ("export_aotinductor", "export_pt2"),
     "qimera.export.verification": ("Comparison", "Verification"),
     "qimera.pipeline": ("quantize", "synthesize"),
     "qimera.progress": ("Progress",),

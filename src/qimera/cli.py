@@ -202,8 +202,12 @@ def evaluate(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The --output of qimera quantize.")],
+    form: Annotated[
+        Literal["onnx", "pt2", "aotinductor"],
+        typer.Option("--format", help="ONNX file, torch.export program, or compiled AOTInductor package."),
+    ] = "onnx",
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the file goes. Default: student.onnx in RUN.")
+        Path | None, typer.Option(metavar="FILE", help="Where the file goes. Default: in RUN, called student.*.")
     ] = None,
     include_preprocessing: Annotated[
         bool, typer.Option("--include-preprocessing", help="Let the file read uint8 NHWC pixels and normalise them.")
@@ -212,22 +216,23 @@ def export(
         Path | None, typer.Option(metavar="FILE", help="Names of the classes, one a line, for the metadata.")
     ] = None,
     min_agreement: Annotated[
-        float | None, typer.Option(min=0, max=100, help="Percent of samples that must get the student's class.")
-    ] = None,
+        float, typer.Option(min=0, max=100, help="Percent of samples that must get the student's class.")
+    ] = 99.0,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
-    """Write the student of a run as an ONNX file, and compare the file with it."""
+    """Write the student of a run as a file for other runtimes, and compare the file with it."""
     with errors_as_messages(debug, "no file was written"):
         _use_threads(threads)
-        from qimera.export.run import export_run
+        from qimera.export.run import FILE_NAMES, export_run
         from qimera.run_directory import RunDirectory
 
         directory = RunDirectory.open(run)
-        path = output or directory.path / "student.onnx"
+        path = output or directory.path / FILE_NAMES[form]
         verification = export_run(
             directory,
             path,
+            form,
             include_preprocessing=include_preprocessing,
             labels_file=labels,
             min_agreement=min_agreement,

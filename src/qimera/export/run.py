@@ -3,44 +3,62 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 from qimera.errors import ConfigError
 from qimera.export.onnx import MIN_AGREEMENT, export_onnx
+from qimera.export.program import export_aotinductor, export_pt2
 from qimera.export.verification import Verification
 from qimera.run import load_student
 from qimera.run_directory import RunDirectory, replacing
 from qimera.synthesis.bank import SampleBank
 
+Format = Literal["onnx", "pt2", "aotinductor"]
+
+FILE_NAMES: dict[Format, str] = {
+    "onnx": "student.onnx",
+    "pt2": "student.pt2",
+    "aotinductor": "student-aotinductor.pt2",
+}
+
 
 def export_run(
     run: RunDirectory,
     path: Path,
+    form: Format = "onnx",
     *,
-    include_preprocessing: bool,
-    labels_file: Path | None,
-    min_agreement: float | None,
+    include_preprocessing: bool = False,
+    labels_file: Path | None = None,
+    min_agreement: float = MIN_AGREEMENT,
 ) -> Verification:
     """Write the student of ``run`` to ``path``, verified on the run's bank, and record the verification.
 
     Raises:
-        ConfigError: the folder of ``path`` is not there, or the labels cannot be read or do not fit.
-        UnsupportedModelError: something in the student has no ONNX counterpart.
+        ConfigError: the folder of ``path`` is not there, the labels cannot be read or do not fit, or an option is not
+            for this format.
+        UnsupportedModelError: something in the student has no counterpart in the format.
         VerificationError: the file disagrees with the student.
     """
     if not path.parent.is_dir() or path.is_dir():
         raise ConfigError(f"--output: {path} must be a file in a folder that exists")
+    if form != "onnx" and (include_preprocessing or labels_file is not None):
+        raise ConfigError(f"--include-preprocessing and --labels are for --format onnx, given --format {form}")
     labels = _labels(labels_file, run.summary().num_classes)
     student, teacher = load_student(run)
     bank = SampleBank.load(Path(run.settings.bank) if run.settings.bank else run.bank_directory, teacher)
-    verification = export_onnx(
-        student,
-        path,
-        bank,
-        include_preprocessing=include_preprocessing,
-        labels=labels,
-        min_agreement=MIN_AGREEMENT if min_agreement is None else min_agreement,
-    )
-    with replacing(run.path / "export.json") as temporary:
+    if form == "onnx":
+        verification = export_onnx(
+            student,
+            path,
+            bank,
+            include_preprocessing=include_preprocessing,
+            labels=labels,
+            min_agreement=min_agreement,
+        )
+    else:
+        export = export_pt2 if form == "pt2" else export_aotinductor
+        verification = export(student, path, bank, min_agreement=min_agreement)
+    with replacing(run.path / f"export-{form}.json") as temporary:
         temporary.write_text(json.dumps({"file": str(path), **asdict(verification)}, indent=2) + "\n", encoding="utf-8")
     return verification
 

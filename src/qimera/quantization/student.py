@@ -193,7 +193,7 @@ def _link_biases_(prepared: GraphModule) -> None:
 def _name_integers_(converted: GraphModule, layer: Node, name: str) -> None:
     """Call the integers of a layer's weight and bias after the layer, where torchao has numbered them."""
     for argument, kind in zip(layer.args[1:3], ("weight", "bias"), strict=False):
-        frozen = argument.args[0] if isinstance(argument, Node) else None
+        frozen = argument.args[0] if isinstance(argument, Node) and argument.args else None
         if isinstance(frozen, Node) and frozen.op == "get_attr" and str(frozen.target).startswith("_frozen_param"):
             owner = converted
             for part in name.split("."):
