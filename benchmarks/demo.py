@@ -1,8 +1,8 @@
-"""The main job in three minutes: the embedded MNIST classifier becomes a W4A4 and a W2A2 model without an image.
+"""The main job in three minutes: the embedded MNIST classifier becomes a W4A4 and a W2A2 file without an image.
 
     python benchmarks/demo.py [--seed 0]
 
-Only the last step, scoring, sees the 1,000 real images that no training ever saw.
+Only scoring sees the 1,000 real images that no training ever saw. The students of the last row become ONNX files.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from mnist import load_mnist_split
@@ -24,9 +25,11 @@ from qimera import (
     LabelSettings,
     QuantizationSettings,
     SampleBank,
+    Student,
     SynthesisSettings,
     Teacher,
     evaluate,
+    export_onnx,
     synthesize,
 )
 from qimera.console import ProgressDisplay
@@ -37,6 +40,7 @@ from qimera.recipes import recipe
 from qimera.summary import float_bytes, packed_bytes, readable_bytes
 
 MODEL = "mnist_cnn"
+OUTPUT = Path("runs") / "demo"
 NUM_SAMPLES = 256
 NUM_STEPS = {4: 200, 2: 800}
 """Training steps by bits; the fewer bits, the more there is to mend."""
@@ -98,14 +102,22 @@ def main() -> None:
     teacher = Teacher.capture(load_model(MODEL), spec)
     images = load_mnist_split().held_out
     table = _table(teacher, images)
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    exported = []
     with ProgressDisplay() as progress:
         for row in ROWS:
             start = time.perf_counter()
             bank = row.make_bank(teacher, seed, progress)
             bank_seconds = time.perf_counter() - start
             for bits in NUM_STEPS:
-                table.add_row(*_measure(row, bits, teacher, bank, images, seed, bank_seconds, progress))
+                student, *cells = _measure(row, bits, teacher, bank, images, seed, bank_seconds, progress)
+                table.add_row(*cells)
+                if row is ROWS[-1]:
+                    path = OUTPUT / f"{MODEL}-w{bits}a{bits}.onnx"
+                    exported.append((path, export_onnx(student, path, bank)))
     Console().print(table)
+    for path, verification in exported:
+        print(f"{path}: {verification.text()}")
 
 
 def _measure(
@@ -117,7 +129,7 @@ def _measure(
     seed: int,
     bank_seconds: float,
     progress: ProgressCallback,
-) -> tuple[str, ...]:
+) -> tuple[Student, str, str, str, str, str]:
     settings = QuantizationSettings(weight_bits=bits, activation_bits=bits)
     training = recipe("fast", teacher.input_spec, teacher.num_classes).distillation
     training = DistillationSettings.model_validate(
@@ -128,6 +140,7 @@ def _measure(
     seconds = bank_seconds + time.perf_counter() - start
     result = evaluate(student, images, teacher.input_spec)
     return (
+        student,
         row.name,
         f"W{bits}A{bits}",
         f"{result.top1:.1f}",
