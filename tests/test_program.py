@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from qimera.bits import parse_bits
 from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
 from qimera.export.program import export_aotinductor, export_pt2, integer_program
+from qimera.models import EMBEDDED_MODELS, load_model
 from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
@@ -16,6 +17,7 @@ from qimera.teacher import Teacher
 from tests.networks import NETWORKS, SPEC, Head, random_network
 
 CLIP = torch.ops.aten.hardtanh.default
+MNIST = EMBEDDED_MODELS["mnist_cnn"].input_spec
 
 
 def student_of(teacher: Teacher, bits: str = "w4a4", scheme: str = "hardware") -> Student:
@@ -165,3 +167,14 @@ def test_a_package_that_fails_verification_leaves_no_file(tmp_path: Path, teache
     with pytest.raises(VerificationError, match="AOTInductor 2"):
         export_aotinductor(student_of(teacher), tmp_path / "model.pt2", min_agreement=101.0)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_package_that_inductor_gets_wrong_is_refused(tmp_path: Path) -> None:
+    """Images of one channel: torch 2.13 compiles a correct program to another function."""
+    student = Student(Teacher.capture(load_model("mnist_cnn"), MNIST), QuantizationSettings())
+    student.initialize_ranges_([torch.randn(32, *MNIST.shape, generator=torch.Generator().manual_seed(0))])
+    export_pt2(student, tmp_path / "program.pt2")
+    with pytest.raises(VerificationError, match="AOTInductor 2"):
+        export_aotinductor(student, tmp_path / "package.pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["program.pt2"]
