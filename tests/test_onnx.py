@@ -35,12 +35,9 @@ def logits_of(path: Path, inputs: np.ndarray, **options: object) -> np.ndarray:
 
 
 def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Sums are exact on both sides; the product of three steps is rounded once here and twice there.
-
-    At 8 bits that now and then carries a value over the edge between two levels, and a sample with it.
-    """
+    """Sums are exact on both sides; the formulas that round them differ now and then."""
     difference = np.abs(actual - expected).max(1)
-    assert (difference < 1e-4).mean() >= 0.9
+    assert (difference < 1e-5 * expected.std()).mean() >= 0.95
     assert difference.max() < 0.1 * expected.std()
 
 
@@ -61,10 +58,25 @@ def test_a_file_gives_the_students_logits_on_real_integers(
         expected = student(toy_images[:64]).numpy()
     assert_same(logits_of(tmp_path / "model.onnx", toy_images[:64].numpy()), expected)
     comparison = verification.comparisons[0]
-    assert comparison.agreement == 100
+    assert comparison.identical >= 98
     assert comparison.integer_layers == verification.num_layers == len(teacher.layers)
     assert verification.num_bytes == (tmp_path / "model.onnx").stat().st_size
     assert verification.num_samples == len(bank)
+
+
+def test_openvino_computes_more_nearly_what_a_student_for_it_computes(
+    tmp_path: Path, bank: SampleBank, teacher: Teacher
+) -> None:
+    pytest.importorskip("openvino", reason="an optional runtime")
+    found = {}
+    for target in ("onnxruntime", "openvino"):
+        student = Student(teacher, QuantizationSettings(weight_bits=4, activation_bits=4, target=target))
+        student.initialize_ranges_([bank.input_spec.normalize(bank.pixels[:64])])
+        verification = export_onnx(student, tmp_path / "model.onnx", bank, min_agreement=80.0)
+        found[target] = next(each for each in verification.comparisons if each.runtime.startswith("OpenVINO"))
+    assert found["openvino"].float_layers == ()
+    assert found["openvino"].agreement >= 95
+    assert found["openvino"].identical > found["onnxruntime"].identical + 10
 
 
 WITHOUT_KERNEL = {
@@ -78,7 +90,7 @@ def test_every_layer_of_any_network_runs_in_an_integer_kernel(tmp_path: Path, na
     student = student_of(Teacher.capture(random_network(name), SPEC))
     verification = export_onnx(student, tmp_path / "model.onnx")
     assert verification.comparisons[0].float_layers == ()
-    assert verification.comparisons[0].agreement == 100
+    assert verification.comparisons[0].identical >= 98
 
 
 @pytest.mark.parametrize("name", WITHOUT_KERNEL)

@@ -5,9 +5,9 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from qimera.bits import parse_layer_bits
-from qimera.graph import WEIGHTED, aten, layer_name
+from qimera.graph import CONVOLUTIONS, WEIGHTED, aten, layer_name
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
-from qimera.quantization.scheme import JOINS, MATRIX_PRODUCTS, POOLINGS, RELUS, before_moves, is_move
+from qimera.quantization.scheme import ADDITIONS, JOINS, MATRIX_PRODUCTS, POOLINGS, RELUS, before_moves, is_move
 from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.teacher import Teacher
@@ -295,3 +295,16 @@ def test_layers_named_by_a_pattern_get_weight_bits_of_their_own_in_the_paper_sch
     nodes = layers(student)
     assert bits_before(student, nodes["conv2"], 1) == 8
     assert bits_before(student, nodes["conv3"], 1) == 4
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "inductor", "xnnpack"])
+def test_some_targets_add_before_they_round(target: str) -> None:
+    student = student_of(Teacher.capture(random_network("residual"), SPEC), target=target)
+    convolutions = [node for node in student.module.graph.nodes if node.target in CONVOLUTIONS]
+    added = [node for node in convolutions if any(user.target in ADDITIONS for user in node.users)]
+    rounded = [node for node in convolutions if any(user.op == "call_module" for user in node.users)]
+    if target in ("openvino", "inductor"):
+        assert added
+        assert not set(added) & set(rounded)
+    else:
+        assert not added

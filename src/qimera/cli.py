@@ -133,6 +133,10 @@ def quantize(
         Literal["hardware", "paper"] | None,
         typer.Option(help="What integer kernels need, or as published. Default: hardware."),
     ] = None,
+    target: Annotated[
+        Literal["onnxruntime", "openvino", "inductor", "xnnpack"] | None,
+        typer.Option(help="Round where its kernels do. Default: onnxruntime."),
+    ] = None,
     recipe: Recipe = None,
     bank: Annotated[Path | None, typer.Option(metavar="BANK", help="Made earlier by qimera synthesize.")] = None,
     seed: Seed = None,
@@ -152,7 +156,7 @@ def quantize(
 
         refuse_other_content(output)
         model_options = ModelOptions(model, weights, input_shape, mean, std, pixel_range)
-        options = RunOptions(bits, layer_bits, scheme, recipe, bank, seed)
+        options = RunOptions(bits, layer_bits, scheme, target, recipe, bank, seed)
         read = resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
         check_run(read.settings, read.teacher, read.bank)
         run = RunDirectory.start(output, read.settings)

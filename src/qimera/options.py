@@ -68,6 +68,7 @@ class RunOptions:
     bits: str | None
     layer_bits: str | None
     scheme: Literal["hardware", "paper"] | None
+    target: Literal["onnxruntime", "openvino", "inductor", "xnnpack"] | None
     recipe: str | None
     bank: Path | None
     seed: int | None
@@ -80,6 +81,7 @@ class RunOptions:
             activation_bits=activation_bits,
             layer_bits=parse_layer_bits(self.layer_bits or ""),
             scheme=self.scheme or "hardware",
+            target=self.target or "onnxruntime",
         )
 
 

@@ -70,6 +70,7 @@ def quantize(
     bits: str = "w4a4",
     *,
     scheme: str = "hardware",
+    target: str = "onnxruntime",
     layer_bits: str = "",
     settings: DistillationSettings | None = None,
     seed: int = 0,
@@ -82,6 +83,8 @@ def quantize(
         bank: From ``synthesize``, or loaded.
         bits: Such as ``w4a8``: weight bits, activation bits, 2 to 8.
         scheme: ``hardware`` (what integer kernels need) or ``paper`` (as GDFQ and Qimera quantize).
+        target: Runtime whose kernels decide where tensors are rounded: ``onnxruntime``, ``openvino``, ``inductor`` or
+            ``xnnpack``.
         layer_bits: Exceptions by layer name, such as ``conv1=8,*fc*=w8a4``.
         settings: How to train; the recipe ``fast`` when absent.
         seed: Same seed, settings, bank and machine: same student, bit for bit, on the CPU.
@@ -96,6 +99,7 @@ def quantize(
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         scheme=scheme,
+        target=target,
         layer_bits=parse_layer_bits(layer_bits),
     )
     teacher = as_teacher(model, bank.input_spec)

@@ -231,6 +231,10 @@ class QuantizationSettings(_Settings):
     scheme: Literal["hardware", "paper"] = "hardware"
     """``hardware``: what integer kernels need. ``paper``: as GDFQ and Qimera quantize, for comparison only."""
 
+    target: Literal["onnxruntime", "openvino", "inductor", "xnnpack"] = "onnxruntime"
+    """Whose kernels decide where tensors are rounded (hardware scheme). Those of OpenVINO and Inductor add the other
+    branch to a convolution's sums before they round, those of ONNX Runtime and XNNPACK after."""
+
     layer_bits: tuple[LayerBits, ...] = ()
     """Exceptions by layer name; the last matching pattern wins."""
 

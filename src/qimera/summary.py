@@ -28,6 +28,7 @@ class Summary(BaseModel):
     """Such as ``w4a4``."""
 
     scheme: str
+    target: str
     layer_bits: str
     """Exceptions by layer name, as ``--layer-bits`` takes them."""
 
@@ -78,6 +79,7 @@ class Summary(BaseModel):
             num_classes=teacher.num_classes,
             bits=f"w{quantization.weight_bits}a{quantization.activation_bits}",
             scheme=quantization.scheme,
+            target=quantization.target,
             layer_bits=",".join(rules),
             recipe=settings.recipe,
             seed=settings.seed,
@@ -110,7 +112,7 @@ class Summary(BaseModel):
         exceptions = f", except {self.layer_bits}" if self.layer_bits else ""
         facts = {
             "model": f"{self.model} ({self.num_classes} classes, teacher {self.teacher_hash[:12]})",
-            "bits": f"{self.bits}{exceptions}, scheme {self.scheme}",
+            "bits": f"{self.bits}{exceptions}, scheme {self.scheme}, target {self.target}",
             "recipe": f"{self.recipe}, seed {self.seed}",
             "bank": f"{self.num_samples} synthetic samples, {_readable_seconds(self.bank_seconds)}",
             "student": f"{self.num_steps} steps, {_readable_seconds(self.student_seconds)}",

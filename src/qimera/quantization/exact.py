@@ -1,31 +1,29 @@
-"""A student's graph -> the same graph, in which layers sum whole numbers, as integer kernels do."""
+"""A student's graph -> the same graph, in which layers and additions compute on levels, as integer kernels do."""
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule
 
 from qimera.graph import WEIGHTED, aten, logits_node
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, PerChannelBiasFakeQuantize
-from qimera.quantization.scheme import quantizer_of
+from qimera.quantization.scheme import ADDITIONS, end_of_kernel, quantizer_of
 
 
 def with_exact_sums(module: GraphModule) -> GraphModule:
-    """Return a graph in which every layer whose tensors are all on grids sums levels; it shares all parameters."""
+    """Return a graph in which layers and additions of tensors on grids compute on levels; all else is shared."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(module.graph, mapping)
     graph.output(mapping[logits_node(module)])
     result = GraphModule(module, graph)
     for node in list(graph.nodes):
-        activation, weight, bias = (quantizer_of(result, each) for each in (*node.args, None, None, None)[:3])
-        has_float_bias = len(node.args) > 2 and node.args[2] is not None and bias is None
-        if node.target not in WEIGHTED or has_float_bias or not isinstance(activation, LearnedStepFakeQuantize):
-            continue
-        if isinstance(weight, LearnedStepFakeQuantize) and isinstance(bias, PerChannelBiasFakeQuantize | None):
+        exact = _exact_layer(result, node) if node.target in WEIGHTED else _exact_addition(result, node)
+        if exact is not None:
             name = f"exact_{node.name}"
-            result.add_submodule(name, _ExactLayer(node.target, activation, weight))
+            result.add_submodule(name, exact)
             with graph.inserting_before(node):
                 node.replace_all_uses_with(graph.call_module(name, node.args))
             graph.erase_node(node)
@@ -33,20 +31,85 @@ def with_exact_sums(module: GraphModule) -> GraphModule:
     return result
 
 
+def _exact_layer(module: GraphModule, layer: fx.Node) -> "_ExactLayer | None":
+    activation, weight, bias = (quantizer_of(module, each) for each in (*layer.args, None, None)[:3])
+    has_float_bias = len(layer.args) > 2 and layer.args[2] is not None and bias is None
+    if has_float_bias or not isinstance(bias, PerChannelBiasFakeQuantize | None):
+        return None
+    if not isinstance(activation, LearnedStepFakeQuantize) or not isinstance(weight, LearnedStepFakeQuantize):
+        return None
+    assert callable(layer.target)
+    return _ExactLayer(layer.target, activation, weight, _quantizer_behind(module, layer))
+
+
+def _exact_addition(module: GraphModule, node: fx.Node) -> "_ExactAddition | None":
+    if node.target not in ADDITIONS or node.kwargs:
+        return None
+    first, second = (quantizer_of(module, each) for each in node.args[:2])
+    behind = _quantizer_behind(module, node)
+    if not isinstance(first, LearnedStepFakeQuantize) or not isinstance(second, LearnedStepFakeQuantize):
+        return None
+    return None if behind is None else _ExactAddition(first, second, behind)
+
+
+def _quantizer_behind(module: GraphModule, node: fx.Node) -> LearnedStepFakeQuantize | None:
+    """Return the quantizer to whose grid an integer kernel of ``node`` rounds its sums; None if it returns floats."""
+    readers = {quantizer_of(module, user) if user.op == "call_module" else None for user in end_of_kernel(node).users}
+    quantizer = readers.pop() if len(readers) == 1 else None
+    return quantizer if isinstance(quantizer, LearnedStepFakeQuantize) else None
+
+
+class _ExactAddition(nn.Module):
+    """The sum of two tensors on grids, rounded onto the grid of the result as ONNX Runtime's integer kernel does it.
+
+    That is round(fma(a, r_a, fma(b, r_b, z - (r_a z_a + r_b z_b)))) with levels a and b counted from 0, zero points
+    z_a, z_b and z, and the rounded ratios r of each step to that of the result, all in float32 (measured; float64
+    stands in for the fused products, in which no bit of theirs is lost).
+    """
+
+    def __init__(
+        self, first: LearnedStepFakeQuantize, second: LearnedStepFakeQuantize, result: LearnedStepFakeQuantize
+    ) -> None:
+        super().__init__()
+        self.quantizers = (first, second, result)  # a tuple: not submodules
+
+    def forward(self, a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        first, second, result = self.quantizers
+        step = result.scale.detach()
+        ratio_a, ratio_b = (each.scale.detach() / step for each in (first, second))
+        fixed = result.zero_point - (ratio_a * first.zero_point + ratio_b * second.zero_point)
+        levels = _fused(_levels_from_0(b, second), ratio_b, fixed)
+        levels = _fused(_levels_from_0(a, first), ratio_a, levels)
+        return levels.round_().sub_(result.zero_point).mul_(step)
+
+
+def _levels_from_0(x: Tensor, quantizer: LearnedStepFakeQuantize) -> Tensor:
+    return _levels(x, quantizer.scale.detach()).add_(quantizer.zero_point)
+
+
+def _fused(x: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
+    return torch.addcmul(addend.double(), x.double(), factor.double()).float()
+
+
 class _ExactLayer(nn.Module):
     """A convolution or linear layer of numbers on grids, computed on their levels.
 
     Products and sums of levels are whole numbers, which float32 holds exactly up to 2 ** 24. Summed in the unit of the
     activations each would be rounded, in an order that differs from kernel to kernel, and now and then a result would
-    land on another level of the next grid.
+    land on another level of the next grid. For the same reason the sums get onto the grid of the result, if it is read
+    on one, as ONNX Runtime brings them there: multiplied by one number, the rounded product of three steps.
     """
 
     def __init__(
-        self, layer: Callable[..., Tensor], activation: LearnedStepFakeQuantize, weight: LearnedStepFakeQuantize
+        self,
+        layer: Callable[..., Tensor],
+        activation: LearnedStepFakeQuantize,
+        weight: LearnedStepFakeQuantize,
+        result: LearnedStepFakeQuantize | None,
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.quantizers = (activation, weight)  # a tuple: not submodules
+        self.quantizers = (activation, weight, result)  # a tuple: not submodules
 
     def forward(
         self,
@@ -55,14 +118,18 @@ class _ExactLayer(nn.Module):
         bias: Float[Tensor, " channel"] | None = None,
         *arguments: object,
     ) -> Float[Tensor, "batch ..."]:
-        activation_step, weight_step = (quantizer.scale.detach() for quantizer in self.quantizers)
+        activation, weight_quantizer, result = self.quantizers
+        activation_step, weight_step = activation.scale.detach(), weight_quantizer.scale.detach()
         sums = self.layer(_levels(x, activation_step), _levels(weight, weight_step), None, *arguments)
         axis = -1 if self.layer is aten.linear.default else 1
         shape = [-1 if each == axis % sums.ndim else 1 for each in range(sums.ndim)]
         step = (activation_step * weight_step.reshape(-1)).repeat(sums.shape[axis] // weight_step.numel())
         if bias is not None:
             sums += _levels(bias, step).view(shape)
-        return sums.mul_(step.view(shape))
+        if result is None:
+            return sums.mul_(step.view(shape))
+        result_step = result.scale.detach()
+        return sums.mul_((step / result_step).view(shape)).round_().mul_(result_step)
 
 
 def _levels(x: Tensor, step: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-from qimera.graph import aten, has_bias, has_parameter, layer_name, node_at, tensor_of
+from qimera.graph import WEIGHTED, aten, has_bias, has_parameter, layer_name, node_at, tensor_of
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize, PerChannelBiasFakeQuantize
 from qimera.quantization.ranges import integer_range
 from qimera.settings import QuantizationSettings
@@ -17,7 +17,8 @@ _ANNOTATION = "quantization_annotation"
 _BIAS_LIMIT = 1 << 30
 
 MATRIX_PRODUCTS = {aten.matmul.default, aten.bmm.default}
-JOINS = {aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul_.Tensor, aten.cat.default}
+ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}
+JOINS = {*ADDITIONS, aten.sub.Tensor, aten.mul.Tensor, aten.mul_.Tensor, aten.cat.default}
 POOLINGS = {
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
@@ -52,7 +53,8 @@ class HardwareQuantizer(Quantizer):
     Inputs of layers and matrix products get the stated bits; edges into additions, concatenations and average pooling,
     and outputs of layers that something reads in full precision, ``edge_bits``; the network's input ``input_bits``. A
     tensor that is read at several widths is first put on the widest grid and from there on the narrower ones, as an
-    integer requantization would. Biases lie on the grid of the sums that they are added to (deviation D27).
+    integer requantization would. Biases lie on the grid of the sums that they are added to (deviation D27). For
+    targets whose kernels add before they round, the convolution's own result is on no grid.
     """
 
     def __init__(self, settings: QuantizationSettings) -> None:
@@ -68,7 +70,8 @@ class HardwareQuantizer(Quantizer):
             if has_parameter(node):
                 self._annotate_parameters(model, node)
         ends = [end_of_kernel(node) for node in model.graph.nodes if has_parameter(node)]
-        in_full = [end for end in ends if _is_read_in_full(end, readers.get(end, []))]
+        in_sums = {self._added_inside(node) for node in model.graph.nodes}
+        in_full = [end for end in ends if end not in in_sums and _is_read_in_full(end, readers.get(end, []))]
         for tensor in dict.fromkeys([*readers, *in_full]):
             widths = {bits for _, _, bits in readers[tensor]}
             if tensor in in_full:
@@ -94,9 +97,20 @@ class HardwareQuantizer(Quantizer):
         elif node.target in JOINS:
             entering_nodes = _activations(node)
             if len(entering_nodes) > 1 or node.target is aten.cat.default:
-                yield from ((each, settings.edge_bits) for each in entering_nodes)
+                inside = self._added_inside(node)
+                yield from ((each, settings.edge_bits) for each in entering_nodes if each is not inside)
         elif node.target in POOLINGS:
             yield from ((each, settings.edge_bits) for each in _activations(node))
+
+    def _added_inside(self, node: Node) -> Node | None:
+        """Return the convolution in whose kernel the target computes the addition ``node``; None where there is none.
+
+        The other branch is then added to sums that are not rounded yet.
+        """
+        if node.target not in ADDITIONS or self.settings.target not in ("openvino", "inductor"):
+            return None
+        operands = _activations(node)
+        return next((each for each in operands if _is_plain_convolution(each) and len(operands) == 2), None)
 
     def validate(self, model: GraphModule) -> None:
         """Accept every annotated graph."""
@@ -243,6 +257,10 @@ def _channels(model: GraphModule, node: Node) -> dict[str, object]:
 def _activations(node: Node) -> list[Node]:
     """Return the tensors that ``node`` reads and that depend on the images, each once."""
     return [each for each in node.all_input_nodes if each.op != "get_attr"]
+
+
+def _is_plain_convolution(node: Node) -> bool:
+    return node.target in WEIGHTED and node.target is not aten.linear.default and len(node.users) == 1
 
 
 def _is_network_input(node: Node) -> bool:
