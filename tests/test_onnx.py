@@ -64,19 +64,15 @@ def test_a_file_gives_the_students_logits_on_real_integers(
     assert verification.num_samples == len(bank)
 
 
-def test_openvino_computes_more_nearly_what_a_student_for_it_computes(
-    tmp_path: Path, bank: SampleBank, teacher: Teacher
-) -> None:
+def test_the_kernels_of_a_target_run_every_layer(tmp_path: Path, bank: SampleBank, teacher: Teacher) -> None:
     pytest.importorskip("openvino", reason="an optional runtime")
-    found = {}
-    for target in ("onnxruntime", "openvino"):
-        student = Student(teacher, QuantizationSettings(weight_bits=4, activation_bits=4, target=target))
-        student.initialize_ranges_([bank.input_spec.normalize(bank.pixels[:64])])
-        verification = export_onnx(student, tmp_path / "model.onnx", bank, min_agreement=80.0)
-        found[target] = next(each for each in verification.comparisons if each.runtime.startswith("OpenVINO"))
-    assert found["openvino"].float_layers == ()
-    assert found["openvino"].agreement >= 95
-    assert found["openvino"].identical > found["onnxruntime"].identical + 10
+    student = Student(teacher, QuantizationSettings(weight_bits=4, activation_bits=4, target="openvino"))
+    student.initialize_ranges_([bank.input_spec.normalize(bank.pixels[:64])])
+    verification = export_onnx(student, tmp_path / "model.onnx", bank, min_agreement=95.0)
+    elsewhere, there = sorted(verification.comparisons, key=lambda each: each.runtime)
+    assert there.float_layers == ()
+    assert elsewhere.float_layers == ("conv3",)  # the convolution before an addition, which returns sums
+    assert elsewhere.identical == 100
 
 
 WITHOUT_KERNEL = {
