@@ -72,7 +72,6 @@ def test_the_kernels_of_a_target_run_every_layer(tmp_path: Path, bank: SampleBan
     elsewhere, there = sorted(verification.comparisons, key=lambda each: each.runtime)
     assert there.float_layers == ()
     assert elsewhere.float_layers == ("conv3",)  # the convolution before an addition, which returns sums
-    assert elsewhere.identical == 100
 
 
 WITHOUT_KERNEL = {
