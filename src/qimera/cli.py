@@ -207,8 +207,8 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The --output of qimera quantize.")],
     form: Annotated[
-        Literal["onnx", "pt2", "aotinductor"],
-        typer.Option("--format", help="ONNX file, torch.export program, or compiled AOTInductor package."),
+        Literal["onnx", "pt2", "aotinductor", "executorch"],
+        typer.Option("--format", help="ONNX, torch.export program, AOTInductor package, or ExecuTorch for XNNPACK."),
     ] = "onnx",
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where the file goes. Default: in RUN, called student.*.")

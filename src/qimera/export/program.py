@@ -26,11 +26,12 @@ from qimera.synthesis.bank import SampleBank
 MIN_AGREEMENT = 99.0
 
 _BATCH = 64
+_TORCH = torch.__version__.partition("+")[0]
 
 _integers = torch.ops.quantized_decomposed
-_QUANTIZE = _integers.quantize_per_tensor.default
-_DEQUANTIZE = _integers.dequantize_per_tensor.default
-_DEQUANTIZE_CHANNELS = _integers.dequantize_per_channel.default
+QUANTIZE = _integers.quantize_per_tensor.default
+DEQUANTIZE = _integers.dequantize_per_tensor.default
+DEQUANTIZE_CHANNELS = _integers.dequantize_per_channel.default
 
 Program = Callable[[Tensor], Tensor]
 """One batch of normalised images -> logits."""
@@ -63,7 +64,7 @@ def export_pt2(
         temporary.write_bytes(buffer.getvalue())
         program = torch.export.load(temporary).module()
         names = list(student.layer_names().values())
-        return _verify(student, temporary, samples, min_agreement, "PyTorch", program, names)
+        return verify_program(student, temporary, samples, min_agreement, f"PyTorch {_TORCH}", program, names)
 
 
 def export_aotinductor(
@@ -91,11 +92,24 @@ def export_aotinductor(
         integer_layers = _compile(integer_program(student), temporary)
         float_layers = [name for name in student.layer_names().values() if name not in integer_layers]
         program = torch._inductor.aoti_load_package(str(temporary))
-        return _verify(student, temporary, samples, min_agreement, "AOTInductor", program, float_layers)
+        return verify_program(
+            student, temporary, samples, min_agreement, f"AOTInductor {_TORCH}", program, float_layers
+        )
 
 
 def integer_program(student: Student) -> ExportedProgram:
     """Return the student as a program with a dynamic batch, in the form of which Inductor makes integer kernels."""
+    with torch.no_grad():
+        images = torch.zeros(2, *student.input_spec.shape)
+        return torch.export.export(integer_graph(student), (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
+
+
+def integer_graph(student: Student) -> GraphModule:
+    """Return the student in operations that compilers match with integer kernels.
+
+    Raises:
+        UnsupportedModelError: the student is of another scheme.
+    """
     if student.settings.scheme != "hardware":
         raise UnsupportedModelError(
             f"scheme {student.settings.scheme}: is for comparison only, integer kernels cannot run it; "
@@ -107,9 +121,7 @@ def integer_program(student: Student) -> ExportedProgram:
     _requantize_moves_(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
-    with torch.no_grad():
-        images = torch.zeros(2, *student.input_spec.shape)
-        return torch.export.export(module, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
+    return module
 
 
 def _clip_to_grids_(graph: Graph) -> None:
@@ -117,10 +129,10 @@ def _clip_to_grids_(graph: Graph) -> None:
 
     The clip takes the place of an activation function before it, as kernels have room for one.
     """
-    for quantizer in graph.find_nodes(op="call_function", target=_QUANTIZE):
+    for quantizer in graph.find_nodes(op="call_function", target=QUANTIZE):
         scale, zero_point, *levels = quantizer.args[1:5]
         end = node_at(quantizer, 0)
-        if levels != [0, 255] and end.target is not _DEQUANTIZE:
+        if levels != [0, 255] and end.target is not DEQUANTIZE:
             limits = [(level - zero_point) * scale for level in levels]
             tensor = end
             if end.target in RELUS and len(end.users) == 1:
@@ -147,12 +159,18 @@ def _freeze_(module: GraphModule) -> None:
     Kernels read biases in float32. Weights of transposed convolutions must look like any other to Inductor, which
     would take the layers for plain convolutions.
     """
-    for number, node in enumerate(module.graph.find_nodes(op="call_function", target=_DEQUANTIZE_CHANNELS)):
+    for node in module.graph.find_nodes(op="call_function", target=DEQUANTIZE_CHANNELS):
         if node.args[-1] is torch.int32 or any(user.target is aten.conv_transpose2d.input for user in node.users):
-            tensors = (tensor_of(module, node_at(node, index)) for index in range(3))
-            module.register_buffer(f"_frozen_{number}", _DEQUANTIZE_CHANNELS(*tensors, *node.args[3:]))
-            with module.graph.inserting_before(node):
-                node.replace_all_uses_with(module.graph.get_attr(f"_frozen_{number}"))
+            freeze_(module, node)
+
+
+def freeze_(module: GraphModule, node: Node) -> None:
+    """Store what ``node``, a dequantization of a parameter, returns."""
+    tensors = (tensor_of(module, node_at(node, index)) for index in range(3))
+    name = f"_frozen_{node.name}"
+    module.register_buffer(name, DEQUANTIZE_CHANNELS(*tensors, *node.args[3:]))
+    with module.graph.inserting_before(node):
+        node.replace_all_uses_with(module.graph.get_attr(name))
 
 
 def _requantize_moves_(graph: Graph) -> None:
@@ -160,10 +178,10 @@ def _requantize_moves_(graph: Graph) -> None:
     for layer in [node for node in graph.nodes if node.target in WEIGHTED]:
         tensor = node_at(layer, 0)
         grid = before_moves(tensor)
-        if grid is not tensor and grid.target is _DEQUANTIZE:
+        if grid is not tensor and grid.target is DEQUANTIZE:
             with graph.inserting_before(layer):
-                integers = graph.call_function(_QUANTIZE, (tensor, *grid.args[1:]))
-                layer.replace_input_with(tensor, graph.call_function(_DEQUANTIZE, (integers, *grid.args[1:])))
+                integers = graph.call_function(QUANTIZE, (tensor, *grid.args[1:]))
+                layer.replace_input_with(tensor, graph.call_function(DEQUANTIZE, (integers, *grid.args[1:])))
 
 
 def _compile(program: ExportedProgram, path: Path) -> set[str]:
@@ -192,7 +210,7 @@ def _layer_steps(program: ExportedProgram) -> Iterator[tuple[str, bytes]]:
     assert isinstance(module, GraphModule)
     for layer in [node for node in module.graph.nodes if node.target in WEIGHTED]:
         weight = node_at(layer, 1)
-        if weight.target is _DEQUANTIZE_CHANNELS:
+        if weight.target is DEQUANTIZE_CHANNELS:
             name = str(node_at(weight, 0).target).removesuffix(".weight")
             yield name, tensor_of(module, node_at(weight, 1)).numpy().tobytes()
 
@@ -204,7 +222,7 @@ def _kernel_steps(graph: Graph) -> Iterator[bytes]:
     for node in graph.find_nodes(op="get_attr"):
         value = tensor_of(module, node)
         is_step = value.ndim == 1 and value.dtype == torch.float32
-        if is_step and any(user.target is not _DEQUANTIZE_CHANNELS for user in node.users):
+        if is_step and any(user.target is not DEQUANTIZE_CHANNELS for user in node.users):
             yield value.detach().numpy().tobytes()
 
 
@@ -225,7 +243,7 @@ def _require_compiler() -> None:
         ) from error
 
 
-def _verify(
+def verify_program(
     student: Student,
     path: Path,
     samples: SampleBank | None,
@@ -241,7 +259,7 @@ def _verify(
             torch.cat([run(batch) for batch in images.split(_BATCH)]).numpy() for run in (student, program)
         )
     num_layers = len(student.layer_names())
-    comparison = compare(f"{runtime} {torch.__version__.partition('+')[0]}", expected, actual, num_layers, float_layers)
+    comparison = compare(runtime, expected, actual, num_layers, float_layers)
     if not comparison.agreement >= min_agreement:
         raise VerificationError(
             f"{comparison.runtime}: file and student agree on {comparison.agreement:.2f} % of {len(images)} samples, "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from qimera.errors import ConfigError
+from qimera.export.executorch import export_executorch
 from qimera.export.onnx import MIN_AGREEMENT, export_onnx
 from qimera.export.program import export_aotinductor, export_pt2
 from qimera.export.verification import Verification
@@ -13,12 +14,13 @@ from qimera.run import load_student
 from qimera.run_directory import RunDirectory, replacing
 from qimera.synthesis.bank import SampleBank
 
-Format = Literal["onnx", "pt2", "aotinductor"]
+Format = Literal["onnx", "pt2", "aotinductor", "executorch"]
 
 FILE_NAMES: dict[Format, str] = {
     "onnx": "student.onnx",
     "pt2": "student.pt2",
     "aotinductor": "student-aotinductor.pt2",
+    "executorch": "student.pte",
 }
 
 
@@ -56,7 +58,7 @@ def export_run(
             min_agreement=min_agreement,
         )
     else:
-        export = export_pt2 if form == "pt2" else export_aotinductor
+        export = {"pt2": export_pt2, "aotinductor": export_aotinductor, "executorch": export_executorch}[form]
         verification = export(student, path, bank, min_agreement=min_agreement)
     with replacing(run.path / f"export-{form}.json") as temporary:
         temporary.write_text(json.dumps({"file": str(path), **asdict(verification)}, indent=2) + "\n", encoding="utf-8")
