@@ -28,7 +28,9 @@ class Summary(BaseModel):
     """Such as ``w4a4``."""
 
     scheme: str
-    target: str
+    target: str = "onnxruntime"
+    """Runtime whose kernels decided where tensors are rounded."""
+
     layer_bits: str
     """Exceptions by layer name, as ``--layer-bits`` takes them."""
 
