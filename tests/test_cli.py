@@ -52,13 +52,14 @@ def test_quantize_as_a_user_spells_it_makes_a_run_from_a_file_and_its_weights(tm
     options = (source, "--weights", tmp_path / "toy.safetensors", *INPUT)
     bank = qimera("synthesize", *options, "--seed", 1, "--output", tmp_path / "bank")
     assert bank.exit_code == 0, bank.stderr
-    how = ("--bits", "w3a4", "--recipe", "fast", "--scheme", "hardware", "--layer-bits", "4=8", "--seed", 0)
+    how = ("--bits", "w3a4", "--recipe", "fast", "--scheme", "hardware", "--target", "openvino", "--layer-bits", "4=8")
     run = qimera("quantize", *options, *how, "--bank", tmp_path / "bank", "--output", tmp_path / "run")
     assert run.exit_code == 0, run.stderr
-    assert "w3a4, except 4=w8a8" in run.stdout
+    assert "w3a4, except 4=w8a8, scheme hardware, target openvino" in run.stdout
     settings = RunSettings.load(tmp_path / "run" / "settings.json")
     assert settings.quantization.bits_of("0") == (3, 4)
     assert settings.quantization.bits_of("4") == (8, 8)
+    assert settings.quantization.target == "openvino"
     assert settings.model == source
     assert settings.bank == str(tmp_path / "bank")
     assert not (tmp_path / "run" / "bank").exists()
