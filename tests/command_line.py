@@ -6,7 +6,7 @@ from pathlib import Path
 from typer.testing import CliRunner, Result
 
 from qimera.cli import app
-from qimera.models import embedded_input_spec
+from qimera.models import EMBEDDED_MODELS
 from qimera.settings import (
     DirectSettings,
     DistillationSettings,
@@ -55,8 +55,7 @@ def said(result: Result) -> str:
 
 def tiny_settings(model: str = "mnist_cnn", **changes: object) -> RunSettings:
     """Return settings of a run that takes a second."""
-    spec = embedded_input_spec("mnist_cnn")
-    assert spec is not None
+    spec = EMBEDDED_MODELS["mnist_cnn"].input_spec
     synthesis = SynthesisSettings(num_optimized=16, direct=DirectSettings(num_steps=2, batch_size=16))
     distillation = DistillationSettings(num_steps=3, batch_size=8)
     values = {"synthesis": synthesis, "quantization": QuantizationSettings(), "distillation": distillation}

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qimera.errors import ConfigError
-from qimera.models import EMBEDDED_MODELS, embedded_input_spec, load_model, load_weights_
+from qimera.models import EMBEDDED_MODELS, known_input, load_model
+from qimera.state_dicts import load_weights_
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -155,8 +156,7 @@ def test_a_source_that_names_no_model_is_refused_with_what_is_expected(source: s
 
 @pytest.mark.parametrize("name", EMBEDDED_MODELS)
 def test_an_embedded_model_answers_images_of_its_input_spec(name: str) -> None:
-    spec = embedded_input_spec(name)
-    assert spec is not None
+    spec = EMBEDDED_MODELS[name].input_spec
     model = load_model(name)
     assert not model.training
     assert model(torch.zeros(2, *spec.shape)).shape[0] == 2
@@ -168,8 +168,8 @@ def test_an_embedded_model_can_take_other_weights(tmp_path: Path) -> None:
     assert same_state(load_model("mnist_cnn", tmp_path / "other.safetensors"), other)
 
 
-def test_only_embedded_models_have_an_embedded_input_spec() -> None:
-    assert embedded_input_spec("model.py:build") is None
+def test_of_a_users_function_nothing_is_known_about_its_images() -> None:
+    assert known_input("model.py:build", nn.ReLU()) == {}
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_weights_are_found_in_every_usual_wrapping_and_it_is_said(
 ) -> None:
     saved, model = network(seed=1), network(seed=2)
     torch.save(WRAPPINGS[wrapping](saved.state_dict()), tmp_path / "weights.pt")
-    with caplog.at_level(logging.INFO, logger="qimera.models"):
+    with caplog.at_level(logging.INFO, logger="qimera.state_dicts"):
         load_weights_(model, tmp_path / "weights.pt")
     assert same_state(model, saved)
     assert (wrapping in caplog.text) == (wrapping != "plain")

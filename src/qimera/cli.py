@@ -24,7 +24,12 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="file.py:function, or the name of an embedded model: mnist_cnn.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="file.py:function, module.path:function, timm:NAME, torchvision:NAME, hf-hub:REPO, program.pt2, "
+        "or the embedded mnist_cnn.",
+    ),
 ]
 Weights = Annotated[
     Path | None,
@@ -35,6 +40,12 @@ Mean = Annotated[str | None, typer.Option(metavar="A,B,C", help="Subtracted from
 Std = Annotated[str | None, typer.Option(metavar="A,B,C", help="Pixels were divided by it in training, per channel.")]
 PixelRange = Annotated[
     str | None, typer.Option(metavar="LOW,HIGH", help="Of pixels before mean and std. Default: 0,1.")
+]
+Logits = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY", help="Which of several outputs the logits are, such as 0 or head.logits. Default: found."
+    ),
 ]
 Recipe = Annotated[str | None, typer.Option(metavar="NAME", help="See qimera recipes. Default: fast.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same machine, same result. Default: 0.")]
@@ -71,6 +82,7 @@ def inspect(
     mean: Mean = None,
     std: Std = None,
     pixel_range: PixelRange = None,
+    logits: Logits = None,
     every_layer: Annotated[bool, typer.Option("--all", help="List every layer.")] = False,
     threads: Threads = None,
     debug: Debug = False,
@@ -81,7 +93,7 @@ def inspect(
         from qimera.options import ModelOptions
         from qimera.tables import layer_table, teacher_facts
 
-        teacher = ModelOptions(model, weights, input_shape, mean, std, pixel_range).capture()
+        teacher = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits).capture(untrained=True)
         typer.echo(teacher_facts(model, teacher), nl=False)
         print_table(layer_table(teacher, every_layer))
 
@@ -95,6 +107,7 @@ def synthesize(
     mean: Mean = None,
     std: Std = None,
     pixel_range: PixelRange = None,
+    logits: Logits = None,
     recipe: Recipe = None,
     seed: Seed = None,
     threads: Threads = None,
@@ -108,7 +121,7 @@ def synthesize(
 
         if output.exists():
             raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
-        teacher = ModelOptions(model, weights, input_shape, mean, std, pixel_range).capture()
+        teacher = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits).capture()
         settings = recipe_for(teacher, recipe).synthesis
         with ProgressDisplay() as progress:
             bank = pipeline.synthesize(teacher, settings=settings, seed=seed or 0, progress=progress)
@@ -125,6 +138,7 @@ def quantize(
     mean: Mean = None,
     std: Std = None,
     pixel_range: PixelRange = None,
+    logits: Logits = None,
     bits: Annotated[str | None, typer.Option(help="Of weights and activations, 2 to 8. Default: w4a4.")] = None,
     layer_bits: Annotated[
         str | None, typer.Option(metavar="RULES", help="Exceptions by layer name, such as 'conv1=8,*fc*=w8a4'.")
@@ -155,7 +169,7 @@ def quantize(
         from qimera.run_directory import RunDirectory, refuse_other_content
 
         refuse_other_content(output)
-        model_options = ModelOptions(model, weights, input_shape, mean, std, pixel_range)
+        model_options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits)
         options = RunOptions(bits, layer_bits, scheme, target, recipe, bank, seed)
         read = resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
         check_run(read.settings, read.teacher, read.bank)

@@ -1,5 +1,10 @@
 """The errors that a user can cause, each with the exit code that the command line returns for it."""
 
+import difflib
+from collections.abc import Iterable, Sequence
+
+_MAX_LISTED = 5
+
 
 class QimeraError(Exception):
     """Something that the user can mend; the message names the setting or layer, what was given and what to do."""
@@ -27,3 +32,26 @@ class VerificationError(QimeraError):
     """A result failed its check (exit code 5)."""
 
     exit_code = 5
+
+
+def enumerate_names(names: Sequence[str], nearest_in: Sequence[str] = ()) -> str:
+    """Return the first few names and how many more there are, each with its nearest in ``nearest_in``."""
+    listed = [name + suggest(name, nearest_in, " (nearest: {})") for name in names[:_MAX_LISTED]]
+    rest = len(names) - len(listed)
+    return ", ".join(listed) + (f" and {rest} more" if rest else "")
+
+
+def suggest(name: str, valid: Iterable[str], form: str = "; did you mean {}?") -> str:
+    """Return ``form`` with the valid name that ``name`` was probably meant to be; empty if none is near."""
+    nearest = difflib.get_close_matches(name, list(valid), n=1)
+    return form.format(nearest[0]) if nearest else ""
+
+
+def describe_value(value: object) -> str:
+    """Return what kind of thing ``value`` is."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of type {type(value).__name__}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what ``error`` says, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -3,11 +3,13 @@
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from torch import nn
 
 from qimera.bits import parse_bits, parse_layer_bits
 from qimera.errors import ConfigError
-from qimera.models import EMBEDDED_MODELS, embedded_input_spec, load_model
+from qimera.models import absolute_source, known_input, load_model
 from qimera.recipes import Recipe, recipe
 from qimera.settings import InputSpec, QuantizationSettings, RunSettings
 from qimera.synthesis.bank import SampleBank
@@ -27,22 +29,23 @@ class ModelOptions:
     mean: str | None
     std: str | None
     pixel_range: str | None
+    logits: str | None
 
-    def capture(self) -> Teacher:
-        """Load the model and capture it.
+    def capture(self, *, untrained: bool = False) -> Teacher:
+        """Load the model and capture it; with ``untrained``, also an architecture without weights.
 
         Raises:
             ConfigError: an option is missing or wrong, or the model and its weights do not fit.
             UnsupportedModelError: the model cannot be captured, or has no batch norm.
         """
         if self.model is None:
-            raise ConfigError("MODEL: missing; give file.py:function, or the name of an embedded model")
-        model = load_model(self.model, self.weights)
-        return Teacher.capture(model, self._input_spec(self.model))
+            raise ConfigError("MODEL: missing; give file.py:function, or one of the others that `qimera --help` lists")
+        model = load_model(self.model, self.weights, untrained=untrained)
+        return Teacher.capture(model, self._input_spec(self.model, model), self.logits or "")
 
-    def _input_spec(self, model: str) -> InputSpec:
-        """Return what the options say; what they leave open, an embedded model knows."""
-        given: dict[str, object] = {}
+    def _input_spec(self, source: str, model: nn.Module) -> InputSpec:
+        """Return what the options say; what they leave open, the model may know."""
+        given: dict[str, Any] = {}
         if self.input_shape is not None:
             given["shape"] = shape_of(self.input_shape)
         if self.mean is not None:
@@ -51,14 +54,12 @@ class ModelOptions:
             given["std"] = _floats("--std", self.std)
         if self.pixel_range is not None:
             given["pixel_range"] = _floats("--pixel-range", self.pixel_range)
-        known = embedded_input_spec(model)
-        if known is not None:
-            return InputSpec(**{**known.model_dump(), **given})
+        values = {**known_input(source, model), **given}
         options = {"shape": "--input-shape", "mean": "--mean", "std": "--std"}
-        missing = [option for name, option in options.items() if name not in given]
+        missing = [option for name, option in options.items() if name not in values]
         if missing:
-            raise ConfigError(f"{', '.join(missing)}: missing; {model} does not say what its images look like")
-        return InputSpec(**given)
+            raise ConfigError(f"{', '.join(missing)}: missing; {source} does not say what its images look like")
+        return InputSpec(**values)
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,12 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
     bank = None if options.bank is None else SampleBank.load(options.bank, teacher)
     assert model_options.model is not None
     settings = RunSettings(
-        model=_absolute_source(model_options.model),
+        model=absolute_source(model_options.model),
         weights=_absolute(model_options.weights),
         recipe=row.name,
         seed=options.seed or 0,
         bank=_absolute(options.bank),
+        logits=model_options.logits or "",
         input=teacher.input_spec,
         synthesis=row.synthesis if bank is None else bank.settings,
         quantization=quantization,
@@ -141,7 +143,7 @@ def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) 
         raise ConfigError(f"--settings: no such file: {path}; give the settings.json of a run")
     settings = RunSettings.load(path)
     model = load_model(settings.model, Path(settings.weights) if settings.weights else None)
-    teacher = Teacher.capture(model, settings.input)
+    teacher = Teacher.capture(model, settings.input, settings.logits)
     bank = SampleBank.load(Path(settings.bank), teacher) if settings.bank else None
     return Resolved(settings, teacher, bank)
 
@@ -173,11 +175,6 @@ def _floats(option: str, text: str) -> tuple[float, ...]:
     if not all(map(math.isfinite, values)):
         raise ConfigError(f"{option}: expected numbers with commas between, such as 0.485,0.456,0.406, given {text!r}")
     return values
-
-
-def _absolute_source(source: str) -> str:
-    path, separator, function = source.rpartition(":")
-    return source if source in EMBEDDED_MODELS or not separator else f"{Path(path).resolve()}:{function}"
 
 
 def _absolute(path: Path | None) -> str:

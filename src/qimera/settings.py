@@ -317,7 +317,7 @@ class RunSettings(_Settings):
     """Everything that decides a run; the file of it starts the same run again."""
 
     model: str
-    """``file.py:function`` or the name of an embedded model."""
+    """``file.py:function``, or another source that ``load_model`` takes."""
 
     weights: str = ""
     """Path of the weights file; empty when the model brings its own."""
@@ -326,6 +326,9 @@ class RunSettings(_Settings):
     seed: int = Field(0, ge=0)
     bank: str = ""
     """Path of a bank made earlier; empty for one of the run's own."""
+
+    logits: str = ""
+    """Which of several outputs of the model the logits are; empty where they were found."""
 
     input: InputSpec
     synthesis: SynthesisSettings

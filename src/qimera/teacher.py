@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 
-from qimera.errors import ConfigError, UnsupportedModelError
+from qimera.errors import ConfigError, UnsupportedModelError, first_line
 from qimera.graph import (
     WEIGHTED,
     aten,
@@ -25,6 +25,8 @@ from qimera.graph import (
     tensor_of,
     with_outputs,
 )
+from qimera.outputs import choose_logits
+from qimera.programs import read_program
 from qimera.settings import InputSpec
 
 
@@ -77,21 +79,26 @@ class Teacher(nn.Module):
         self._tapped = with_outputs(self.module, [tap.node for tap in self.batch_norms])
 
     @classmethod
-    def capture(cls, model: nn.Module, input_spec: InputSpec) -> "Teacher":
+    def capture(cls, model: nn.Module, input_spec: InputSpec, logits: str = "") -> "Teacher":
         """Export a copy of ``model`` in eval mode with a dynamic batch.
 
+        Args:
+            model: A trained classifier.
+            input_spec: What its images look like.
+            logits: Which of several outputs the logits are, such as ``0`` or ``head.logits``; found if empty.
+
         Raises:
-            ConfigError: the model refuses images of ``input_spec.shape``.
-            UnsupportedModelError: it cannot be exported, does not return one tensor of logits, or has no batch norm.
+            ConfigError: the model refuses images of ``input_spec.shape``, or has no output ``logits``.
+            UnsupportedModelError: it cannot be exported, returns no logits or several, or has no batch norm.
         """
         model = copy.deepcopy(model).eval().requires_grad_(False)
         images = torch.zeros(2, *input_spec.shape)
-        _check_output(model, images)
+        _return_logits_alone_(model, images, logits)
         try:
             program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
         except Exception as error:
             raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}; "
+                f"{type(model).__name__} cannot be captured by torch.export: {first_line(error)}; "
                 "remove data-dependent control flow and operations that fix the batch size"
             ) from error
         if not _batch_norms(_graph_of(program)):
@@ -106,9 +113,11 @@ class Teacher(nn.Module):
     def load(cls, path: Path, input_spec: InputSpec) -> "Teacher":
         """Read a teacher written by ``save``."""
         try:
-            return cls(torch.export.load(path), input_spec)
+            return cls(read_program(path), input_spec)
+        except ConfigError:
+            raise
         except Exception as error:
-            raise ConfigError(f"{path}: not a teacher saved by qimera: {_first_line(error)}") from error
+            raise ConfigError(f"{path}: not a teacher saved by qimera: {first_line(error)}") from error
 
     def save(self, path: Path) -> None:
         """Write the exported program (.pt2)."""
@@ -138,25 +147,19 @@ def _graph_of(program: ExportedProgram) -> GraphModule:
     return module
 
 
-def _check_output(model: nn.Module, images: Tensor) -> None:
+def _return_logits_alone_(model: nn.Module, images: Tensor, wanted: str) -> None:
+    """Let ``model`` return (batch, num_classes) where it returns more, or positions of size one behind the classes."""
     try:
         with torch.no_grad():
-            logits = model(images)
+            output = model(images)
     except Exception as error:
         raise ConfigError(
             f"input_shape {tuple(images.shape[1:])}: {type(model).__name__} cannot process such images: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != len(images) or logits.shape[1] < 2:
-        found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise UnsupportedModelError(
-            f"{type(model).__name__} returns {found} for {len(images)} images; "
-            "expected logits of shape (batch, classes) with at least 2 classes: wrap the model so that it returns them"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    place = choose_logits(output, len(images), wanted, type(model).__name__)
+    if place.path or place.is_map:
+        model.register_forward_hook(lambda _module, _images, returned: place.logits_of(returned))
 
 
 def _batch_norms(module: GraphModule) -> list[BatchNormTap]:
