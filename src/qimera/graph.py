@@ -1,13 +1,16 @@
-"""Transformations of an exported ATen graph: extra outputs, folded and exact batch norms."""
+"""Transformations of an exported ATen graph: folded constants, extra outputs, folded and exact batch norms."""
 
 import copy
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from qimera.errors import UnsupportedModelError
 
 aten = torch.ops.aten
 
@@ -19,6 +22,8 @@ CONVOLUTIONS = {
 }
 WEIGHTED = {**CONVOLUTIONS, aten.linear.default: "linear"}
 """Operations with a weight at argument 1 and a bias at argument 2, and what we call them."""
+
+_RESHAPES = {aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.squeeze.dims, aten.squeeze.dim}
 
 BATCH_NORM = aten.batch_norm.default
 
@@ -70,6 +75,122 @@ def logits_node(module: GraphModule) -> Node:
     while isinstance(value, tuple | list):
         value = value[0]
     assert isinstance(value, Node)
+    return value
+
+
+def simplify_(module: GraphModule) -> None:
+    """Drop what the output does not depend on, and compute weights and biases that depend on parameters alone.
+
+    Such weights are masked, standardised or expanded in every call; what they come to is what can be quantized. A 1x1
+    convolution at one position that returns the logits becomes a linear layer, whose integer kernel can return floats.
+
+    Raises:
+        UnsupportedModelError: something is written into a part of a tensor, which the graph's edges do not show.
+    """
+    _drop_unreachable_(module)
+    for layer in [node for node in module.graph.nodes if node.target in WEIGHTED]:
+        for index, name in ((1, "weight"), (2, "bias")):
+            argument = layer.args[index] if len(layer.args) > index else None
+            if isinstance(argument, Node) and argument.op != "get_attr" and _is_constant(argument):
+                source = next(node for node in _ancestors(argument) if node.op == "get_attr")
+                owner = str(source.target).rpartition(".")[0]
+                with module.graph.inserting_before(layer):
+                    new = _new_parameter(module, layer, owner, name, _compute(module, argument))
+                layer.update_arg(index, new)
+    _make_linear_(module, logits_node(module))
+    _drop_unreachable_(module)
+    module.recompile()
+
+
+def _make_linear_(module: GraphModule, logits: Node) -> None:
+    while logits.target in _RESHAPES:
+        logits = node_at(logits, 0)
+    if logits.target is not aten.conv2d.default or not has_parameter(logits):
+        return
+    weight = tensor_of(module, node_at(logits, 1))
+    images, value = node_at(logits, 0), logits.meta["val"]
+    one_group = weight.shape[1] == images.meta["val"].shape[1]
+    if weight.shape[2:].numel() > 1 or images.meta["val"].shape[2:].numel() > 1 or not one_group:
+        return
+    with module.graph.inserting_before(logits):
+        flat = module.graph.call_function(aten.flatten.using_ints, (images, 1))
+        matrix = _new_parameter(module, logits, layer_name(logits), "weight", weight.flatten(1))
+        linear = module.graph.call_function(aten.linear.default, (flat, matrix, *logits.args[2:3]))
+        result = module.graph.call_function(aten.view.default, (linear, [-1, len(weight), 1, 1]))
+    flat.meta["val"], linear.meta["val"] = images.meta["val"].flatten(1), value.flatten(1)
+    result.meta["val"] = value
+    logits.replace_all_uses_with(result)
+    module.graph.erase_node(logits)
+
+
+def to_channels_last_(module: nn.Module) -> None:
+    """Bring convolution weights into the layout in which convolutions of images are fastest on CPUs."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
+def _drop_unreachable_(module: GraphModule) -> None:
+    (output,) = module.graph.find_nodes(op="output")
+    reachable = {output, *_ancestors(output)}
+    for node in module.graph.nodes:
+        if node not in reachable and _writes(node) and _base(node_at(node, 0)) in reachable:
+            raise UnsupportedModelError(
+                f"{node.name} ({node.target}) writes into a part of a tensor, which cannot be followed; "
+                "let the model make a new tensor, with torch.cat or torch.where for example"
+            )
+    read = {node.target for node in reachable if node.op == "get_attr"}
+    for node in reversed(list(module.graph.nodes)):
+        if node not in reachable and node.op != "placeholder":
+            if node.op == "get_attr" and node.target not in read:
+                owner, _, name = str(node.target).rpartition(".")
+                delattr(module.get_submodule(owner), name)
+                read.add(node.target)
+            module.graph.erase_node(node)
+    module.recompile()
+
+
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _base(tensor: Node) -> Node:
+    """Return the tensor that ``tensor`` is a view of."""
+    while isinstance(tensor.target, torch._ops.OpOverload) and tensor.target.is_view:
+        tensor = node_at(tensor, 0)
+    return tensor
+
+
+def _ancestors(node: Node) -> dict[Node, None]:
+    """Return everything that ``node`` depends on."""
+    found: dict[Node, None] = {}
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        each = waiting.pop()
+        if each not in found:
+            found[each] = None
+            waiting += each.all_input_nodes
+    return found
+
+
+def _is_constant(node: Node) -> bool:
+    return not any(each.op == "placeholder" for each in (node, *_ancestors(node)))
+
+
+@torch.no_grad()
+def _compute(module: GraphModule, node: Node) -> Tensor:
+    """Return what a constant ``node`` evaluates to."""
+    values: dict[Node, Any] = {}
+    needed = {node, *_ancestors(node)}
+    for each in module.graph.nodes:
+        if each in needed and each.op == "get_attr":
+            values[each] = tensor_of(module, each).detach().clone()
+        elif each in needed:
+            arguments = fx.map_arg((each.args, each.kwargs), lambda argument: values[argument])
+            values[each] = each.target(*arguments[0], **arguments[1])
+    value = values[node]
+    assert isinstance(value, Tensor)
     return value
 
 
@@ -153,6 +274,21 @@ def _new_parameter(module: GraphModule, layer: Node, owner: str, name: str, valu
         name = f"{name}_{sum(key.startswith(name) for key in own)}"
     setattr(module.get_submodule(owner), name, nn.Parameter(value.detach().clone()))
     return module.graph.get_attr(f"{owner}.{name}")
+
+
+def unshare_biases_(module: GraphModule) -> None:
+    """Give every call of a layer that is called again a bias of its own: each lies on the grid of its own sums."""
+    for reader in module.graph.find_nodes(op="get_attr"):
+        for layer in [user for user in reader.users if user.target in WEIGHTED and _is_bias(user, reader)][1:]:
+            owner = str(reader.target).rpartition(".")[0]
+            with module.graph.inserting_before(layer):
+                new = _new_parameter(module, layer, owner, "bias", tensor_of(module, reader))
+            layer.update_arg(2, new)
+    module.recompile()
+
+
+def _is_bias(layer: Node, reader: Node) -> bool:
+    return len(layer.args) > 2 and layer.args[2] is reader
 
 
 def unfold_batch_norms(module: GraphModule) -> GraphModule:

@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from qimera.errors import ConfigError, UnsupportedModelError, first_line
 from qimera.graph import (
+    BATCH_NORM,
     WEIGHTED,
     aten,
     batch_norms,
@@ -22,7 +23,9 @@ from qimera.graph import (
     layer_name,
     logits_node,
     node_at,
+    simplify_,
     tensor_of,
+    to_channels_last_,
     with_outputs,
 )
 from qimera.outputs import choose_logits
@@ -143,7 +146,8 @@ def _graph_of(program: ExportedProgram) -> GraphModule:
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     module.requires_grad_(False)
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # where CPU convolutions are fastest
+    simplify_(module)
+    to_channels_last_(module)
     return module
 
 
@@ -172,20 +176,37 @@ def _batch_norms(module: GraphModule) -> list[BatchNormTap]:
     return taps
 
 
+_PER_CLASS = {
+    *(aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten._unsafe_view.default),
+    *(aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default, aten.contiguous.default, aten.clone.default),
+    *(aten.mean.dim, aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.max_pool2d.default),
+    *(aten.dropout.default, aten.dropout_.default, aten.log_softmax.int, BATCH_NORM),
+    *(aten.relu.default, aten.relu_.default, aten.leaky_relu.default, aten.leaky_relu_.default),
+    *(aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor),
+    *(aten.select.int, aten.slice.Tensor, aten.stack.default),
+}
+"""Operations between the classifier and the logits that keep each class for itself."""
+
+
 def _classifier(module: GraphModule) -> Classifier:
-    """Walk back from the logits through reshapes to the layer that produced them."""
-    node = logits_node(module)
-    passing = {aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.squeeze.dims, aten.mean.dim}
-    passing |= {aten.squeeze.dim, aten.squeeze.default, aten.dropout.default, aten.adaptive_avg_pool2d.default}
-    while node.target in passing and isinstance(node.args[0], Node):
-        node = node.args[0]
-    if not has_parameter(node):
-        raise UnsupportedModelError(
-            f"the logits come from {node.target}, not from a linear layer or 1x1 convolution; "
-            "class embeddings are read from the weight of that layer, so let the model return its output unchanged"
-        )
-    weight = tensor_of(module, node_at(node, 1)).detach().clone().flatten(1)
-    return Classifier(layer_name(node), weight)
+    """Walk back from the logits through operations that keep classes apart to the layer that produced them.
+
+    Of several that are added, the first is taken.
+    """
+    waiting, last = [logits_node(module)], None
+    while waiting:
+        node = waiting.pop()
+        if has_parameter(node):
+            weight = tensor_of(module, node_at(node, 1)).detach().clone().flatten(1)
+            return Classifier(layer_name(node), weight)
+        if node.target in _PER_CLASS:
+            waiting += reversed(node.all_input_nodes)
+        elif node.op == "call_function":
+            last = node
+    raise UnsupportedModelError(
+        f"the logits come from {last.target if last else 'no layer'}, not from a linear layer or 1x1 convolution; "
+        "class embeddings are read from the weight of that layer, so let the model return its output unchanged"
+    )
 
 
 def _layers(module: GraphModule) -> list[Layer]:

@@ -1,5 +1,6 @@
 """An ONNX graph of Q/DQ operations -> the form that integer kernels take, with packed weights."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,11 +25,17 @@ def deploy_(graph: ir.Graph) -> None:
 
 
 def name_layers_(graph: ir.Graph) -> None:
-    """Call every layer after its weight: the node ``layer1.0.conv1`` reads ``layer1.0.conv1.weight``."""
+    """Call every layer after its weight: the node ``layer1.0.conv1`` reads ``layer1.0.conv1.weight``.
+
+    A layer that is called again gets a number, as in ``Student.layer_names``.
+    """
+    calls: Counter[str] = Counter()
     for node in graph:
         weight = _weight_of(node)
         if weight is not None and weight.name is not None:
-            node.name = weight.name.removesuffix(".weight")
+            owner = weight.name.removesuffix(".weight")
+            node.name = f"{owner}@{calls[owner]}" if calls[owner] else owner
+            calls[owner] += 1
 
 
 def absorb_clips_(graph: ir.Graph) -> None:

@@ -15,7 +15,17 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from qimera.errors import ConfigError
-from qimera.graph import WEIGHTED, aten, fold_batch_norms, node_at, tensor_of, unfold_batch_norms, with_outputs
+from qimera.graph import (
+    WEIGHTED,
+    aten,
+    fold_batch_norms,
+    node_at,
+    tensor_of,
+    to_channels_last_,
+    unfold_batch_norms,
+    unshare_biases_,
+    with_outputs,
+)
 from qimera.quantization.exact import with_exact_sums
 from qimera.quantization.fake_quantize import (
     FakeQuantize,
@@ -169,6 +179,7 @@ def _prepare(teacher: Teacher, settings: QuantizationSettings) -> GraphModule:
     hardware = settings.scheme == "hardware"
     # Norms that no layer can take in are written out, or torchao would fold them into layers that others read too.
     graph = unfold_batch_norms(fold_batch_norms(teacher.module) if hardware else teacher.module)
+    unshare_biases_(graph)
     quantizer = HardwareQuantizer(settings) if hardware else PaperQuantizer(settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchao's own deprecations, nothing that a user can act on
@@ -211,7 +222,7 @@ def _name_integers_(converted: GraphModule, layer: Node, name: str) -> None:
 
 def _lay_out_(module: GraphModule) -> GraphModule:
     """Bring weights into one layout in memory, which decides on kernels and so on the last bits."""
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    to_channels_last_(module)
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.ndim == 4 and tensor.shape[2:].numel() == 1:  # both layouts at once, by the strides of one
             tensor.data = tensor.data.reshape(-1).view(tensor.shape)
