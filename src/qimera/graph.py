@@ -88,6 +88,7 @@ def simplify_(module: GraphModule) -> None:
         UnsupportedModelError: something is written into a part of a tensor, which the graph's edges do not show.
     """
     _drop_unreachable_(module)
+    _write_nowhere_(module)
     for layer in [node for node in module.graph.nodes if node.target in WEIGHTED]:
         for index, name in ((1, "weight"), (2, "bias")):
             argument = layer.args[index] if len(layer.args) > index else None
@@ -148,6 +149,16 @@ def _drop_unreachable_(module: GraphModule) -> None:
                 read.add(node.target)
             module.graph.erase_node(node)
     module.recompile()
+
+
+def _write_nowhere_(module: GraphModule) -> None:
+    """Let operations that write into their argument return a new tensor; their readers read that already."""
+    for node in module.graph.nodes:
+        if _writes(node) and isinstance(node.target, torch._ops.OpOverload):
+            namespace, _, name = node.target.name().partition("::")
+            packet = getattr(getattr(torch.ops, namespace), name.partition(".")[0].removesuffix("_"), None)
+            if packet is not None and node.target._overloadname in packet.overloads():
+                node.target = getattr(packet, node.target._overloadname)
 
 
 def _writes(node: Node) -> bool:

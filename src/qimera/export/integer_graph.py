@@ -1,7 +1,7 @@
 """An ONNX graph of Q/DQ operations -> the form that integer kernels take, with packed weights."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +12,7 @@ LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _EXPANDING = {"DequantizeLinear", "Transpose", "Cast", "Reshape", "Slice", "Sub", "Mod", "Div", "Add", "Gather"}
 """What lies between a layer and the integers of its weight."""
 
-_MOVES = {"Flatten", "MaxPool", "Pad", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+_MOVES = {"Flatten", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 def deploy_(graph: ir.Graph) -> None:
@@ -108,18 +108,20 @@ def requantize_moves_(graph: ir.Graph) -> None:
         source = _first(node).producer()
         if source is None or source.op_type != "DequantizeLinear" or _first(source).is_initializer():
             continue
-        moved = node.outputs[0]
-        if all(use.node.op_type == "QuantizeLinear" for use in moved.uses()):
-            continue
-        parameters = source.inputs[1:]
-        levels = ir.node("QuantizeLinear", [moved, *parameters])
-        back = ir.node("DequantizeLinear", [levels.outputs[0], *parameters])
-        moved.replace_all_uses_with(back.outputs[0])
-        levels.replace_input_with(0, moved)
-        for new, suffix, dtype in ((levels, "levels", ir.DataType.UINT8), (back, "values", ir.DataType.FLOAT)):
-            new.outputs[0].name = f"{moved.name}_{suffix}"
-            new.outputs[0].dtype, new.outputs[0].shape = dtype, moved.shape
-        graph.insert_after(node, [levels, back])
+        for moved in node.outputs:
+            if not all(use.node.op_type == "QuantizeLinear" for use in moved.uses()):
+                _requantize_(graph, node, moved, source.inputs[1:])
+
+
+def _requantize_(graph: ir.Graph, node: ir.Node, moved: ir.Value, parameters: Sequence[ir.Value | None]) -> None:
+    levels = ir.node("QuantizeLinear", [moved, *parameters])
+    back = ir.node("DequantizeLinear", [levels.outputs[0], *parameters])
+    moved.replace_all_uses_with(back.outputs[0])
+    levels.replace_input_with(0, moved)
+    for new, suffix, dtype in ((levels, "levels", ir.DataType.UINT8), (back, "values", ir.DataType.FLOAT)):
+        new.outputs[0].name = f"{moved.name}_{suffix}"
+        new.outputs[0].dtype, new.outputs[0].shape = dtype, moved.shape
+    graph.insert_after(node, [levels, back])
 
 
 def strip_(graph: ir.Graph) -> None:

@@ -1,5 +1,6 @@
 """Which tensors of the exported graph are quantized, and how: the annotations that ``prepare_pt2e`` reads."""
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -17,30 +18,38 @@ _ANNOTATION = "quantization_annotation"
 _BIAS_LIMIT = 1 << 30
 
 MATRIX_PRODUCTS = {aten.matmul.default, aten.bmm.default}
-ADDITIONS = {aten.add.Tensor, aten.add_.Tensor}
-JOINS = {*ADDITIONS, aten.sub.Tensor, aten.mul.Tensor, aten.mul_.Tensor, aten.cat.default}
+ADDITIONS = {aten.add.Tensor}
+_CONCATENATIONS = {aten.cat.default, aten.stack.default}
+JOINS = {*ADDITIONS, *_CONCATENATIONS, aten.sub.Tensor, aten.mul.Tensor}
 POOLINGS = {
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.adaptive_max_pool2d.default,
     aten.mean.dim,
 }
-RELUS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.relu6_.default}
-RELUS |= {aten.hardtanh.default, aten.hardtanh_.default}
+RELUS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default}
 _PADDINGS = {aten.pad.default, aten.constant_pad_nd.default}
 _MOVES = {
+    aten.chunk.default,
+    aten.clone.default,
+    aten.contiguous.default,
     aten.dropout.default,
     aten.flatten.using_ints,
     aten.max_pool2d.default,
     aten.permute.default,
     aten.reshape.default,
+    aten.select.int,
     aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.transpose.int,
+    aten.unbind.int,
     aten.unsqueeze.default,
     aten.view.default,
+    operator.getitem,
 }
 
 _Edge = tuple[Node, Node, int]
@@ -96,7 +105,7 @@ class HardwareQuantizer(Quantizer):
             yield from ((each, settings.activation_bits) for each in _activations(node))
         elif node.target in JOINS:
             entering_nodes = _activations(node)
-            if len(entering_nodes) > 1 or node.target is aten.cat.default:
+            if len(entering_nodes) > 1 or node.target in _CONCATENATIONS:
                 inside = self._added_inside(node)
                 yield from ((each, settings.edge_bits) for each in entering_nodes if each is not inside)
         elif node.target in POOLINGS:
