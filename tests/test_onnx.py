@@ -76,7 +76,6 @@ def test_the_kernels_of_a_target_run_every_layer(tmp_path: Path, bank: SampleBan
 
 WITHOUT_KERNEL = {
     "transposed convolution": ("up",),  # there is none in ONNX Runtime
-    "many edges": ("classifier",),  # a convolution whose results, the logits, are not on a grid
 }
 
 

@@ -24,7 +24,7 @@ def test_every_recipe_has_settings_for_every_data_set(name: str, spec: InputSpec
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="no recipe called 'quick'; there are fast, best, paper, gdfq"):
+    with pytest.raises(ConfigError, match="no recipe called 'quick'; there are ptq, fast, best, paper, gdfq"):
         recipe("quick", CIFAR, 10)
 
 

@@ -12,7 +12,7 @@ from qimera.settings import (
     SynthesisSettings,
 )
 
-RECIPE_NAMES = ("fast", "best", "paper", "gdfq")
+RECIPE_NAMES = ("ptq", "fast", "best", "paper", "gdfq")
 
 _LARGE_IMAGE = 96 * 96
 """Pixels from which a sample costs so much that recipes make do with fewer."""
@@ -36,6 +36,8 @@ def recipe(name: str, input_spec: InputSpec, num_classes: int) -> Recipe:
     """
     large = input_spec.shape[1] * input_spec.shape[2] >= _LARGE_IMAGE
     match name:
+        case "ptq":
+            return _ptq(large)
         case "fast":
             return _fast(large)
         case "best":
@@ -45,6 +47,16 @@ def recipe(name: str, input_spec: InputSpec, num_classes: int) -> Recipe:
         case "gdfq":
             return _gdfq(large, num_classes)
     raise ConfigError(f"recipe: no recipe called {name!r}; there are {', '.join(RECIPE_NAMES)}")
+
+
+def _ptq(large: bool) -> Recipe:
+    """Enough samples to see where activations lie, and no training: what 8 bits need."""
+    return Recipe(
+        "ptq",
+        "a minute or two, for 8 bits: ranges alone, searched on a few samples, and no training",
+        _optimized(large, 32 if large else 128, 30 if large else 60),
+        _distilled(large, 0),
+    )
 
 
 def _fast(large: bool) -> Recipe:

@@ -6,29 +6,46 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from qimera.evaluation import Evaluation
+from qimera.graph import batch_norms, fold_batch_norms
+from qimera.quantization.scheme import float_operations
 from qimera.recipes import RECIPE_NAMES, recipe
 from qimera.settings import InputSpec, QuantizationSettings
 from qimera.summary import float_bytes, packed_bytes, readable_bytes
 from qimera.teacher import Layer, Teacher
 
-_LISTED_AT_START = 8
+_LISTED_AT_START = 4
 _LISTED_AT_END = 4
 
 
 def teacher_facts(model: str, teacher: Teacher) -> str:
     """Return what there is to quantize and to synthesise from, one fact per line."""
     spec, classifier = teacher.input_spec, teacher.classifier
-    four_bits = packed_bytes(teacher, QuantizationSettings(weight_bits=4))
+    num_parameters = sum(parameter.numel() for parameter in teacher.module.parameters())
+    num_macs = sum(layer.macs for layer in teacher.layers)
+    taps = teacher.batch_norms
+    num_exact = len(batch_norms(fold_batch_norms(teacher.module)))
+    in_float = ", ".join(f"{count} {name}" for name, count in float_operations(teacher.module).most_common())
     facts = {
         "model": f"{model} (teacher {teacher.hash[:12]})",
         "input": f"{_times(spec.shape)}, pixels {spec.pixel_range[0]:g} to {spec.pixel_range[1]:g}, "
         f"mean {_listed(spec.mean)}, std {_listed(spec.std)}",
         "classes": f"{teacher.num_classes}, from {classifier.name} with {classifier.weight.shape[1]} features",
-        "batch norms": f"{len(teacher.batch_norms)}, {sum(len(tap.mean) for tap in teacher.batch_norms):,} channels",
-        "size": f"{readable_bytes(float_bytes(teacher))} in float32, {readable_bytes(four_bits)} with 4-bit weights",
-        "compute": f"{sum(layer.macs for layer in teacher.layers) / 1e6:,.1f} million multiply-adds per image",
+        "compute": f"{num_parameters:,} parameters, {num_macs / 1e6:,.1f} million multiply-adds per image",
+        "batch norms": f"{len(taps)} tapped ({sum(len(tap.mean) for tap in taps):,} channels); "
+        f"{len(taps) - num_exact} folded into layers, {num_exact} kept exact",
+        "quantized": f"{len(teacher.layers)} layers, all their weights and inputs; first input, additions, "
+        "concatenations and average pooling at 8 bits",
+        "in float": in_float or "nothing",
+        "size": f"{readable_bytes(float_bytes(teacher))} in float32; {_sizes(teacher)}",
     }
     return "".join(f"{name:<13}{fact}\n" for name, fact in facts.items())
+
+
+def _sizes(teacher: Teacher) -> str:
+    """Return the size of the weights at common bits; those of activations make no difference to it."""
+    sizes = {"w8a8": 8, "w4a8 and w4a4": 4}
+    settings = {name: QuantizationSettings(weight_bits=bits) for name, bits in sizes.items()}
+    return ", ".join(f"{readable_bytes(packed_bytes(teacher, each))} at {name}" for name, each in settings.items())
 
 
 def layer_table(teacher: Teacher, every_layer: bool) -> Table:

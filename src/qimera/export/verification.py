@@ -65,6 +65,8 @@ class Verification:
 
     num_samples: int
     comparisons: tuple[Comparison, ...]
+    refusals: tuple[str, ...] = ()
+    """Runtimes that cannot run the file at all, other than the student's target, and why."""
 
     def text(self) -> str:
         """Return a few lines for people."""
@@ -77,6 +79,7 @@ class Verification:
             )
             if each.float_layers:
                 lines.append(f"  in floating point: {', '.join(each.float_layers)}")
+        lines += [f"{refusal}; the student is not for it" for refusal in self.refusals]
         return "\n".join(lines) + "\n"
 
 
@@ -91,8 +94,16 @@ def verify_onnx(student: Student, path: Path, samples: SampleBank | None, *, min
     with torch.no_grad():
         expected = torch.cat([student(batch) for batch in images.split(_BATCH)]).numpy()
     names = list(student.layer_names().values())
-    comparisons = []
-    for runtime, run, float_layers in _runtimes(path, names):
+    comparisons, refusals = [], []
+    for runtime, start in _runtimes(path, names):
+        try:
+            run, float_layers = start()
+        except RuntimeError as error:
+            refusal = f"{runtime}: cannot run the file ({_reason(error)})"
+            if runtime.startswith("ONNX") or student.settings.target == "openvino":
+                raise VerificationError(f"{refusal}; no file was written") from error
+            refusals.append(refusal)
+            continue
         actual = np.concatenate([run(batch) for batch in _inputs(path, pixels, images)])
         comparison = compare(runtime, expected, actual, len(names), float_layers)
         rounds_elsewhere = runtime.startswith("OpenVINO") and student.settings.target != "openvino"
@@ -103,7 +114,7 @@ def verify_onnx(student: Student, path: Path, samples: SampleBank | None, *, min
                 f"at least {required:g} % are required; {_first_difference(student, path, images)}; no file was written"
             )
         comparisons.append(comparison)
-    return Verification(len(names), path.stat().st_size, len(pixels), tuple(comparisons))
+    return Verification(len(names), path.stat().st_size, len(pixels), tuple(comparisons), tuple(refusals))
 
 
 def sample_pixels(student: Student, samples: SampleBank | None) -> UInt8[Tensor, "batch channel height width"]:
@@ -142,17 +153,29 @@ def compare(
     )
 
 
-def _runtimes(path: Path, names: list[str]) -> Iterator[tuple[str, Runner, list[str]]]:
-    """Yield each runtime with a function that runs the file, and the layers that it computes in floating point."""
-    session, float_layers = onnx_runtime(path, names)
-    key = session.get_inputs()[0].name
-    yield f"ONNX Runtime {onnxruntime.__version__}", lambda batch: session.run(None, {key: batch})[0], float_layers
+def _runtimes(path: Path, names: list[str]) -> Iterator[tuple[str, Callable[[], tuple[Runner, list[str]]]]]:
+    """Yield each runtime with what starts it: a function that runs the file, and the layers in floating point."""
+
+    def start_onnx_runtime() -> tuple[Runner, list[str]]:
+        session, float_layers = onnx_runtime(path, names)
+        key = session.get_inputs()[0].name
+        return lambda batch: session.run(None, {key: batch})[0], float_layers
+
+    def start_openvino() -> tuple[Runner, list[str]]:
+        compiled, float_layers = openvino_model(path, names)
+        return lambda batch: compiled(batch)[0], float_layers
+
+    yield f"ONNX Runtime {onnxruntime.__version__}", start_onnx_runtime
     if importlib.util.find_spec("openvino") is not None:
         import openvino
 
-        compiled, float_layers = openvino_model(path, names)
-        number = openvino.__version__.partition("-")[0]
-        yield f"OpenVINO {number}", lambda batch: compiled(batch)[0], float_layers
+        yield f"OpenVINO {openvino.__version__.partition('-')[0]}", start_openvino
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of a runtime's message that says something, without the places in its own sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.startswith("Exception from")), type(error).__name__)[:300]
 
 
 def onnx_runtime(path: Path, names: list[str], num_threads: int = 1) -> tuple[onnxruntime.InferenceSession, list[str]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 RangeMethod = Literal["mse", "minmax"]
 
+_SCALE_OF_ZEROS = 2.0**-12
 _NUM_CANDIDATES = 80
 _MAX_VALUES = 1 << 15
 """Values of an activation tensor that the search looks at; enough for the third digit of the error."""
@@ -60,13 +61,17 @@ def _rows(x: Tensor, axis: int | None) -> Float[Tensor, "channel value"]:
 
 def _from_extremes(low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     low, high = low.clamp(max=0), high.clamp(min=0)
-    tiny = torch.finfo(torch.float32).tiny * (quant_max - quant_min + 1)
     if symmetric:
-        scale = torch.maximum(high / quant_max, low / quant_min).clamp(min=tiny)
+        scale = _usable(torch.maximum(high / quant_max, low / quant_min))
         return scale, torch.zeros_like(scale, dtype=torch.int32)
-    scale = ((high - low) / (quant_max - quant_min)).clamp(min=tiny)
+    scale = _usable((high - low) / (quant_max - quant_min))
     zero_point = (quant_min - low / scale).round().clamp(quant_min, quant_max)
     return scale, zero_point.to(torch.int32)
+
+
+def _usable(scale: Tensor) -> Tensor:
+    """Replace steps of tensors that are zero throughout: any would do, but biases lie on the grid of its products."""
+    return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, _SCALE_OF_ZEROS)
 
 
 def _squared_error(rows: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Which tensors of the exported graph are quantized, and how: the annotations that ``prepare_pt2e`` reads."""
 
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-from qimera.graph import WEIGHTED, aten, has_bias, has_parameter, layer_name, node_at, tensor_of
+from qimera.graph import BATCH_NORM, WEIGHTED, aten, has_bias, has_parameter, layer_name, node_at, tensor_of
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize, PerChannelBiasFakeQuantize
 from qimera.quantization.ranges import integer_range
 from qimera.settings import QuantizationSettings
@@ -151,6 +151,18 @@ class PaperQuantizer(Quantizer):
 
     def validate(self, model: GraphModule) -> None:
         """Accept every annotated graph."""
+
+
+def float_operations(module: GraphModule) -> Counter[str]:
+    """Return what an integer runtime computes in floating point, by name; layers whose weight is no parameter too."""
+    integer = {*RELUS, *JOINS, *POOLINGS, *MATRIX_PRODUCTS, BATCH_NORM, aten.max_pool2d.default}
+    return Counter(
+        node.target.name().partition("::")[2].partition(".")[0]
+        for node in module.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and isinstance(node.meta.get("val"), torch.Tensor)
+        and not (has_parameter(node) or node.target in integer or is_move(node))
+    )
 
 
 def before_moves(tensor: Node) -> Node:

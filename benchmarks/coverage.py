@@ -1,0 +1,205 @@
+"""Architectures of timm, torchvision and pytorchcv through every stage: one table, docs/coverage.md, resumable.
+
+    python benchmarks/coverage.py                  # everything that has no result yet, then the table
+    python benchmarks/coverage.py --again timm:resnet18
+
+Weights are random and batch-norm statistics those of one pass of smooth noise; scales and shifts of batch norms are
+drawn such that activations stay mostly linear, since deep random networks amplify every rounding error otherwise.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+from architectures import ARCHITECTURES, PYTORCHCV
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qimera import InputSpec, QimeraError, QuantizationSettings, Student, Teacher, export_onnx
+from qimera.graph import batch_norms, fold_batch_norms
+from qimera.models import load_model
+from qimera.synthesis.direct import noise_images
+
+RESULTS = Path(__file__).parent / "results" / "coverage.json"
+TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
+MAX_FOLDING_ERROR, MIN_CORRELATION, MIN_AGREEMENT = 1e-4, 0.9, 95.0
+
+
+def main() -> None:
+    """Compute what is missing and write the table."""
+    options = _options()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    missing = [source for source in ARCHITECTURES if source not in results or source in options.again]
+    with ProcessPoolExecutor(options.processes, max_tasks_per_child=8) as pool:
+        running = {pool.submit(examine, source, ARCHITECTURES[source]): source for source in missing}
+        for done in as_completed(running):
+            source, result = running[done], done.result()
+            results[source] = result
+            RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+            print(time.strftime("%H:%M:%S"), source, result.get("reason", "passes"), flush=True)
+    TABLE.write_text(table(results))
+
+
+def examine(source: str, size: int) -> dict[str, object]:
+    """Return what becomes of an architecture; ``reason`` says why not all of it passes."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    found: dict[str, object] = {"size": size}
+    start = time.monotonic()
+    try:
+        _examine(source, size, found)
+    except QimeraError as error:
+        found["reason"] = str(error)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        found["reason"] = f"FAULT {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+    return {**found, "seconds": round(time.monotonic() - start, 1)}
+
+
+def _examine(source: str, size: int, found: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    library, _, name = source.partition(":")
+    model = load_model(f"{PYTORCHCV[name]}:{name}" if library == "pytorchcv" else source, untrained=True)
+    channels = 3
+    spec = InputSpec(shape=(channels, size, size), mean=(0.5,) * channels, std=(0.25,) * channels)
+    images = [_noise(spec, seed) for seed in (0, 1)]
+    found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    found["batch_norms"] = calibrate_(model, images[0])
+    teacher = Teacher.capture(model, spec)
+    del model
+    found["taps"], found["layers"] = len(teacher.batch_norms), len(teacher.layers)
+    folded = fold_batch_norms(teacher.module)
+    found["exact_batch_norms"] = len(batch_norms(folded))
+    student = Student(teacher, QuantizationSettings(weight_bits=8, activation_bits=8))
+    with torch.no_grad():
+        logits = teacher(images[1])
+        found["folding_error"] = float((folded(images[1]) - logits).abs().max() / logits.abs().max())
+        student.initialize_ranges_([images[0]])
+        found["correlation"] = _correlation(student(images[1]), logits)
+    with tempfile.TemporaryDirectory() as folder:
+        file = export_onnx(student, Path(folder) / "student.onnx", min_agreement=0)
+    onnx_runtime = file.comparisons[0]
+    found["agreement"], found["identical"] = onnx_runtime.agreement, onnx_runtime.identical
+    found["integer_layers"], found["quantized_layers"] = onnx_runtime.integer_layers, file.num_layers
+    found["float_layers"] = onnx_runtime.float_layers[:4]
+    failed = [text for text, passed in _criteria(found).items() if not passed]
+    if failed:
+        found["reason"] = "; ".join(failed)
+
+
+def _criteria(found: dict[str, object]) -> dict[str, bool]:
+    return {
+        f"{found['taps']} of {found['batch_norms']} batch norms tapped": found["taps"] == found["batch_norms"],
+        f"folding changes logits by {found['folding_error']:.0e}": found["folding_error"] <= MAX_FOLDING_ERROR,
+        f"student correlates by {found['correlation']:.2f} only": found["correlation"] >= MIN_CORRELATION,
+        f"file and student agree on {found['agreement']:.0f} % only": found["agreement"] >= MIN_AGREEMENT,
+        f"in floating point: {', '.join(found['float_layers'])}": not found["float_layers"],
+    }
+
+
+def _noise(spec: InputSpec, seed: int) -> Tensor:
+    num_images = 32 if spec.shape[1] < 160 else 12
+    return noise_images(num_images, spec.shape, 5, torch.Generator().manual_seed(seed))
+
+
+def calibrate_(model: nn.Module, images: Tensor) -> int:
+    """Draw scales and shifts of batch norms, let them record ``images``, and return how many took part."""
+    generator = torch.Generator().manual_seed(0)
+    called: set[nn.Module] = set()
+    note: Callable[..., None] = lambda module, *_: called.add(module)  # noqa: E731
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    for norm in norms:
+        norm.register_forward_pre_hook(note)
+        norm.train()
+        norm.momentum = None
+        norm.reset_running_stats()
+        if norm.weight is not None:
+            nn.init.uniform_(norm.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(norm.bias, 1.0, 0.3, generator=generator)
+    with torch.no_grad():
+        model(images)
+    model.eval()
+    for norm in norms:
+        norm._forward_pre_hooks.clear()
+    return len(called)
+
+
+def _correlation(student: Tensor, teacher: Tensor) -> float:
+    """Return how the logits of both vary together from image to image."""
+    both = torch.stack([(each - each.mean(0)).flatten() for each in (student, teacher)])
+    return float(torch.corrcoef(both)[0, 1])
+
+
+def table(results: dict[str, dict[str, object]]) -> str:
+    """Return docs/coverage.md."""
+    with_norms = {source: each for source, each in results.items() if each.get("batch_norms", 1)}
+    without = {source: each for source, each in results.items() if source not in with_norms}
+    passing = sum("reason" not in each for each in with_norms.values())
+    lines = [
+        "# Architectures",
+        "",
+        f"{passing} of {len(with_norms)} architectures with batch norms pass every column. Written by",
+        "[benchmarks/coverage.py](../benchmarks/coverage.py): random weights, batch-norm statistics of one pass of smooth",
+        "noise, W8A8 ranges searched on the same images, no training. So this shows that every stage treats an",
+        "architecture correctly, and not what accuracy it keeps.",
+        "",
+        "- **tapped**: batch norms whose statistics samples are synthesised from, of those that are called.",
+        "- **folded, exact**: batch norms that became part of the layer before, and that stay as they are.",
+        "- **folding**: largest change of a logit by folding, relative to the largest logit; at most 1e-4.",
+        "- **student**: correlation of the student's logits with the teacher's over other images, each class's mean taken",
+        "  away; at least 0.9.",
+        "- **file**: images that the exported ONNX file puts into the student's class on ONNX Runtime; at least 95 %.",
+        "- **integer layers**: convolutions and linear layers in integer kernels of ONNX Runtime; all.",
+        "",
+        "| architecture | pixels | parameters | tapped | folded, exact | folding | student | file | integer layers | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(_row(source, each) for source, each in with_norms.items()),
+        "",
+        "## Without batch norms",
+        "",
+        "Samples are synthesised from batch-norm statistics, so these are refused:",
+        "",
+        *(f"- `{source}`: {each['reason']}" for source, each in without.items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(source: str, each: dict[str, object]) -> str:
+    def cell(key: str, text: str) -> str:
+        return text.format(**each) if key in each else "-"
+
+    if "exact_batch_norms" in each:
+        each = {**each, "folded": each["taps"] - each["exact_batch_norms"]}
+    cells = [
+        f"`{source}`",
+        f"{each['size']}",
+        f"{each['parameters'] / 1e6:.1f} M" if "parameters" in each else "-",
+        cell("taps", "{taps} of {batch_norms}"),
+        cell("folded", "{folded}, {exact_batch_norms}"),
+        cell("folding_error", "{folding_error:.0e}"),
+        cell("correlation", "{correlation:.3f}"),
+        cell("agreement", "{agreement:.0f} %"),
+        cell("integer_layers", "{integer_layers} of {quantized_layers}"),
+        str(each.get("reason", "passes")).replace("|", "/").replace("\n", " ")[:200],
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", nargs="*", default=[], help="sources to examine again")
+    parser.add_argument("--processes", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
