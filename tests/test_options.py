@@ -32,7 +32,7 @@ def model_file(tmp_path: Path) -> Path:
         ("build", (*INPUT, "--bits", "4"), 2, "expected the form w4a4"),
         ("build", (*INPUT, "--layer-bits", "4=1"), 2, "weight bits must be 2 to 8, given 1"),
         ("build", (*INPUT, "--layer-bits", "fc*=8"), 2, r"'fc\*' fits none of the 2 layers"),
-        ("build", (*INPUT, "--recipe", "quick"), 2, "no recipe called 'quick'; there are fast"),
+        ("build", (*INPUT, "--recipe", "quick"), 2, "no recipe called 'quick'; there are ptq, fast"),
         ("build", (*INPUT, "--scheme", "soft"), 2, "soft"),
         ("build", (*INPUT, "--seed", "-1"), 2, "seed"),
         ("build", (*INPUT, "--weights", "missing.pt"), 2, "no such file: missing.pt"),

@@ -144,8 +144,71 @@ def test_a_teacher_comes_back_as_it_was_saved(teacher: Teacher, tmp_path: Path) 
 @pytest.mark.parametrize("content", [b"", b"no program", b"PK\x03\x04"])
 def test_a_file_that_holds_no_teacher_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "teacher.pt2").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"teacher\.pt2: not a teacher saved by qimera"):
+    with pytest.raises(ConfigError, match=r"teacher\.pt2: not a file of torch\.export\.save, or damaged"):
         Teacher.load(tmp_path / "teacher.pt2", SPEC)
+
+
+# --- graphs that are written in unusual ways --------------------------------------------------------------------------
+
+
+class Unusual(nn.Module):
+    """A standardised weight, a masked one, writing in place, a branch for nothing, and a 1x1 convolution at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.unused = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.register_buffer("mask", (torch.rand(8, 8, 3, 3) > 0.5).float())
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv1.weight
+        x = F.conv2d(x, (weight - weight.mean()) / weight.std())
+        x = self.norm(x)
+        F.relu(x, inplace=True)
+        self.unused(x).relu_()
+        x = F.conv2d(x, self.conv2.weight * self.mask, self.conv2.bias, padding=1)
+        x += 1
+        return self.head(F.adaptive_avg_pool2d(x, 1))
+
+
+def test_what_depends_on_parameters_alone_becomes_a_parameter() -> None:
+    torch.manual_seed(0)
+    model = Unusual().eval()
+    teacher = Teacher.capture(model, SPEC)
+    assert [(layer.name, layer.kind) for layer in teacher.layers] == [
+        ("conv1", "conv2d"),
+        ("conv2", "conv2d"),
+        ("head", "linear"),
+    ]
+    assert [tap.name for tap in teacher.batch_norms] == ["norm"]
+    assert not any("_." in str(node.target) for node in teacher.module.graph.nodes if node.op == "call_function")
+    torch.testing.assert_close(teacher(images(3)), model(images(3)).flatten(1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda logits: (logits,),
+        lambda logits: {"features": logits[:, :, None, None].expand(-1, -1, 4, 4), "logits": logits},
+        lambda logits: logits[:, :, None, None],
+        lambda logits: [{"logits": logits}, logits[:, :2]],
+    ],
+)
+def test_the_logits_are_found_among_what_a_model_returns(wrap: Callable[[Tensor], object]) -> None:
+    torch.manual_seed(0)
+    model = Wrapped(wrap).eval()
+    teacher = Teacher.capture(model, SPEC)
+    torch.testing.assert_close(teacher(images(3)), model.network(images(3)), atol=1e-6, rtol=1e-5)
+    assert teacher.classifier.name == "network.4"
+
+
+def test_of_several_outputs_the_one_asked_for_is_taken() -> None:
+    model = Wrapped(lambda logits: (logits, 2 * logits)).eval()
+    first, second = (Teacher.capture(model, SPEC, key) for key in "01")
+    torch.testing.assert_close(second(images(3)), 2 * first(images(3)))
+    with pytest.raises(ConfigError, match=r"returns no logits of 2 images called 'head'; its outputs: 0 \(2, 3\), 1"):
+        Teacher.capture(model, SPEC, "head")
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -176,6 +239,17 @@ class DataDependent(nn.Module):
         return self.network(x) if x.sum() > 0 else self.network(-x)
 
 
+class WritesIntoPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x[:, :2] *= 2
+        return self.head(x.mean((2, 3)))
+
+
 UNSUPPORTED: dict[str, tuple[nn.Module, str]] = {
     "no batch norm": (network(nn.ReLU()), r"no batch norm .* found in Sequential \(6 modules\).*before folding them"),
     "statistics of the batch": (
@@ -183,10 +257,10 @@ UNSUPPORTED: dict[str, tuple[nn.Module, str]] = {
         "no batch norm with running statistics",
     ),
     "group norm": (network(nn.GroupNorm(2, 4)), "no batch norm with running statistics"),
-    "tuple": (Wrapped(lambda logits: (logits, logits)), "Wrapped returns tuple for 2 images.*wrap the model"),
-    "dictionary": (Wrapped(lambda logits: {"logits": logits}), "returns dict"),
-    "feature map": (Wrapped(lambda logits: logits[:, :, None, None]), r"a tensor of shape \(2, 3, 1, 1\)"),
-    "one class": (Wrapped(lambda logits: logits[:, :1]), r"a tensor of shape \(2, 1\).*at least 2 classes"),
+    "two outputs": (Wrapped(lambda logits: (logits, logits)), "several tensors .* choose one of 0, 1 with --logits"),
+    "a feature map": (Wrapped(lambda logits: logits[:, :, None, None].expand(-1, -1, 4, 4)), r"output \(2, 3, 4, 4\)"),
+    "one class": (Wrapped(lambda logits: logits[:, :1]), r"output \(2, 1\).*at least 2 classes"),
+    "a write into a part": (WritesIntoPart(), "writes into a part of a tensor.*torch.cat or torch.where"),
     "probabilities": (
         Wrapped(lambda logits: logits.softmax(1)),
         "logits come from .*softmax.*return its output unchanged",

@@ -93,8 +93,7 @@ def simplify_(module: GraphModule) -> None:
         for index, name in ((1, "weight"), (2, "bias")):
             argument = layer.args[index] if len(layer.args) > index else None
             if isinstance(argument, Node) and argument.op != "get_attr" and _is_constant(argument):
-                source = next(node for node in _ancestors(argument) if node.op == "get_attr")
-                owner = str(source.target).rpartition(".")[0]
+                owner = _owner_of(module, argument)
                 with module.graph.inserting_before(layer):
                     new = _new_parameter(module, layer, owner, name, _compute(module, argument))
                 layer.update_arg(index, new)
@@ -183,6 +182,13 @@ def _ancestors(node: Node) -> dict[Node, None]:
             found[each] = None
             waiting += each.all_input_nodes
     return found
+
+
+def _owner_of(module: GraphModule, constant: Node) -> str:
+    """Return the module whose parameter ``constant`` is computed from, rather than one whose mask or mean it is."""
+    readers = [node for node in _ancestors(constant) if node.op == "get_attr"]
+    readers.sort(key=lambda node: not isinstance(tensor_of(module, node), nn.Parameter))
+    return str(readers[0].target).rpartition(".")[0] if readers else ""
 
 
 def _is_constant(node: Node) -> bool:
@@ -278,13 +284,14 @@ def _new_parameter(module: GraphModule, layer: Node, owner: str, name: str, valu
 
     A parameter that others than ``layer`` read keeps its value for them; the new one then gets a name of its own.
     """
-    target = f"{owner}.{name}"
+    prefix = f"{owner}." if owner else ""
+    target = prefix + name
     readers = [node for node in module.graph.nodes if node.op == "get_attr" and node.target == target]
     if any(user is not layer for reader in readers for user in reader.users):
         own = [key for key, _ in module.get_submodule(owner).named_parameters(recurse=False)]
         name = f"{name}_{sum(key.startswith(name) for key in own)}"
     setattr(module.get_submodule(owner), name, nn.Parameter(value.detach().clone()))
-    return module.graph.get_attr(f"{owner}.{name}")
+    return module.graph.get_attr(prefix + name)
 
 
 def unshare_biases_(module: GraphModule) -> None:

@@ -210,9 +210,8 @@ def _find_function(module: ModuleType, name: str, place: str) -> Callable[[], ob
             f"but is {describe_value(value)}"
         )
     own = [key for key in functions if getattr(vars(module)[key], "__module__", None) == module.__name__]
-    raise ConfigError(
-        f"model: {place} has no function {name!r}{suggest(name, functions)}; it defines {enumerate_names(own) or 'none'}"
-    )
+    defined = enumerate_names(own) or "none"
+    raise ConfigError(f"model: {place} has no function {name!r}{suggest(name, functions)}; it defines {defined}")
 
 
 def _describe(error: BaseException) -> str:

@@ -180,10 +180,9 @@ _PER_CLASS = {
     *(aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten._unsafe_view.default),
     *(aten.squeeze.dims, aten.squeeze.dim, aten.squeeze.default, aten.contiguous.default, aten.clone.default),
     *(aten.mean.dim, aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.max_pool2d.default),
-    *(aten.dropout.default, aten.dropout_.default, aten.log_softmax.int, BATCH_NORM),
-    *(aten.relu.default, aten.relu_.default, aten.leaky_relu.default, aten.leaky_relu_.default),
-    *(aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor),
-    *(aten.select.int, aten.slice.Tensor, aten.stack.default),
+    *(aten.dropout.default, aten.log_softmax.int, BATCH_NORM, aten.relu.default, aten.leaky_relu.default),
+    *(aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor),
+    *(aten.select.int, aten.slice.Tensor, aten.stack.default, aten.unsqueeze.default),
 }
 """Operations between the classifier and the logits that keep each class for itself."""
 

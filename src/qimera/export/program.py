@@ -144,7 +144,7 @@ def _clip_to_grids_(graph: Graph) -> None:
 
 def _limits(activation: Node) -> tuple[float, float]:
     """Return the least and the greatest number that an activation function returns."""
-    if activation.target in (aten.relu.default, aten.relu_.default):
+    if activation.target is aten.relu.default:
         return 0.0, math.inf
     if activation.target in (aten.relu6.default, aten.relu6_.default):
         return 0.0, 6.0

@@ -1,0 +1,137 @@
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.export import Dim
+
+from qimera.errors import ConfigError
+from qimera.models import known_input, load_model
+from qimera.programs import read_program
+from qimera.teacher import Teacher
+from tests.networks import SPEC, TinyNet
+
+
+def save(model: nn.Module, path: Path, *inputs: Tensor, dynamic: bool = True) -> Path:
+    shapes = tuple({0: Dim.DYNAMIC} for _ in inputs) if dynamic else None
+    torch.export.save(torch.export.export(model.eval(), inputs, dynamic_shapes=shapes), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return save(TinyNet(), tmp_path_factory.mktemp("program") / "tiny.pt2", torch.zeros(2, *SPEC.shape))
+
+
+def test_a_program_is_a_model_whose_input_shape_is_known(archive: Path) -> None:
+    torch.manual_seed(0)
+    model, images = TinyNet().eval(), torch.randn(3, *SPEC.shape)
+    loaded = load_model(str(archive))
+    assert known_input(str(archive), loaded) == {"shape": SPEC.shape}
+    teacher = Teacher.capture(loaded, SPEC)
+    torch.testing.assert_close(teacher(images), model(images))
+    assert [layer.name for layer in teacher.layers] == [layer.name for layer in Teacher.capture(model, SPEC).layers]
+
+
+def test_a_program_for_one_batch_size_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = save(TinyNet(), tmp_path / "fixed.pt2", torch.zeros(2, *SPEC.shape), dynamic=False)
+    with pytest.raises(ConfigError, match=r"takes batches of exactly 2; export it with dynamic_shapes"):
+        load_model(str(path))
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+def test_a_program_with_two_inputs_is_refused(tmp_path: Path) -> None:
+    path = save(TwoInputs(), tmp_path / "two.pt2", torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(ConfigError, match="takes 2 inputs"):
+        load_model(str(path))
+
+
+def test_a_missing_program_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no such file: .*absent\.pt2"):
+        load_model(str(tmp_path / "absent.pt2"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(share=st.floats(0, 0.999))
+def test_a_truncated_program_is_refused(archive: Path, tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
+    path = tmp_path_factory.mktemp("truncated") / "tiny.pt2"
+    content = archive.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ConfigError, match=r"not a file of torch\.export\.save, or damaged|and was not executed"):
+        read_program(path)
+
+
+# --- hostile archives -------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Makes a folder in whoever unpickles it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def changed(archive: Path, path: Path, change: Callable[[str, bytes], bytes]) -> Path:
+    """Copy an archive, with ``change`` applied to the name and content of each member."""
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, change(name, source.read(name)))
+    return path
+
+
+def with_pickled_weight(name: str, content: bytes, payload: bytes) -> bytes:
+    if name.endswith("model_weights_config.json"):
+        config = json.loads(content)
+        next(iter(config["config"].values()))["use_pickle"] = True
+        return json.dumps(config).encode()
+    return payload if name.endswith("weight_0") else content
+
+
+def with_pickled_sample(name: str, content: bytes, payload: bytes) -> bytes:
+    return payload if "/sample_inputs/" in name else content
+
+
+def with_call(name: str, content: bytes, payload: bytes) -> bytes:
+    return content.replace(b"torch.ops.aten.relu.default", b"torch.os.system") if "/models/" in name else content
+
+
+def with_expression(name: str, content: bytes, payload: bytes) -> bytes:
+    evil = b"__import__('os').mkdir('executed')"
+    return content.replace(b"Symbol('s", evil + b"+Symbol('s") if "/models/" in name else content
+
+
+HOSTILE = {
+    "holds a pickle": with_pickled_weight,
+    "more than tensors in its sample inputs": with_pickled_sample,
+    "calls 'torch.os.system'": with_call,
+    "sizes a tensor by": with_expression,
+}
+
+
+@pytest.mark.parametrize("reason", HOSTILE)
+def test_nothing_in_a_program_is_executed(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    buffer = io.BytesIO()
+    torch.save({"x": Payload(tmp_path / "executed")}, buffer, pickle_module=pickle)
+    path = changed(archive, tmp_path / "bad.pt2", lambda name, old: HOSTILE[reason](name, old, buffer.getvalue()))
+    with pytest.raises(ConfigError, match=f"{reason}.*, and was not executed"):
+        read_program(path)
+    assert not (tmp_path / "executed").exists()
