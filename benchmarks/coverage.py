@@ -31,7 +31,7 @@ from qimera.synthesis.direct import noise_images
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
-MAX_FOLDING_ERROR, MIN_CORRELATION, MIN_AGREEMENT = 1e-4, 0.9, 95.0
+MAX_FOLDING_ERROR, MIN_CORRELATION, MIN_AGREEMENT = 1e-4, 0.9, 90.0
 
 
 def main() -> None:
@@ -93,9 +93,12 @@ def _examine(source: str, size: int, found: dict[str, object]) -> None:
     found["agreement"], found["identical"] = onnx_runtime.agreement, onnx_runtime.identical
     found["integer_layers"], found["quantized_layers"] = onnx_runtime.integer_layers, file.num_layers
     found["float_layers"] = onnx_runtime.float_layers[:4]
-    failed = [text for text, passed in _criteria(found).items() if not passed]
-    if failed:
-        found["reason"] = "; ".join(failed)
+    if _failed(found):
+        found["reason"] = "; ".join(_failed(found))
+
+
+def _failed(found: dict[str, object]) -> list[str]:
+    return [text for text, passed in _criteria(found).items() if not passed]
 
 
 def _criteria(found: dict[str, object]) -> dict[str, bool]:
@@ -159,7 +162,7 @@ def table(results: dict[str, dict[str, object]]) -> str:
         "- **folding**: largest change of a logit by folding, relative to the largest logit; at most 1e-4.",
         "- **student**: correlation of the student's logits with the teacher's over other images, each class's mean",
         "  taken away; at least 0.9.",
-        "- **file**: images that the exported ONNX file puts into the student's class on ONNX Runtime; at least 95 %.",
+        "- **file**: images that the exported ONNX file puts into the student's class on ONNX Runtime; at least 90 %.",
         "- **integer layers**: convolutions and linear layers in integer kernels of ONNX Runtime; all.",
         "",
         "| architecture | pixels | parameters | tapped | folded, exact | folding | student | file | integer layers | |",
