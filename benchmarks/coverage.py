@@ -88,7 +88,7 @@ def _examine(source: str, size: int, found: dict[str, object]) -> None:
         student.initialize_ranges_([images[0]])
         found["correlation"] = _correlation(student(images[1]), logits)
     with tempfile.TemporaryDirectory() as folder:
-        file = export_onnx(student, Path(folder) / "student.onnx", min_agreement=0)
+        file = export_onnx(student, Path(folder) / "student.onnx", min_agreement=0.0)
     onnx_runtime = file.comparisons[0]
     found["agreement"], found["identical"] = onnx_runtime.agreement, onnx_runtime.identical
     found["integer_layers"], found["quantized_layers"] = onnx_runtime.integer_layers, file.num_layers
