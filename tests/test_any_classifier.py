@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import Result
 
-from benchmarks.coverage import examine
+from benchmarks.coverage import examine, reason_against
 from tests.command_line import qimera
 
 USERS_FILE = '''
@@ -166,4 +166,4 @@ OF_LIBRARIES = {
 @pytest.mark.filterwarnings("ignore")  # of libraries that are not ours
 @pytest.mark.parametrize("source", OF_LIBRARIES)
 def test_an_architecture_of_a_library_passes_every_stage(source: str) -> None:
-    assert examine(source, 64).get("reason") is None
+    assert reason_against(examine(source, 64)) == ""
