@@ -39,7 +39,7 @@ def main() -> None:
     options = _options()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     missing = [source for source in ARCHITECTURES if source not in results or source in options.again]
-    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(options.processes, get_context("spawn"), max_tasks_per_child=4) as pool:
         running = {pool.submit(examine, source, ARCHITECTURES[source]): source for source in missing}
         for done in as_completed(running):
             source, result = running[done], done.result()
