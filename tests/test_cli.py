@@ -82,7 +82,7 @@ def test_the_settings_of_a_run_start_the_same_run_again(tmp_path: Path, finished
 def test_a_run_that_was_interrupted_continues_with_its_bank_to_the_same_student(
     tmp_path: Path, finished_run: Path
 ) -> None:
-    read = read_settings(finished_run / "settings.json", ModelOptions(*[None] * 7), RunOptions(*[None] * 7))
+    read = read_settings(finished_run / "settings.json", ModelOptions(*[None] * 8), RunOptions(*[None] * 7))
     run = RunDirectory.start(tmp_path / "run", read.settings)
     with pytest.raises(KeyboardInterrupt):
         carry_out(run, read.teacher, read.bank, interrupt_training)

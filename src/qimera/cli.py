@@ -47,6 +47,10 @@ Logits = Annotated[
         metavar="KEY", help="Which of several outputs the logits are, such as 0 or head.logits. Default: found."
     ),
 ]
+WithoutBatchNorms = Annotated[
+    bool | None,
+    typer.Option("--without-batch-norms", help="Take a model that has none; its samples are little better than noise."),
+]
 Recipe = Annotated[str | None, typer.Option(metavar="NAME", help="See qimera recipes. Default: fast.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same machine, same result. Default: 0.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch chooses.")]
@@ -83,6 +87,7 @@ def inspect(
     std: Std = None,
     pixel_range: PixelRange = None,
     logits: Logits = None,
+    without_batch_norms: WithoutBatchNorms = None,
     every_layer: Annotated[bool, typer.Option("--all", help="List every layer.")] = False,
     threads: Threads = None,
     debug: Debug = False,
@@ -93,7 +98,9 @@ def inspect(
         from qimera.options import ModelOptions
         from qimera.tables import layer_table, teacher_facts
 
-        teacher = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits).capture(untrained=True)
+        teacher = ModelOptions(
+            model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms
+        ).capture(untrained=True)
         typer.echo(teacher_facts(model, teacher), nl=False)
         print_table(layer_table(teacher, every_layer))
 
@@ -108,6 +115,7 @@ def synthesize(
     std: Std = None,
     pixel_range: PixelRange = None,
     logits: Logits = None,
+    without_batch_norms: WithoutBatchNorms = None,
     recipe: Recipe = None,
     seed: Seed = None,
     threads: Threads = None,
@@ -121,7 +129,9 @@ def synthesize(
 
         if output.exists():
             raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
-        teacher = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits).capture()
+        teacher = ModelOptions(
+            model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms
+        ).capture()
         settings = recipe_for(teacher, recipe).synthesis
         with ProgressDisplay() as progress:
             bank = pipeline.synthesize(teacher, settings=settings, seed=seed or 0, progress=progress)
@@ -139,6 +149,7 @@ def quantize(
     std: Std = None,
     pixel_range: PixelRange = None,
     logits: Logits = None,
+    without_batch_norms: WithoutBatchNorms = None,
     bits: Annotated[str | None, typer.Option(help="Of weights and activations, 2 to 8. Default: w4a4.")] = None,
     layer_bits: Annotated[
         str | None, typer.Option(metavar="RULES", help="Exceptions by layer name, such as 'conv1=8,*fc*=w8a4'.")
@@ -169,7 +180,7 @@ def quantize(
         from qimera.run_directory import RunDirectory, refuse_other_content
 
         refuse_other_content(output)
-        model_options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits)
+        model_options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
         options = RunOptions(bits, layer_bits, scheme, target, recipe, bank, seed)
         read = resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
         check_run(read.settings, read.teacher, read.bank)

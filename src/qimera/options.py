@@ -30,6 +30,7 @@ class ModelOptions:
     std: str | None
     pixel_range: str | None
     logits: str | None
+    without_batch_norms: bool | None
 
     def capture(self, *, untrained: bool = False) -> Teacher:
         """Load the model and capture it; with ``untrained``, also an architecture without weights.
@@ -41,7 +42,9 @@ class ModelOptions:
         if self.model is None:
             raise ConfigError("MODEL: missing; give file.py:function, or one of the others that `qimera --help` lists")
         model = load_model(self.model, self.weights, untrained=untrained)
-        return Teacher.capture(model, self._input_spec(self.model, model), self.logits or "")
+        input_spec = self._input_spec(self.model, model)
+        without = bool(self.without_batch_norms)
+        return Teacher.capture(model, input_spec, self.logits or "", without_batch_norms=without)
 
     def _input_spec(self, source: str, model: nn.Module) -> InputSpec:
         """Return what the options say; what they leave open, the model may know."""
@@ -115,6 +118,7 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
         seed=options.seed or 0,
         bank=_absolute(options.bank),
         logits=model_options.logits or "",
+        without_batch_norms=bool(model_options.without_batch_norms),
         input=teacher.input_spec,
         synthesis=row.synthesis if bank is None else bank.settings,
         quantization=quantization,
@@ -143,7 +147,8 @@ def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) 
         raise ConfigError(f"--settings: no such file: {path}; give the settings.json of a run")
     settings = RunSettings.load(path)
     model = load_model(settings.model, Path(settings.weights) if settings.weights else None)
-    teacher = Teacher.capture(model, settings.input, settings.logits)
+    without = settings.without_batch_norms
+    teacher = Teacher.capture(model, settings.input, settings.logits, without_batch_norms=without)
     bank = SampleBank.load(Path(settings.bank), teacher) if settings.bank else None
     return Resolved(settings, teacher, bank)
 

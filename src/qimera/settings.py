@@ -330,6 +330,9 @@ class RunSettings(_Settings):
     logits: str = ""
     """Which of several outputs of the model the logits are; empty where they were found."""
 
+    without_batch_norms: bool = False
+    """Take a model without batch norms, whose samples follow from its classes alone."""
+
     input: InputSpec
     synthesis: SynthesisSettings
     quantization: QuantizationSettings

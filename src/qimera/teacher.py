@@ -82,13 +82,17 @@ class Teacher(nn.Module):
         self._tapped = with_outputs(self.module, [tap.node for tap in self.batch_norms])
 
     @classmethod
-    def capture(cls, model: nn.Module, input_spec: InputSpec, logits: str = "") -> "Teacher":
+    def capture(
+        cls, model: nn.Module, input_spec: InputSpec, logits: str = "", *, without_batch_norms: bool = False
+    ) -> "Teacher":
         """Export a copy of ``model`` in eval mode with a dynamic batch.
 
         Args:
             model: A trained classifier.
             input_spec: What its images look like.
             logits: Which of several outputs the logits are, such as ``0`` or ``head.logits``; found if empty.
+            without_batch_norms: Take a model that has none. Its samples then follow from its classes alone, and teach
+                little more than noise does.
 
         Raises:
             ConfigError: the model refuses images of ``input_spec.shape``, or has no output ``logits``.
@@ -104,11 +108,12 @@ class Teacher(nn.Module):
                 f"{type(model).__name__} cannot be captured by torch.export: {first_line(error)}; "
                 "remove data-dependent control flow and operations that fix the batch size"
             ) from error
-        if not _batch_norms(_graph_of(program)):
+        if not without_batch_norms and not _batch_norms(_graph_of(program)):
             raise UnsupportedModelError(
                 f"no batch norm with running statistics found in {type(model).__name__} "
                 f"({len(list(model.modules()))} modules); samples are synthesised from these statistics, "
-                "so bring the model with its batch norms, before folding them"
+                "so bring the model with its batch norms, before folding them. For one that never had any, "
+                "--without-batch-norms makes samples from its classes alone, which are little better than noise"
             )
         return cls(program, input_spec)
 

@@ -22,8 +22,10 @@ def bns_loss(entering: Sequence[Tensor], taps: Sequence[BatchNormTap], *, relati
         entering: Input of every batch norm for one batch, each (batch, channel, ...).
         taps: The statistics recorded in training, in the same order.
         relative: Which of the two.
+
+    Without any tap it is zero.
     """
-    losses = []
+    losses = [torch.zeros(())] if not taps else []
     for x, tap in zip(entering, taps, strict=True):
         mean, var = channel_moments(x)
         if relative:
