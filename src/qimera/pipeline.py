@@ -127,7 +127,10 @@ def quantize_with(
     generator = torch.Generator().manual_seed(seed)
     student = Student(teacher, quantization)
     batches = bank.batches(quantization.num_range_samples, generator)
-    student.initialize_ranges_(next(batches).images for _ in range(NUM_RANGE_BATCHES))
+    if quantization.scheme == "hardware" and quantization.rounding == "compensated":
+        student.initialize_layers_(teacher, next(batches).images, generator)
+    else:
+        student.initialize_ranges_(next(batches).images for _ in range(NUM_RANGE_BATCHES))
     progress(Progress("ranges", 1, 1))
     training = None
     if distillation.generator_steps_per_step and bank.synthesizer is not None:

@@ -244,8 +244,12 @@ class QuantizationSettings(_Settings):
     input_bits: int = Field(8, ge=2, le=8)
     """Bits of the network's input (hardware scheme)."""
 
+    rounding: Literal["compensated", "nearest"] = "compensated"
+    """How weights first become integers: each error made up for by the weights that come after it in its layer
+    (hardware scheme, deviation D29), or each weight to its nearest."""
+
     num_range_samples: int = Field(256, ge=1)
-    """Bank samples that the first ranges are searched on."""
+    """Bank samples that the first ranges are searched on, and the first integers found."""
 
     def bits_of(self, layer: str) -> tuple[int, int]:
         """Return (weight bits, activation bits) of the layer called ``layer``."""

@@ -4,6 +4,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from qimera.quantization.fake_quantize import (
     MinMaxFakeQuantize,
     PerChannelBiasFakeQuantize,
 )
+from qimera.quantization.rounding import round_layers_
 from qimera.quantization.scheme import JOINS, POOLINGS, HardwareQuantizer, PaperQuantizer, end_of_kernel, quantizer_of
 from qimera.settings import QuantizationSettings
 from qimera.teacher import Teacher
@@ -155,14 +157,33 @@ class Student(nn.Module):
         Learned steps are searched by squared error on the first batch (deviation D23); min-max ranges average over all
         batches (deviation D12).
         """
+        with self._searching_ranges() as averaging:
+            for batch in batches:
+                self.module(batch)
+                if not averaging:
+                    break
+
+    def initialize_layers_(
+        self,
+        teacher: Teacher,
+        images: Float[Tensor, "batch channel height width"],
+        generator: torch.Generator,
+    ) -> None:
+        """Fit every quantizer to ``images``, and round every layer's weight to suit its quantized inputs.
+
+        For learned steps (scheme ``hardware``); see ``rounding.py`` (deviation D29).
+        """
+        with self._searching_ranges():
+            round_layers_(self.module, fold_batch_norms(teacher.module), images, generator)
+
+    @contextmanager
+    def _searching_ranges(self) -> Iterator[bool]:
+        """Let quantizers fit their ranges to what they see; yields whether these are averages over all batches."""
         quantizers = [m for m in self.module.modules() if isinstance(m, FakeQuantize)]
         averaging = any(isinstance(quantizer, MinMaxFakeQuantize) for quantizer in quantizers)
         for quantizer in quantizers:
             quantizer.searching = "minmax" if averaging else "mse"
-        for batch in batches:
-            self.module(batch)
-            if not averaging:
-                break
+        yield averaging
         for quantizer in quantizers:
             quantizer.searching = None
 

@@ -1,0 +1,110 @@
+"""rounding.py: first integers whose errors make up for each other."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qimera import InputSpec, QuantizationSettings, Student, Teacher
+from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
+from qimera.quantization.rounding import _round_rows
+
+SPEC = InputSpec(shape=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+class Mixed(nn.Module):
+    """One layer of every kind that is rounded, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.grouped = nn.Conv2d(16, 24, 3, padding=2, dilation=2, groups=4)
+        self.depthwise = nn.Conv2d(24, 24, (1, 3), padding=(0, 1), groups=24)
+        self.pointwise = nn.Conv2d(24, 32, 1, bias=False)
+        self.up = nn.ConvTranspose2d(32, 16, 2, stride=2)
+        self.linear = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.full(x)))
+        x = F.relu(self.pointwise(F.relu(self.depthwise(F.relu(self.grouped(x))))))
+        out: Tensor = self.linear(F.adaptive_avg_pool2d(F.relu(self.up(x)), 4).flatten(1))
+        return out
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Teacher:
+    torch.manual_seed(0)
+    return Teacher.capture(Mixed(), SPEC)
+
+
+def images_of(seed: int, count: int = 32) -> Tensor:
+    coarse = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(coarse, size=(16, 16), mode="bilinear")
+
+
+def error_of(teacher: Teacher, bits: int, rounding: bool) -> float:
+    """Return the share of the logits' variance that a student of these bits misses, on other images."""
+    student = Student(teacher, QuantizationSettings(weight_bits=bits, activation_bits=8))
+    if rounding:
+        student.initialize_layers_(teacher, images_of(0), torch.Generator().manual_seed(0))
+    else:
+        student.initialize_ranges_([images_of(0)])
+    with torch.no_grad():
+        mine, theirs = student(images_of(1)), teacher(images_of(1))
+    return float((mine - theirs).square().mean() / theirs.var(0).mean())
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_rounding_leaves_a_fraction_of_the_error_of_nearest_integers(mixed: Teacher, bits: int) -> None:
+    assert error_of(mixed, bits, rounding=True) < 0.5 * error_of(mixed, bits, rounding=False)
+
+
+def test_at_eight_bits_it_does_no_harm(mixed: Teacher) -> None:
+    assert error_of(mixed, 8, rounding=True) < 1.05 * error_of(mixed, 8, rounding=False)
+
+
+def test_every_rounded_weight_is_a_multiple_of_its_step(mixed: Teacher) -> None:
+    student = Student(mixed, QuantizationSettings(weight_bits=3, activation_bits=4))
+    student.initialize_layers_(mixed, images_of(0), torch.Generator().manual_seed(0))
+    on_grid = []
+    for weight, step in student.weight_steps():
+        counted = weight.detach() / step
+        on_grid.append(bool((counted - counted.round()).abs().max() < 1e-4))
+        assert counted.abs().max() < 4 + 1e-4 or not on_grid[-1]
+    assert sorted(on_grid) == [False, *([True] * 5)]  # the transposed convolution keeps its weights
+
+
+def test_the_same_generator_gives_the_same_integers(mixed: Teacher) -> None:
+    students = [Student(mixed, QuantizationSettings()) for _ in range(2)]
+    for student in students:
+        student.initialize_layers_(mixed, images_of(0), torch.Generator().manual_seed(7))
+    first, second = (student.module.state_dict() for student in students)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@torch.no_grad()
+def test_rounding_comes_close_to_the_best_of_all_integers() -> None:
+    """Against every combination of three levels for five weights, whose inputs vary together."""
+    generator = torch.Generator().manual_seed(0)
+    quantizer = LearnedStepFakeQuantize(
+        dtype=torch.int8, quant_min=-1, quant_max=1, qscheme=torch.per_channel_symmetric, ch_axis=0, shape=(1, 5)
+    )
+    levels = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=5)))
+    found, nearest, best = 0.0, 0.0, 0.0
+    for _ in range(50):
+        mixing = torch.randn(5, 5, generator=generator)
+        moments = mixing @ mixing.T + 0.1 * torch.eye(5)
+        row = torch.rand(1, 1, 5, generator=generator) * 2 - 1
+        rounded = _round_rows(row, quantizer, moments[None], 1).detach()
+
+        def missed(values: Tensor, row: Tensor = row, moments: Tensor = moments) -> Tensor:
+            gap = values.reshape(-1, 5) - row[0]
+            return ((gap @ moments) * gap).sum(1)
+
+        found += float(missed(rounded))
+        nearest += float(missed(row.round()))
+        best += float(missed(levels).min())
+    assert best <= found < 0.5 * (best + nearest)
