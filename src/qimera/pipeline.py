@@ -127,7 +127,7 @@ def quantize_with(
     generator = torch.Generator().manual_seed(seed)
     student = Student(teacher, quantization)
     batches = bank.batches(quantization.num_range_samples, generator)
-    if quantization.scheme == "hardware" and quantization.rounding == "compensated":
+    if quantization.scheme == "hardware" and distillation.start == "compensated":
         student.initialize_layers_(teacher, next(batches).images, generator)
     else:
         student.initialize_ranges_(next(batches).images for _ in range(NUM_RANGE_BATCHES))

@@ -1,6 +1,7 @@
 """Named recipes: rows of the papers' tables, and ours."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from qimera.errors import ConfigError
 from qimera.settings import (
@@ -50,12 +51,12 @@ def recipe(name: str, input_spec: InputSpec, num_classes: int) -> Recipe:
 
 
 def _ptq(large: bool) -> Recipe:
-    """Enough samples to see where activations lie, and no training: what 8 bits need."""
+    """Enough samples to see where activations lie and which of them vary together, and no training."""
     return Recipe(
         "ptq",
-        "a minute or two, for 8 bits: ranges alone, searched on a few samples, and no training",
+        "a minute or two, for W4A8 and more: ranges and integers found layer by layer, and no training",
         _optimized(large, 32 if large else 128, 30 if large else 60),
-        _distilled(large, 0),
+        _distilled(large, 0, "compensated"),
     )
 
 
@@ -65,7 +66,7 @@ def _fast(large: bool) -> Recipe:
         "fast",
         "minutes on two CPU cores: directly optimised samples, logits and block outputs",
         _optimized(large, 96 if large else 512, 80),
-        _distilled(large, 200 if large else 2000),
+        _distilled(large, 0 if large else 2000, "compensated" if large else "nearest"),
     )
 
 
@@ -75,7 +76,7 @@ def _best(large: bool) -> Recipe:
         "best",
         "an hour or more: four times the samples of fast, twice as long in the making, five times the steps",
         _optimized(large, 384 if large else 2048, 160),
-        _distilled(large, 1000 if large else 10000),
+        _distilled(large, 1000 if large else 10000, "compensated" if large else "nearest"),
     )
 
 
@@ -86,9 +87,9 @@ def _optimized(large: bool, num_samples: int, num_steps: int) -> SynthesisSettin
     return SynthesisSettings(num_optimized=num_samples, direct=direct)
 
 
-def _distilled(large: bool, num_steps: int) -> DistillationSettings:
+def _distilled(large: bool, num_steps: int, start: Literal["compensated", "nearest"]) -> DistillationSettings:
     batch_size, max_shift = (8, 16) if large else (16, 4)
-    return DistillationSettings(num_steps=num_steps, batch_size=batch_size, max_shift=max_shift)
+    return DistillationSettings(num_steps=num_steps, start=start, batch_size=batch_size, max_shift=max_shift)
 
 
 def _paper(large: bool, num_classes: int) -> Recipe:
