@@ -2,9 +2,12 @@
 
     python benchmarks/accuracy.py resnet20_cifar10 --bits w4a4 w3a3 --seeds 0 1 2
     python benchmarks/accuracy.py resnet20_cifar100 --bits w3a3 --no-superposition
+    python benchmarks/accuracy.py resnet20_cifar10 --samples noise   # the floor: nearest integers, ranges from noise
+    python benchmarks/accuracy.py resnet20_cifar10 --samples real    # the ceiling: the same training on real images
 
 A result that is there already is not computed again, and a bank serves every bit width. benchmarks/tables.py writes
-the README's tables from the files.
+the README's tables from the files. Real images are those of the zoo's set that ends in _train, for the networks that
+were trained on it.
 """
 
 import argparse
@@ -18,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from zoo import load_subject
+from zoo import load_subject, load_training_images
 
 from qimera import Evaluation, LabelledImages, QuantizationSettings, SampleBank, Teacher, evaluate, recipe, synthesize
 from qimera.bits import parse_bits
@@ -53,7 +56,9 @@ def _run_seed(
 ) -> None:
     """Make one bank and every missing student of it."""
     chosen = recipe(options.recipe, teacher.input_spec, teacher.num_classes)
-    synthesis = chosen.synthesis
+    synthesis, distillation = chosen.synthesis, chosen.distillation
+    if options.samples == "noise":
+        distillation = distillation.model_copy(update={"num_steps": 0, "start": "nearest"})
     if options.no_superposition:
         labels = synthesis.labels.model_copy(update={"superposition": False})
         synthesis = SynthesisSettings.model_validate(synthesis.model_dump() | {"labels": labels.model_dump()})
@@ -65,7 +70,7 @@ def _run_seed(
                 weight_bits=weight_bits, activation_bits=activation_bits, scheme=options.scheme
             )
             start = time.perf_counter()
-            student = quantize_with(teacher, bank, quantization, chosen.distillation, seed=seed, progress=progress)
+            student = quantize_with(teacher, bank, quantization, distillation, seed=seed, progress=progress)
             student_seconds = time.perf_counter() - start
             result = evaluate(student, images, teacher.input_spec, teacher=teacher)
             _write(options, bits, seed, full, result, bank, (bank_seconds, student_seconds))
@@ -79,8 +84,9 @@ def _bank(
     progress: ProgressCallback,
 ) -> tuple[SampleBank, float]:
     """Return the bank of this seed and the seconds that it took, from disk if it was made before."""
-    variant = "-no-superposition" if options.no_superposition else ""
-    path = options.banks / f"{options.network}-{options.recipe}{variant}-{seed}"
+    if options.samples != "bank":
+        return _other_samples(options, teacher, settings, seed), 0.0
+    path = options.banks / f"{options.network}-{options.recipe}{_variant(options)}-{seed}"
     timing = path.with_suffix(".json")
     if timing.exists():
         bank = SampleBank.load(path, teacher)
@@ -93,6 +99,21 @@ def _bank(
     bank.save(path)
     timing.write_text(json.dumps({"seconds": seconds, "threads": options.threads}) + "\n")
     return bank, seconds
+
+
+def _other_samples(options: argparse.Namespace, teacher: Teacher, settings: SynthesisSettings, seed: int) -> SampleBank:
+    """Return noise or real images in the place of a bank; labels are uniform, for nothing reads them."""
+    spec = teacher.input_spec
+    if options.samples == "noise":
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(settings.num_optimized, *spec.shape, generator=generator)
+        images = torch.minimum(torch.maximum(images, spec.low), spec.high)
+    else:
+        images = spec.normalize(
+            torch.from_numpy(load_training_images(options.network)).permute(0, 3, 1, 2).contiguous()
+        )
+    labels = torch.full((len(images), teacher.num_classes), 1 / teacher.num_classes)
+    return SampleBank.from_images(images, labels, teacher, settings, seed)
 
 
 def _write(
@@ -110,6 +131,7 @@ def _write(
         "recipe": options.recipe,
         "scheme": options.scheme,
         "superposition": not options.no_superposition,
+        "samples": options.samples,
         "seed": seed,
         "full_precision": full,
         "top1": result.top1,
@@ -142,8 +164,14 @@ def _full_precision(network: str, teacher: Teacher, images: LabelledImages) -> f
 
 
 def _path(options: argparse.Namespace, bits: str, seed: int) -> Path:
-    variant = "-no-superposition" if options.no_superposition else ""
-    return RESULTS / options.network / f"{bits}-{options.scheme}-{options.recipe}{variant}-{seed}.json"
+    return RESULTS / options.network / f"{bits}-{options.scheme}-{options.recipe}{_variant(options)}-{seed}.json"
+
+
+def _variant(options: argparse.Namespace) -> str:
+    """Return what marks the files of results and banks that are not of the recipe as it is."""
+    if options.samples != "bank":
+        return f"-{options.samples}"
+    return "-no-superposition" if options.no_superposition else ""
 
 
 def _options() -> argparse.Namespace:
@@ -154,6 +182,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--scheme", default="hardware", choices=("hardware", "paper"))
     parser.add_argument("--no-superposition", action="store_true")
+    parser.add_argument("--samples", default="bank", choices=("bank", "noise", "real"), help="what the student sees")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--banks", type=Path, default=Path(__file__).parent / ".banks", help="where banks are kept")
     return parser.parse_args()

@@ -50,25 +50,43 @@ def update(path: Path, tables: dict[str, str], *, check: bool) -> None:
 
 
 def drops() -> str:
-    """One row per network and width: top-1 and drop, mean and spread over seeds."""
-    head = "| network | bits | full precision | quantized | drop | agreement | seeds | minutes, bank + student |\n"
-    rows = [head, "|---|---|---|---|---|---|---|---|\n"]
-    for (network, bits), found in _grouped("network", "bits", superposition=True, scheme="hardware").items():
+    """One row per network, width and recipe: top-1 and drop, mean and spread over seeds, between floor and ceiling."""
+    head = (
+        "| network | bits | recipe | full precision | quantized | drop | agreement | floor | ceiling | gap closed "
+        "| seeds | minutes, bank + student |\n"
+    )
+    rows = [head, "|---|---|---|---|---|---|---|---|---|---|---|---|\n"]
+    kind = {"superposition": True, "scheme": "hardware"}
+    floors = _grouped("network", "bits", samples="noise", **kind)
+    ceilings = _grouped("network", "bits", "recipe", samples="real", **kind)
+    for (network, bits, recipe), found in _grouped("network", "bits", "recipe", samples="bank", **kind).items():
         minutes = [
             f"{statistics.mean(each[key] for each in found) / 60:.1f}" for key in ("bank_seconds", "student_seconds")
         ]
+        limits = _limits(found, floors.get((network, bits), []), ceilings.get((network, bits, recipe), []))
         rows.append(
-            f"| {network} | {bits.upper()} | {found[0]['full_precision']:.2f} | {_mean(found, 'top1')} | "
-            f"**{_mean(found, 'drop')}** | {_mean(found, 'agreement')} | {_seeds(found)} | {' + '.join(minutes)} |\n"
+            f"| {network} | {bits.upper()} | {recipe} | {found[0]['full_precision']:.2f} | {_mean(found, 'top1')} | "
+            f"**{_mean(found, 'drop')}** | {_mean(found, 'agreement')} | {' | '.join(limits)} | {_seeds(found)} | "
+            f"{' + '.join(minutes)} |\n"
         )
     return "".join(rows)
+
+
+def _limits(found: list[Result], floor: list[Result], ceiling: list[Result]) -> list[str]:
+    """Return the drops of floor and ceiling, and the share of the way from one to the other that was made."""
+    shown = [f"{_mean(each, 'drop')}" if each else "" for each in (floor, ceiling)]
+    if not floor or not ceiling:
+        return [*shown, ""]
+    reached, lowest, highest = (statistics.mean(each["drop"] for each in group) for group in (found, floor, ceiling))
+    return [*shown, f"{100 * (lowest - reached) / (lowest - highest):.1f} %"]
 
 
 def superposition() -> str:
     """Superposition on against off, all else equal."""
     rows = ["| network | bits | superposition | top-1 | drop | seeds |\n", "|---|---|---|---|---|---|\n"]
     off = {(each["network"], each["bits"], each["recipe"]) for each in _results() if not each["superposition"]}
-    for (network, bits, recipe, mixed), found in _grouped("network", "bits", "recipe", "superposition").items():
+    groups = _grouped("network", "bits", "recipe", "superposition", samples="bank")
+    for (network, bits, recipe, mixed), found in groups.items():
         if (network, bits, recipe) in off:
             state = "on" if mixed else "off"
             rows.append(
@@ -152,7 +170,7 @@ def agreement() -> str:
 def _results() -> list[Result]:
     """Return the accuracies."""
     paths = sorted(path for path in RESULTS.glob("*/*.json") if path.parent not in (INFERENCE, EXPORT))
-    return [json.loads(path.read_text()) for path in paths]
+    return [{"samples": "bank", **json.loads(path.read_text())} for path in paths]
 
 
 def _grouped(*keys: str, **only: object) -> dict[tuple[Any, ...], list[Result]]:

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
+
 from qimera import InputSpec, LabelledImages, Teacher
 
 FOLDER = Path(os.environ.get("QIMERA_ZOO", Path(__file__).resolve().parents[2] / "shared"))
@@ -39,3 +41,15 @@ def load_subject(name: str) -> tuple[Teacher, LabelledImages]:
     side = images.shape[1]
     spec = InputSpec(shape=(3, side, side), mean=entry.mean, std=entry.std)
     return Teacher.capture(zoo.load_teacher(name), spec), LabelledImages(images, labels)
+
+
+def load_training_images(name: str) -> np.ndarray:
+    """Return the images that the network called ``name`` was trained on, (n, height, width, 3), for ceilings alone."""
+    zoo = load_zoo()
+    assert zoo is not None
+    training_set = zoo.TEACHERS[name].image_set.partition("_")[0] + "_train"
+    try:
+        images: np.ndarray = zoo.load_images(training_set)[0]
+    except FileNotFoundError:
+        raise SystemExit(f"{name}: there is no {training_set} to train on") from None
+    return images
