@@ -1,55 +1,16 @@
 """Frozen, validated settings of every stage: one field per knob, its unit and its source."""
 
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from qimera.errors import ConfigError
-
-_S = TypeVar("_S", bound="_Settings")
+from qimera.validated import Settings
 
 
-class _Settings(BaseModel):
-    """Frozen, without unknown fields; a wrong value raises ConfigError instead of pydantic's own error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    def __init__(self, **values: object) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(_explain(type(self).__name__, error)) from None
-
-    @classmethod
-    def load(cls: type[_S], path: Path) -> _S:
-        """Read settings from a JSON file written by ``save``."""
-        try:
-            return cls.model_validate_json(path.read_text())
-        except ValidationError as error:
-            raise ConfigError(f"{path}: {_explain(cls.__name__, error)}") from None
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
-
-    def save(self, path: Path) -> None:
-        """Write every field, defaults too, as indented JSON."""
-        path.write_text(self.model_dump_json(indent=2) + "\n")
-
-
-def _explain(name: str, error: ValidationError) -> str:
-    problems = []
-    for detail in error.errors():
-        field = ".".join(str(part) for part in detail["loc"]) or name
-        message = detail["msg"].removeprefix("Value error, ")
-        given = "" if detail["type"] in ("value_error", "missing") else f", given {detail['input']!r}"
-        problems.append(f"{field}: {message}{given}")
-    return f"{name}: " + "; ".join(problems)
-
-
-class InputSpec(_Settings):
+class InputSpec(Settings):
     """What the classifier expects: one image's shape and how its pixels were normalised in training."""
 
     shape: tuple[int, int, int]
@@ -103,7 +64,7 @@ def _column(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values).view(-1, 1, 1)
 
 
-class LabelSettings(_Settings):
+class LabelSettings(Settings):
     """Which classes a synthetic sample should show (Choi et al. 2021, superposed latent embeddings)."""
 
     superposition: bool = True
@@ -119,7 +80,7 @@ class LabelSettings(_Settings):
     """Decide for each sample whether it is superposed; the authors' code decides for whole batches."""
 
 
-class GeneratorSettings(_Settings):
+class GeneratorSettings(Settings):
     """The conditional generator, its latents and its training against the teacher alone."""
 
     num_steps: int = Field(200, ge=0)
@@ -164,7 +125,7 @@ class GeneratorSettings(_Settings):
     """Steps after which the learning rate is divided by ten."""
 
 
-class DirectSettings(_Settings):
+class DirectSettings(Settings):
     """Images optimised directly against the generator's losses (ZeroQ, with labels and superposition)."""
 
     num_steps: int = Field(80, ge=1)
@@ -195,7 +156,7 @@ class DirectSettings(_Settings):
     """Mirror each image at random in every step; only for classes that look the same in a mirror (not for digits)."""
 
 
-class SynthesisSettings(_Settings):
+class SynthesisSettings(Settings):
     """How a bank of synthetic samples is made; one bank serves every bit width."""
 
     num_generated: int = Field(0, ge=0)
@@ -215,7 +176,7 @@ class SynthesisSettings(_Settings):
         return self
 
 
-class LayerBits(_Settings):
+class LayerBits(Settings):
     """Bits of the layers whose name matches a shell pattern."""
 
     pattern: str
@@ -223,7 +184,7 @@ class LayerBits(_Settings):
     activation_bits: int = Field(ge=2, le=8)
 
 
-class QuantizationSettings(_Settings):
+class QuantizationSettings(Settings):
     """What is quantized, where, and at how many bits."""
 
     weight_bits: int = Field(4, ge=2, le=8)
@@ -256,7 +217,7 @@ class QuantizationSettings(_Settings):
         return bits
 
 
-class DistillationSettings(_Settings):
+class DistillationSettings(Settings):
     """How the student is trained to answer as the teacher does."""
 
     num_steps: int = Field(2000, ge=0)
@@ -320,7 +281,7 @@ class DistillationSettings(_Settings):
     """Mirror bank samples at random."""
 
 
-class RunSettings(_Settings):
+class RunSettings(Settings):
     """Everything that decides a run; the file of it starts the same run again."""
 
     model: str

@@ -1,0 +1,46 @@
+"""What all settings share: frozen, no unknown fields, and errors that name the field."""
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qimera.errors import ConfigError
+
+_S = TypeVar("_S", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Frozen, without unknown fields; a wrong value raises ConfigError instead of pydantic's own error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **values: object) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_explain(type(self).__name__, error)) from None
+
+    @classmethod
+    def load(cls: type[_S], path: Path) -> _S:
+        """Read settings from a JSON file written by ``save``."""
+        try:
+            return cls.model_validate_json(path.read_text())
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {_explain(cls.__name__, error)}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def save(self, path: Path) -> None:
+        """Write every field, defaults too, as indented JSON."""
+        path.write_text(self.model_dump_json(indent=2) + "\n")
+
+
+def _explain(name: str, error: ValidationError) -> str:
+    problems = []
+    for detail in error.errors():
+        field = ".".join(str(part) for part in detail["loc"]) or name
+        message = detail["msg"].removeprefix("Value error, ")
+        given = "" if detail["type"] in ("value_error", "missing") else f", given {detail['input']!r}"
+        problems.append(f"{field}: {message}{given}")
+    return f"{name}: " + "; ".join(problems)
