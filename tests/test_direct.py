@@ -12,8 +12,8 @@ from qimera.synthesis.losses import bns_loss, total_variation
 from qimera.teacher import Teacher
 from tests.networks import NUM_CLASSES, SPEC
 
-PLAIN = {"num_scales": 1, "max_shift": 0, "flip": False}
-"""Neither coarser resolutions nor augmentation: the pixels themselves take Adam's steps."""
+PLAIN = {"num_scales": 1, "max_shift": 0, "flip": False, "precision": "float32"}
+"""Every digit, and neither coarser resolutions nor augmentation: the pixels themselves take Adam's steps."""
 
 
 def seeded(seed: int) -> torch.Generator:

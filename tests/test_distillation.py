@@ -22,8 +22,8 @@ from tests import reference
 
 SEEDS = st.integers(0, 2**31 - 1)
 
-PLAIN = {"max_shift": 0, "flip": False, "blend_probability": 0.0}
-"""Bank samples as they are."""
+PLAIN = {"max_shift": 0, "flip": False, "blend_probability": 0.0, "precision": "float32"}
+"""Bank samples as they are, and every digit of what is computed of them."""
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qimera.acceleration import at_least_float32, autocast, compiled
 from qimera.errors import ConfigError
 from qimera.graph import fold_batch_norms, with_outputs
 from qimera.progress import Progress, ProgressCallback, silent
@@ -48,10 +49,8 @@ def distill_(
         ConfigError: fresh samples are asked for and there is no generator.
         DivergenceError: a loss term is NaN or infinite.
     """
-    folded = fold_batch_norms(teacher.module)
-    names = block_outputs(folded) if settings.feature_weight else []
-    teach = with_outputs(folded, names)
-    learn = student.with_features(names)
+    lesson = Lesson(student, teacher, settings)
+    teach, learn = (compiled(each, settings.compile, settings.num_steps) for each in (lesson.teach, lesson.losses))
     optimizer = _optimizer(student, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     batches = _batches(bank, settings, generator, training)
@@ -60,24 +59,47 @@ def distill_(
             assert training is not None
             training.step()
         images, soft_label = next(batches)
-        with torch.no_grad():
-            target, target_features = teach(images)
-        logits, features = learn(images)
-        terms = {
-            "kl": (settings.kl_weight, kl_loss(logits, target, settings.temperature)),
-            "ce": (settings.ce_weight, F.cross_entropy(logits, soft_label)),
-            "features": (settings.feature_weight, feature_loss(features, target_features)),
-        }
-        terms = {name: (weight, loss) for name, (weight, loss) in terms.items() if weight}
-        total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
+        total, losses = learn(images, soft_label, *teach(images))
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         optimizer.step()
         schedule.step()
-        losses = check_finite({name: loss.detach() for name, (_, loss) in terms.items()}, step)
+        check_finite(losses, step)
         if step % REPORT_EVERY == 0 or step == settings.num_steps:
             metrics = {name: float(value) for name, value in losses.items()}
             progress(Progress("distillation", step, settings.num_steps, metrics))
+
+
+class Lesson:
+    """What is computed for one batch: the teacher's answer, and how far the student is from it."""
+
+    def __init__(self, student: Student, teacher: Teacher, settings: DistillationSettings) -> None:
+        folded = fold_batch_norms(teacher.module)
+        names = block_outputs(folded) if settings.feature_weight else []
+        self.settings = settings
+        self._teacher, self._student = with_outputs(folded, names), student.with_features(names)
+
+    def teach(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the teacher's logits and block outputs."""
+        with torch.no_grad(), autocast(self.settings.precision, images.device):
+            logits, features = self._teacher(images)
+        return logits, features
+
+    def losses(
+        self, images: Tensor, soft_label: Tensor, target: Tensor, target_features: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of all terms, and each of them without its weight or gradient."""
+        settings = self.settings
+        with autocast(settings.precision, images.device):
+            logits, features = self._student(images)
+        terms = {
+            "kl": (settings.kl_weight, kl_loss(logits.float(), target.float(), settings.temperature)),
+            "ce": (settings.ce_weight, F.cross_entropy(logits.float(), soft_label)),
+            "features": (settings.feature_weight, feature_loss(features, target_features)),
+        }
+        terms = {name: (weight, loss) for name, (weight, loss) in terms.items() if weight}
+        total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
+        return total, {name: loss.detach() for name, (_, loss) in terms.items()}
 
 
 def kl_loss(
@@ -100,8 +122,8 @@ def feature_loss(features: list[Tensor], targets: list[Tensor]) -> Float[Tensor,
     """
     if not features:
         return torch.zeros(())
-    losses = [F.mse_loss(mine, theirs) / (theirs.var() + 1e-8) for mine, theirs in zip(features, targets, strict=True)]
-    return torch.stack(losses).mean()
+    pairs = [(at_least_float32(mine), at_least_float32(theirs)) for mine, theirs in zip(features, targets, strict=True)]
+    return torch.stack([F.mse_loss(mine, theirs) / (theirs.var() + 1e-8) for mine, theirs in pairs]).mean()
 
 
 class StepwiseAdam(torch.optim.Adam):

@@ -190,7 +190,8 @@ def _optimize(
         def report(step: int, losses: dict[str, Tensor], done: int = number * direct.num_steps) -> None:
             _tell(progress, "direct", done + step, len(parts) * direct.num_steps, losses)
 
-        images.append(optimize_images(start, soft_label, teacher, direct, generator, report))
+        num_calls = parts.count(part) * direct.num_steps
+        images.append(optimize_images(start, soft_label, teacher, direct, generator, report, num_calls))
         labels.append(soft_label)
     return torch.cat(images), torch.cat(labels)
 

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from qimera.acceleration import Compile, Precision
 from qimera.validated import Settings
 
 
@@ -155,6 +156,12 @@ class DirectSettings(Settings):
     flip: bool = False
     """Mirror each image at random in every step; only for classes that look the same in a mirror (not for digits)."""
 
+    precision: Precision = "auto"
+    """Of convolutions and matrix products, as in the training of the student."""
+
+    compile: Compile = "auto"
+    """Fuse the step with ``torch.compile``, as in the training of the student."""
+
 
 class SynthesisSettings(Settings):
     """How a bank of synthetic samples is made; one bank serves every bit width."""
@@ -279,6 +286,12 @@ class DistillationSettings(Settings):
 
     flip: bool = True
     """Mirror bank samples at random."""
+
+    precision: Precision = "auto"
+    """Of convolutions and matrix products; ``auto``: ``bfloat16`` where the processor multiplies it faster."""
+
+    compile: Compile = "auto"
+    """Fuse the step with ``torch.compile``, which takes a minute; ``auto``: where there are steps enough to earn it."""
 
 
 class RunSettings(Settings):

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from qimera.acceleration import autocast, compiled
 from qimera.settings import DirectSettings
 from qimera.synthesis.augmentation import flip_at_random, shift_batch
 from qimera.synthesis.losses import bns_loss, soft_cross_entropy, total_variation
@@ -24,11 +25,21 @@ def optimize_images(
     settings: DirectSettings,
     generator: torch.Generator,
     report: Callable[[int, dict[str, Tensor]], None] = lambda step, losses: None,
+    num_calls: int = 0,
 ) -> Float[Tensor, "batch channel height width"]:
     """Return ``start`` after ``settings.num_steps`` Adam steps, every pixel within the valid range.
 
     ZeroQ (Cai et al. 2020) with labels, superposed ones too; in every step the batch is shifted and mirrored at
     random, so that no sample depends on the teacher's grid.
+
+    Args:
+        start: Normalised images.
+        soft_label: What the teacher should answer.
+        teacher: Whose answers and statistics count.
+        settings: Steps, rates and weights.
+        generator: Draws shifts and mirrors.
+        report: Called after every step.
+        num_calls: Steps of all batches of this size together, by which compiling is decided; 0 if this is the only one.
 
     Raises:
         DivergenceError: a term is NaN or infinite.
@@ -37,24 +48,33 @@ def optimize_images(
     scales = _scales(start, settings.num_scales)
     optimizer = torch.optim.Adam(scales, settings.learning_rate, betas=(0.5, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.num_steps)
+    judge = compiled(_losses, settings.compile, num_calls or settings.num_steps)
     for step in range(settings.num_steps):
         images = _compose(scales, low, high)
         seen = flip_at_random(images, generator) if settings.flip else images
         seen = shift_batch(seen, settings.max_shift, generator) if settings.max_shift else seen
-        logits, entering = teacher.forward_with_taps(seen)
-        losses = {
-            "direct_ce": soft_cross_entropy(logits, soft_label),
-            "direct_bns": bns_loss(entering, teacher.batch_norms, relative=True),
-            "direct_tv": total_variation(seen),
-        }
-        weights = (settings.ce_weight, settings.bns_weight, settings.tv_weight)
-        loss = sum((weight * term for weight, term in zip(weights, losses.values(), strict=True)), torch.zeros(()))
+        loss, losses = judge(seen, soft_label, teacher, settings)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
-        report(step + 1, check_finite({name: term.detach() for name, term in losses.items()}, step + 1))
+        report(step + 1, check_finite(losses, step + 1))
     return _compose(scales, low, high).detach()
+
+
+def _losses(
+    images: Tensor, soft_label: Tensor, teacher: Teacher, settings: DirectSettings
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the weighted sum of all terms, and each of them without its weight or gradient."""
+    with autocast(settings.precision, images.device):
+        logits, entering = teacher.forward_with_taps(images)
+    terms = {
+        "direct_ce": (settings.ce_weight, soft_cross_entropy(logits.float(), soft_label)),
+        "direct_bns": (settings.bns_weight, bns_loss(entering, teacher.batch_norms, relative=True)),
+        "direct_tv": (settings.tv_weight, total_variation(images)),
+    }
+    total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
+    return total, {name: loss.detach() for name, (_, loss) in terms.items()}
 
 
 def noise_images(

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from qimera.acceleration import at_least_float32
 from qimera.teacher import BatchNormTap
 
 
@@ -41,7 +42,7 @@ class _ChannelMoments(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        var, mean = torch.var_mean(at_least_float32(x), [0, *range(2, x.ndim)], correction=0)
         ctx.save_for_backward(x, mean)
         return mean, var
 
@@ -51,7 +52,7 @@ class _ChannelMoments(Function):
         per_channel = (-1, *(1 for _ in x.shape[2:]))
         factor = dvar * (2 * len(mean) / x.numel())
         offset = dmean * (len(mean) / x.numel()) - factor * mean
-        return torch.addcmul(offset.view(per_channel), x, factor.view(per_channel))
+        return torch.addcmul(offset.view(per_channel), x, factor.view(per_channel)).to(x.dtype)
 
 
 def channel_moments(

@@ -1,0 +1,75 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qimera.acceleration import autocast, compiled, has_fast_bfloat16
+from qimera.distillation import Lesson
+from qimera.quantization.student import Student
+from qimera.settings import DistillationSettings, QuantizationSettings
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+
+CPU = torch.device("cpu")
+
+
+def test_a_compiled_step_has_the_losses_and_gradients_of_the_plain_one() -> None:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "tests.compiled_step"]
+    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
+    output = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stdout
+    found = json.loads(output.splitlines()[-1])
+    assert found["fused"] == pytest.approx(found["plain"], rel=1e-4)  # sums in another order
+    # Another order of summation moves some value over the edge between two levels.
+    assert max(found["distances"].values()) < 0.05
+
+
+def test_bfloat16_changes_the_loss_by_a_few_percent_at_most(teacher: Teacher, bank: SampleBank) -> None:
+    totals = {}
+    for precision in ("float32", "bfloat16"):
+        student = Student(teacher, QuantizationSettings(weight_bits=4, activation_bits=4))
+        images = bank.take(slice(None)).images
+        student.initialize_ranges_([images])
+        lesson = Lesson(student, teacher, DistillationSettings(precision=precision))
+        total, _ = lesson.losses(images, bank.soft_labels, *lesson.teach(images))
+        total.backward()
+        totals[precision] = float(total.detach())
+        assert all(p.grad.dtype == torch.float32 for p in student.module.parameters() if p.grad is not None)
+    assert totals["bfloat16"] == pytest.approx(totals["float32"], rel=0.05)
+
+
+def test_few_steps_are_not_compiled() -> None:
+    assert compiled(torch.relu, "auto", 100) is torch.relu
+    assert compiled(torch.relu, "never", 10**6) is torch.relu
+    assert compiled(torch.relu, "auto", 10**6) is not torch.relu
+
+
+def test_without_a_compiler_steps_go_on_uncompiled_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    def step(x: Tensor) -> Tensor:
+        return (x.exp() + 1).log()
+
+    with (
+        torch._inductor.utils.fresh_cache(),
+        torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "compile_threads": 1}),
+        caplog.at_level(logging.WARNING),
+    ):
+        fast = compiled(step, "always", 1)
+        x = torch.ones(3)
+        assert torch.equal(fast(x), step(x))
+        assert torch.equal(fast(x), step(x))
+    (record,) = caplog.records
+    assert "not compiled" in record.getMessage()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
+def test_products_have_the_precision_that_was_asked_for(precision: str) -> None:
+    narrow = precision == "bfloat16" or (precision == "auto" and has_fast_bfloat16("cpu"))
+    with autocast(precision, CPU):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if narrow else torch.float32)
