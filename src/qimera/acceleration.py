@@ -37,7 +37,7 @@ def _quiet() -> Iterator[None]:
 def has_fast_bfloat16(device_type: str) -> bool:
     """Whether matrix units of this device multiply bfloat16 faster than float32."""
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
 

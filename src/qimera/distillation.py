@@ -50,7 +50,8 @@ def distill_(
         DivergenceError: a loss term is NaN or infinite.
     """
     lesson = Lesson(student, teacher, settings)
-    teach, learn = (compiled(each, settings.compile, settings.num_steps) for each in (lesson.teach, lesson.losses))
+    teach = compiled(lesson.teach, settings.compile, settings.num_steps)
+    learn = compiled(lesson.losses, settings.compile, settings.num_steps)
     optimizer = _optimizer(student, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     batches = _batches(bank, settings, generator, training)
