@@ -39,7 +39,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     teacher, images = load_subject(options.network)
-    full = _full_precision(options.network, teacher, images)
+    full = full_precision(options.network, teacher, images)
     for seed in options.seeds:
         missing = [bits for bits in options.bits if not _path(options, bits, seed).exists()]
         if missing:
@@ -103,15 +103,20 @@ def _bank(
 
 def _other_samples(options: argparse.Namespace, teacher: Teacher, settings: SynthesisSettings, seed: int) -> SampleBank:
     """Return noise or real images in the place of a bank; labels are uniform, for nothing reads them."""
-    spec = teacher.input_spec
     if options.samples == "noise":
-        generator = torch.Generator().manual_seed(seed)
-        images = torch.randn(settings.num_optimized, *spec.shape, generator=generator)
-        images = torch.minimum(torch.maximum(images, spec.low), spec.high)
-    else:
-        images = spec.normalize(
-            torch.from_numpy(load_training_images(options.network)).permute(0, 3, 1, 2).contiguous()
-        )
+        return noise_bank(teacher, settings, seed)
+    pixels = torch.from_numpy(load_training_images(options.network)).permute(0, 3, 1, 2).contiguous()
+    return _unlabelled(teacher.input_spec.normalize(pixels), teacher, settings, seed)
+
+
+def noise_bank(teacher: Teacher, settings: SynthesisSettings, seed: int) -> SampleBank:
+    """Return as many images of Gaussian noise, within the valid range, as the settings optimise."""
+    spec = teacher.input_spec
+    images = torch.randn(settings.num_optimized, *spec.shape, generator=torch.Generator().manual_seed(seed))
+    return _unlabelled(torch.minimum(torch.maximum(images, spec.low), spec.high), teacher, settings, seed)
+
+
+def _unlabelled(images: torch.Tensor, teacher: Teacher, settings: SynthesisSettings, seed: int) -> SampleBank:
     labels = torch.full((len(images), teacher.num_classes), 1 / teacher.num_classes)
     return SampleBank.from_images(images, labels, teacher, settings, seed)
 
@@ -153,7 +158,7 @@ def _write(
     print(f"{path.name}: top-1 {result.top1:.2f}, drop {full - result.top1:.2f}", flush=True)
 
 
-def _full_precision(network: str, teacher: Teacher, images: LabelledImages) -> float:
+def full_precision(network: str, teacher: Teacher, images: LabelledImages) -> float:
     """Return the teacher's top-1, measured once and kept."""
     path = RESULTS / f"{network}.json"
     if not path.exists():

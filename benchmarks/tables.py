@@ -15,8 +15,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 INFERENCE = RESULTS / "inference"
 EXPORT = RESULTS / "export"
+PEERS = RESULTS / "peers"
 README = ROOT / "README.md"
 EXPORT_TARGETS = ROOT / "docs" / "export-targets.md"
+INGREDIENTS = ROOT / "docs" / "ingredients.md"
 
 _ORDER = ["w8a8", "w4a8", "w4a4", "w3a3"]
 
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     update(README, {"drops": drops(), "superposition": superposition()}, check=check)
+    update(INGREDIENTS, {"peers": peers()}, check=check)
     update(EXPORT_TARGETS, {"inference": inference(), "agreement": agreement()}, check=check)
 
 
@@ -93,6 +96,32 @@ def superposition() -> str:
                 f"| {network} | {bits.upper()} | {state} | {_mean(found, 'top1')} | {_mean(found, 'drop')} | "
                 f"{_seeds(found)} |\n"
             )
+    return "".join(rows)
+
+
+def peers() -> str:
+    """One row per network and way to come by samples: the drop at each width, worst first."""
+    groups: dict[tuple[str, str], dict[str, list[Result]]] = {}
+    for path in sorted(PEERS.glob("*.json")):
+        result = json.loads(path.read_text())
+        groups.setdefault((result["network"], result["description"]), {}).setdefault(result["bits"], []).append(result)
+    widths = sorted({bits for found in groups.values() for bits in found}, reverse=True)
+    head = " | ".join(f"{bits.upper()} drop" for bits in widths)
+    rows = [
+        f"| network | samples | {head} | minutes, samples | seeds |\n",
+        f"|---|---|{'---|' * len(widths)}---|---|\n",
+    ]
+
+    def worst_first(item: tuple[tuple[str, str], dict[str, list[Result]]]) -> tuple[str, float]:
+        lowest = item[1].get(widths[-1], [])
+        return item[0][0], -statistics.mean(each["drop"] for each in lowest) if lowest else 0.0
+
+    for (network, description), found in sorted(groups.items(), key=worst_first):
+        drops = " | ".join(_mean(found[bits], "drop") if bits in found else "" for bits in widths)
+        every = [each for group in found.values() for each in group]
+        minutes = statistics.mean(each["bank_seconds"] for each in every) / 60
+        seeds = ", ".join(str(seed) for seed in sorted({each["seed"] for each in every}))
+        rows.append(f"| {network} | {description} | {drops} | {minutes:.1f} | {seeds} |\n")
     return "".join(rows)
 
 

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera.errors import DivergenceError
-from qimera.settings import GeneratorSettings, LabelSettings, SynthesisSettings
+from qimera.quantization.student import Student
+from qimera.settings import GeneratorSettings, LabelSettings, QuantizationSettings, SynthesisSettings
 from qimera.synthesis.losses import bns_loss
 from qimera.synthesis.synthesizer import Draw, Synthesizer, SynthesizerTraining, check_finite
 from qimera.teacher import Teacher
 from tests import reference
-from tests.networks import NUM_CLASSES, SPEC
+from tests.networks import NUM_CLASSES, SPEC, toy_pixels
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -189,6 +190,24 @@ def test_a_step_follows_the_gradient_of_cross_entropy_plus_bns(
         # another order of operations, memory layout included; biases before a batch norm get rounding errors alone
         scale = float(theirs.grad.abs().max())
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3 * scale + 1e-6, msg=name)
+
+
+def test_an_adversarial_generator_seeks_samples_that_the_student_gets_wrong(teacher: Teacher) -> None:
+    student = Student(teacher, QuantizationSettings(weight_bits=2, activation_bits=2))
+    student.initialize_ranges_([SPEC.normalize(toy_pixels(64, seed=3)[0])])
+    gaps = {}
+    for weight in (0.0, 5.0):
+        settings = settings_of(adversarial_weight=weight, learning_rate=0.01)
+        synthesizer = Synthesizer(teacher, settings, seeded(0))
+        training = SynthesizerTraining(synthesizer, teacher, settings, seeded(1), student)
+        for _ in range(15):
+            losses = training.step()
+        assert ("generator_gap" in losses) is (weight > 0)
+        with torch.no_grad():
+            images, _ = synthesizer.eval()(synthesizer.draw(64, seeded(2)))
+            gaps[weight] = float((student.module(images) - teacher(images)).abs().mean())
+    assert gaps[5.0] > 1.2 * gaps[0.0]
+    assert all(parameter.grad is None for parameter in student.parameters())
 
 
 def test_a_step_is_one_of_adam_with_the_published_momenta(teacher: Teacher) -> None:

@@ -122,6 +122,10 @@ class GeneratorSettings(Settings):
     relative_bns: bool = True
     """Divide statistics by their variances, so that every channel counts alike (deviation D7)."""
 
+    adversarial_weight: float = Field(0.0, ge=0)
+    """Weight of the mean absolute difference between student's and teacher's logits, which a generator that is trained
+    beside the student seeks to enlarge (ZAQ, Liu et al. 2021; not in Qimera)."""
+
     milestones: tuple[int, ...] = ()
     """Steps after which the learning rate is divided by ten."""
 

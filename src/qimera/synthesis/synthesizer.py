@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qimera.errors import DivergenceError
 from qimera.settings import SynthesisSettings
@@ -68,8 +69,9 @@ class SynthesizerTraining:
         teacher: Teacher,
         settings: SynthesisSettings,
         generator: torch.Generator,
+        student: nn.Module | None = None,
     ) -> None:
-        self.synthesizer, self.teacher = synthesizer, teacher
+        self.synthesizer, self.teacher, self.student = synthesizer, teacher, student
         self.settings, self.generator = settings.generator, generator
         self.optimizer = torch.optim.Adam(synthesizer.parameters(), self.settings.learning_rate, betas=(0.5, 0.999))
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, list(self.settings.milestones), 0.1)
@@ -77,6 +79,8 @@ class SynthesizerTraining:
 
     def step(self) -> dict[str, Tensor]:
         """Train on one fresh batch: L_G = CE(soft label) + weight * BNS (Choi et al. 2021, after GDFQ).
+
+        With a student and ``adversarial_weight``, samples are also sought on which it differs from the teacher.
 
         Returns:
             The loss terms, not yet copied from the device.
@@ -89,13 +93,17 @@ class SynthesizerTraining:
         logits, entering = self.teacher.forward_with_taps(images.contiguous(memory_format=torch.channels_last))
         ce = soft_cross_entropy(logits, soft_label)
         bns = bns_loss(entering, self.teacher.batch_norms, relative=self.settings.relative_bns)
+        terms = {"generator_ce": ce, "generator_bns": bns}
         loss = self.settings.ce_weight * ce + self.settings.bns_weight * bns
+        if self.student is not None and self.settings.adversarial_weight:
+            terms["generator_gap"] = F.l1_loss(self.student(images), logits)
+            loss = loss - self.settings.adversarial_weight * terms["generator_gap"]
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward(inputs=list(self.synthesizer.parameters()))  # the student's own gradients are not touched
         self.optimizer.step()
         self.schedule.step()
         self.num_steps += 1
-        return check_finite({"generator_ce": ce.detach(), "generator_bns": bns.detach()}, self.num_steps)
+        return check_finite({name: term.detach() for name, term in terms.items()}, self.num_steps)
 
 
 def check_finite(losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
