@@ -37,7 +37,7 @@ def loss_and_gradients(teacher: Teacher, mode: Compile) -> tuple[float, dict[str
     student = Student(teacher, QuantizationSettings(weight_bits=3, activation_bits=3))
     images = SPEC.normalize(toy_pixels(32, seed=3)[0])
     student.initialize_ranges_([images])
-    lesson = Lesson(student, teacher, DistillationSettings(precision="float32"))
+    lesson = Lesson(student, DistillationSettings(precision="float32"))
     losses = compiled(lesson.losses, mode, 1)
     total, _ = losses(images, torch.full((32, NUM_CLASSES), 1 / NUM_CLASSES), *lesson.teach(images))
     total.backward()

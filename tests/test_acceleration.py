@@ -36,7 +36,7 @@ def test_bfloat16_changes_the_loss_by_a_few_percent_at_most(teacher: Teacher, ba
         student = Student(teacher, QuantizationSettings(weight_bits=4, activation_bits=4))
         images = bank.take(slice(None)).images
         student.initialize_ranges_([images])
-        lesson = Lesson(student, teacher, DistillationSettings(precision=precision))
+        lesson = Lesson(student, DistillationSettings(precision=precision))
         total, _ = lesson.losses(images, bank.soft_labels, *lesson.teach(images))
         total.backward()
         totals[precision] = float(total.detach())

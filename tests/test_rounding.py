@@ -49,7 +49,7 @@ def error_of(teacher: Teacher, bits: int, rounding: bool) -> float:
     """Return the share of the logits' variance that a student of these bits misses, on other images."""
     student = Student(teacher, QuantizationSettings(weight_bits=bits, activation_bits=8))
     if rounding:
-        student.initialize_layers_(teacher, images_of(0), torch.Generator().manual_seed(0))
+        student.initialize_layers_(images_of(0), torch.Generator().manual_seed(0))
     else:
         student.initialize_ranges_([images_of(0)])
     with torch.no_grad():
@@ -68,7 +68,7 @@ def test_at_eight_bits_it_does_no_harm(mixed: Teacher) -> None:
 
 def test_every_rounded_weight_is_a_multiple_of_its_step(mixed: Teacher) -> None:
     student = Student(mixed, QuantizationSettings(weight_bits=3, activation_bits=4))
-    student.initialize_layers_(mixed, images_of(0), torch.Generator().manual_seed(0))
+    student.initialize_layers_(images_of(0), torch.Generator().manual_seed(0))
     on_grid = []
     for weight, step in student.weight_steps():
         counted = weight.detach() / step
@@ -80,7 +80,7 @@ def test_every_rounded_weight_is_a_multiple_of_its_step(mixed: Teacher) -> None:
 def test_the_same_generator_gives_the_same_integers(mixed: Teacher) -> None:
     students = [Student(mixed, QuantizationSettings()) for _ in range(2)]
     for student in students:
-        student.initialize_layers_(mixed, images_of(0), torch.Generator().manual_seed(7))
+        student.initialize_layers_(images_of(0), torch.Generator().manual_seed(7))
     first, second = (student.module.state_dict() for student in students)
     assert all(torch.equal(first[name], second[name]) for name in first)
 

@@ -11,14 +11,13 @@ from torch.nn import functional as F
 
 from qimera.acceleration import at_least_float32, autocast, compiled
 from qimera.errors import ConfigError
-from qimera.graph import fold_batch_norms, with_outputs
+from qimera.graph import with_outputs
 from qimera.progress import Progress, ProgressCallback, silent
 from qimera.quantization.student import Student, block_outputs
 from qimera.settings import DistillationSettings
 from qimera.synthesis.augmentation import blend_at_random, flip_at_random, shift_each
 from qimera.synthesis.bank import SampleBank, Samples
 from qimera.synthesis.synthesizer import SynthesizerTraining, check_finite
-from qimera.teacher import Teacher
 
 REPORT_EVERY = 10
 """Steps between two reports; each costs one copy from the device."""
@@ -26,7 +25,6 @@ REPORT_EVERY = 10
 
 def distill_(
     student: Student,
-    teacher: Teacher,
     bank: SampleBank,
     settings: DistillationSettings,
     generator: torch.Generator,
@@ -37,9 +35,8 @@ def distill_(
     """Train ``student`` for ``settings.num_steps``; its state after the last step is the result (deviation D14).
 
     Args:
-        student: With ranges already fitted.
-        teacher: The model to agree with.
-        bank: Samples of this teacher.
+        student: With ranges already fitted; its ``reference`` is what it should agree with.
+        bank: Samples of the student's teacher.
         settings: Schedule, rates and loss weights.
         generator: Draws batches and augmentation.
         training: The generator's training, when it continues beside the student's.
@@ -49,7 +46,7 @@ def distill_(
         ConfigError: fresh samples are asked for and there is no generator.
         DivergenceError: a loss term is NaN or infinite.
     """
-    lesson = Lesson(student, teacher, settings)
+    lesson = Lesson(student, settings)
     teach = compiled(lesson.teach, settings.compile, settings.num_steps)
     learn = compiled(lesson.losses, settings.compile, settings.num_steps)
     optimizer = _optimizer(student, settings)
@@ -74,11 +71,10 @@ def distill_(
 class Lesson:
     """What is computed for one batch: the teacher's answer, and how far the student is from it."""
 
-    def __init__(self, student: Student, teacher: Teacher, settings: DistillationSettings) -> None:
-        folded = fold_batch_norms(teacher.module)
-        names = block_outputs(folded) if settings.feature_weight else []
+    def __init__(self, student: Student, settings: DistillationSettings) -> None:
+        names = block_outputs(student.reference) if settings.feature_weight else []
         self.settings = settings
-        self._teacher, self._student = with_outputs(folded, names), student.with_features(names)
+        self._teacher, self._student = with_outputs(student.reference, names), student.with_features(names)
 
     def teach(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return the teacher's logits and block outputs."""

@@ -128,7 +128,7 @@ def quantize_with(
     student = Student(teacher, quantization)
     batches = bank.batches(quantization.num_range_samples, generator)
     if quantization.scheme == "hardware" and distillation.start == "compensated":
-        student.initialize_layers_(teacher, next(batches).images, generator)
+        student.initialize_layers_(next(batches).images, generator, equalize=distillation.equalize)
     else:
         student.initialize_ranges_(next(batches).images for _ in range(NUM_RANGE_BATCHES))
     progress(Progress("ranges", 1, 1))
@@ -136,7 +136,7 @@ def quantize_with(
     if distillation.generator_steps_per_step and bank.synthesizer is not None:
         synthesizer = copy.deepcopy(bank.synthesizer)  # the bank serves other runs as it is
         training = SynthesizerTraining(synthesizer, teacher, bank.settings, generator, student)
-    distill_(student, teacher, bank, distillation, generator, training=training, progress=progress)
+    distill_(student, bank, distillation, generator, training=training, progress=progress)
     return student
 
 

@@ -5,11 +5,22 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from qimera.graph import aten, node_at, tensor_of
+from qimera.quantization.equalization import (
+    Edge,
+    candidate_scales,
+    clamp_,
+    edge_into,
+    parameter_of,
+    scale_back_columns_,
+    scale_rows_,
+    scaled,
+)
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, round_to_grid
+from qimera.quantization.walk import Walk
 
 _DAMPING = 0.01
 """Share of the mean input power that is added to every input's own, as in GPTQ."""
@@ -25,11 +36,13 @@ _MAX_INPUTS = 8192
 @torch.no_grad()
 def round_layers_(
     student: GraphModule,
-    teacher: GraphModule,
+    reference: GraphModule,
     images: Float[Tensor, "batch channel height width"],
     generator: torch.Generator,
+    *,
+    equalize: bool,
 ) -> None:
-    """Replace each layer's weight by the multiples of its steps that bring its output closest to the teacher's.
+    """Replace each layer's weight by the multiples of its steps that bring its output closest to the reference's.
 
     Rounding to nearest adds up errors that inputs share; instead each weight that is rounded hands its error on to
     those that are still to come, by the second moments of their inputs (GPTQ, Frantar et al. 2023). Before, the weights
@@ -38,62 +51,60 @@ def round_layers_(
 
     Args:
         student: Prepared graph; its quantizers may be searching their ranges in the same pass.
-        teacher: The graph in full precision with folded batch norms, whose layers bear the same names.
+        reference: The graph in full precision with folded batch norms, whose layers bear the same names.
         images: What the layers are looked at on.
         generator: Draws the positions.
+        equalize: Scale channels between layers, in both graphs, where that brings an output closer still.
     """
-    mine, theirs = _Run(student, images), _Run(teacher, images)
+    mine, theirs = Walk(student, images), Walk(reference, images)
     for node in student.graph.nodes:
         quantizer = _weight_quantizer(student, node)
         if quantizer is not None and theirs.advance_to(node.name):
+            edge = edge_into(student, node) if equalize else None
+            if edge is not None:
+                _equalize_(student, reference, edge, quantizer, (mine, theirs), generator)
             mine.advance_before(node.name)
-            entering = mine.value(node_at(node, 0))
-            weight = tensor_of(student, node_at(node_at(node, 1), 0))
-            inputs, target = _look(node, weight, entering, theirs.value(node.name), generator)
-            _round_layer_(student, node, quantizer, inputs, target)
+            _round_layer_(student, node, quantizer, *_look(student, node, mine, theirs, generator))
             mine.repeat(node.all_input_nodes[1:])
-        mine.advance_to(node.name)
+            mine.advance_to(node.name)
+    mine.advance_to(next(iter(reversed(student.graph.nodes))).name)
 
 
-class _Run:
-    """One pass through a graph that can be halted at every node, and drops values that nothing needs any more."""
+def _equalize_(
+    student: GraphModule,
+    reference: GraphModule,
+    edge: Edge,
+    quantizer: LearnedStepFakeQuantize,
+    walks: tuple[Walk, Walk],
+    generator: torch.Generator,
+) -> None:
+    """Scale the channels of ``edge`` as leaves least error behind its reader, which is still to be rounded."""
+    mine, _ = walks
+    mine.advance_to(edge.end.name)
+    unscaled, mark, state = mine.value(edge.end.name), mine.mark(), generator.get_state()
+    weight = tensor_of(student, parameter_of(edge.reader, 1))
+    original, scales = weight.clone(), list(candidate_scales(edge, unscaled))
 
-    def __init__(self, module: GraphModule, images: Tensor) -> None:
-        self._interpreter = Interpreter(module)
-        self._interpreter.args_iter = iter([images])
-        self._ahead = list(reversed(module.graph.nodes))
-        self._names = {node.name: node for node in module.graph.nodes}
+    def try_(scale: Tensor) -> None:
+        weight.copy_(original)
+        scale_back_columns_(student, edge, scale)
+        mine.go_back(mark)
+        mine.set_(edge.end.name, scaled(edge, unscaled, scale))
+        generator.set_state(state)
 
-    def value(self, node: Node | str) -> Tensor:
-        """Return what ``node`` was computed to be."""
-        found = self._interpreter.env[self._names[node] if isinstance(node, str) else node]
-        assert isinstance(found, Tensor)
-        return found
-
-    def advance_to(self, name: str) -> bool:
-        """Compute everything up to the node called ``name``, and say whether there is one."""
-        self.advance_before(name)
-        if self._ahead and self._ahead[-1].name == name:
-            self._step()
-        return name in self._names
-
-    def advance_before(self, name: str) -> None:
-        """Compute everything before the node called ``name``."""
-        if self._names.get(name) in self._ahead:
-            while self._ahead[-1].name != name:
-                self._step()
-
-    def repeat(self, parameters: list[Node]) -> None:
-        """Compute quantized parameters again after they changed."""
-        for node in parameters:
-            for each in (*node.all_input_nodes, node):
-                self._interpreter.env[each] = self._interpreter.run_node(each)
-
-    def _step(self) -> None:
-        node = self._ahead.pop()
-        self._interpreter.env[node] = self._interpreter.run_node(node)
-        for unneeded in self._interpreter.user_to_last_uses.get(node, []):
-            self._interpreter.env.pop(unneeded, None)
+    errors = []
+    for scale in scales:
+        try_(scale)
+        mine.advance_before(edge.reader.name)
+        inputs, target = _look(student, edge.reader, *walks, generator)
+        errors.append(_rounded(weight, quantizer, inputs, target)[2])
+    best = int(torch.stack(errors).argmin())
+    try_(scales[best])
+    if best:
+        scale_rows_(student, edge, scales[best])
+        scale_rows_(reference, edge, scales[best])
+        scale_back_columns_(reference, edge, scales[best])
+        clamp_(reference, edge, scales[best])
 
 
 def _weight_quantizer(module: GraphModule, node: Node) -> LearnedStepFakeQuantize | None:
@@ -112,25 +123,34 @@ def _argument(node: Node, index: int, default: Any) -> Any:
 
 
 def _look(
-    node: Node, weight: Tensor, entering: Tensor, leaving: Tensor, generator: torch.Generator
+    student: GraphModule, node: Node, mine: Walk, theirs: Walk, generator: torch.Generator
 ) -> tuple[Float[Tensor, "group position input"], Float[Tensor, "group position output"]]:
-    """Return what enters the layer at some random positions of every image, and what should leave it there."""
+    """Return what enters the layer at some random positions of every image, and what its weights should make of it."""
+    weight, bias = tensor_of(student, parameter_of(node, 1)), _bias(student, node)
+    entering, leaving = mine.value(node_at(node, 0).name), theirs.value(node.name)
     num_inputs = weight[0].numel()
     wanted = max(_MIN_POSITIONS, _POSITIONS_PER_INPUT * num_inputs)
     if node.target is aten.linear.default:
-        inputs, outputs = entering.reshape(-1, num_inputs), leaving.reshape(-1, len(weight))
+        leaving = leaving.reshape(-1, len(weight)) - (0 if bias is None else bias)
+        inputs = entering.reshape(-1, num_inputs)
         chosen = torch.randperm(len(inputs), generator=generator)[:wanted].to(inputs.device)
-        return inputs[chosen][None], outputs[chosen][None]
+        return inputs[chosen][None], leaving[chosen][None]
+    leaving = leaving.flatten(2) - (0 if bias is None else bias[:, None])
     groups = int(_argument(node, 6, 1))
     stride, padding, dilation = (_argument(node, index, default) for index, default in ((3, 1), (4, 0), (5, 1)))
-    each = min(leaving[0, 0].numel(), -(-wanted // len(entering)))
+    each = min(leaving.shape[2], -(-wanted // len(entering)))
     patches, targets = [], []
-    for image, target in zip(entering.split(1), leaving.flatten(2).split(1), strict=True):
+    for image, target in zip(entering.split(1), leaving.split(1), strict=True):
         chosen = torch.randperm(target.shape[2], generator=generator)[:each].to(image.device)
         seen = F.unfold(image, weight.shape[2:], dilation, padding, stride)  # (1, channel * kernel, position)
         patches.append(seen[0, :, chosen].unflatten(0, (groups, num_inputs)))
         targets.append(target[0, :, chosen].unflatten(0, (groups, len(weight) // groups)))
     return torch.cat(patches, 2).transpose(1, 2), torch.cat(targets, 2).transpose(1, 2)
+
+
+def _bias(module: GraphModule, layer: Node) -> Tensor | None:
+    has_one = len(layer.args) > 2 and layer.args[2] is not None
+    return tensor_of(module, parameter_of(layer, 2)) if has_one else None
 
 
 def _round_layer_(
@@ -140,12 +160,23 @@ def _round_layer_(
     inputs: Float[Tensor, "group position input"],
     target: Float[Tensor, "group position output"],
 ) -> None:
-    weight = tensor_of(module, node_at(node_at(node, 1), 0))
-    bias = tensor_of(module, node_at(node_at(node, 2), 0)) if len(node.args) > 2 and node.args[2] is not None else None
+    weight, bias = tensor_of(module, parameter_of(node, 1)), _bias(module, node)
+    rounded, shift, _ = _rounded(weight, quantizer, inputs, target)
+    weight.copy_(rounded)
+    if bias is not None:
+        bias += shift
+    quantizer.searching = None
+
+
+def _rounded(
+    weight: Float[Tensor, "output ..."],
+    quantizer: LearnedStepFakeQuantize,
+    inputs: Float[Tensor, "group position input"],
+    target: Float[Tensor, "group position row"],
+) -> tuple[Float[Tensor, "output ..."], Float[Tensor, " output"], Float[Tensor, ""]]:
+    """Return the rounded weight, the mean that is missing of each output, and the mean square of what is left."""
     groups, _, num_inputs = inputs.shape
     rows = weight.reshape(groups, -1, num_inputs)
-    if bias is not None:
-        target = target - bias.view(groups, 1, -1)
     moments = inputs.transpose(1, 2) @ inputs / inputs.shape[1]
     power = moments.diagonal(dim1=1, dim2=2).mean(1)
     damping = torch.where(power > 0, _DAMPING * power, 1.0)[:, None, None]
@@ -154,10 +185,8 @@ def _round_layer_(
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     rows = rows + (missing.transpose(1, 2) @ inputs / inputs.shape[1]) @ inverse
     rounded = _round_rows(rows, quantizer, moments, groups)
-    weight.copy_(rounded.view_as(weight))
-    if bias is not None:
-        bias += (target - inputs @ rounded.transpose(1, 2)).mean(1).flatten()
-    quantizer.searching = None
+    left = target - inputs @ rounded.transpose(1, 2)
+    return rounded.view_as(weight), left.mean(1).flatten(), left.var(1).mean()
 
 
 def _round_rows(

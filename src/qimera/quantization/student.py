@@ -58,7 +58,9 @@ class Student(nn.Module):
         self.num_classes = teacher.num_classes
         self.teacher_hash = teacher.hash
         self.module = _prepare(teacher, settings)
-        self._exact = (with_exact_sums(self.module),)  # a tuple: its parameters are those of self.module
+        # Tuples, for neither holds parameters that the student owns beside those of self.module.
+        self._exact = (with_exact_sums(self.module),)
+        self._reference = (fold_batch_norms(teacher.module),)
 
     @classmethod
     def load(cls, path: Path, teacher: Teacher, settings: QuantizationSettings) -> "Student":
@@ -83,6 +85,11 @@ class Student(nn.Module):
     def with_features(self, names: Sequence[str]) -> GraphModule:
         """Return a graph that computes (logits, [tensors of the nodes called ``names``]), sharing all parameters."""
         return with_outputs(self.module, names)
+
+    @property
+    def reference(self) -> GraphModule:
+        """The teacher with folded batch norms, in full precision, its channels scaled as this student's are."""
+        return self._reference[0]
 
     def converted(self) -> GraphModule:
         """Return the integer graph in ``quantized_decomposed`` operations.
@@ -165,16 +172,18 @@ class Student(nn.Module):
 
     def initialize_layers_(
         self,
-        teacher: Teacher,
         images: Float[Tensor, "batch channel height width"],
         generator: torch.Generator,
+        *,
+        equalize: bool = True,
     ) -> None:
         """Fit every quantizer to ``images``, and round every layer's weight to suit its quantized inputs.
 
-        For learned steps (scheme ``hardware``); see ``rounding.py`` (deviation D29).
+        For learned steps (scheme ``hardware``); see ``rounding.py`` (deviation D29). Channels are first scaled between
+        layers where that helps (deviation D30), unless ``equalize`` is false.
         """
         with self._searching_ranges():
-            round_layers_(self.module, fold_batch_norms(teacher.module), images, generator)
+            round_layers_(self.module, self.reference, images, generator, equalize=equalize)
 
     @contextmanager
     def _searching_ranges(self) -> Iterator[bool]:

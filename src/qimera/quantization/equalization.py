@@ -1,0 +1,191 @@
+"""Scales of channels between two layers, so that quiet channels use as much of their tensor's one grid as loud ones."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qimera.graph import aten, node_at, tensor_of
+from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
+from qimera.quantization.scheme import RELUS, is_move
+
+_QUANTILE = 0.999
+"""Share of a channel's values that a ReLU6 clamps no earlier than before."""
+
+_NUM_POSITIONS = 8192
+"""Values of a channel among which the quantile is looked up."""
+
+_MAX_SCALE = 8.0
+"""Largest scale; channels that are next to nothing stay so."""
+
+_POWERS = (0.25, 0.5)
+"""Shares of the way to equal extents, in logarithms, that are tried where channels share a grid of weights."""
+
+_POOLINGS = {aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
+_COPIES = {aten.dropout.default, aten.clone.default, aten.contiguous.default}
+_PADDINGS = {aten.pad.default, aten.constant_pad_nd.default}
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A tensor between two layers of which each channel can be scaled by the one and scaled back by the other."""
+
+    producer: Node
+    """The layer whose weight's rows, and bias, are scaled."""
+
+    end: Node
+    """The activation function behind it, or the layer itself where there is none."""
+
+    reader: Node
+    """The layer whose weight's columns are scaled back; nothing else reads the tensor."""
+
+    limit: float
+    """What the activation function clamps to; infinite where it does not."""
+
+
+def edge_into(module: GraphModule, reader: Node) -> Edge | None:
+    """Return the edge that ends at ``reader``, a layer of the prepared graph ``module``, if its channels can be scaled.
+
+    What lies between may be ReLU, ReLU6 and what treats every channel alike and in proportion.
+    """
+    end, between = node_at(reader, 0), []
+    while len(end.users) == 1 and (end.op == "call_module" or _keeps_channels(end)):
+        between.append(end)
+        end = node_at(end, 0)
+    producer, limit = (node_at(end, 0), _limit(end)) if end.target in RELUS else (end, math.inf)
+    if producer.target is not aten.conv2d.default or len(end.users) != 1 or len(producer.users) != 1 or limit <= 0:
+        return None
+    is_linear = reader.target is aten.linear.default and any(_flattens(node) for node in between)
+    if not is_linear and reader.target is not aten.conv2d.default:
+        return None
+    if any(_shares_weight(module, layer) for layer in (producer, reader)):
+        return None
+    return Edge(producer, end, reader, limit)
+
+
+def _keeps_channels(node: Node) -> bool:
+    """Whether the second axis of what ``node`` returns is that of its input, or each channel many times over.
+
+    Where the input (batch, channel, height, width) is scaled per channel, the result is then scaled in the same way.
+    """
+    arguments = node.args[1:]
+    if node.target in _PADDINGS:
+        return is_move(node) and isinstance(arguments[0], list) and len(arguments[0]) <= 4
+    if node.target is aten.mean.dim:
+        return isinstance(arguments[0], list) and sorted(int(str(axis)) % 4 for axis in arguments[0]) == [2, 3]
+    return _flattens(node) or node.target in _POOLINGS or node.target in _COPIES
+
+
+def _flattens(node: Node) -> bool:
+    """Whether ``node`` brings (batch, channel, height, width) to (batch, channel * height * width), or to means."""
+    arguments = node.args[1:]
+    if node.target is aten.flatten.using_ints:
+        return bool(arguments in ((1,), (1, -1)))
+    if node.target is aten.view.default and isinstance(arguments[0], list):
+        batch, *rest = arguments[0]
+        return rest == [-1] and isinstance(batch, Node) and bool(batch.target is aten.sym_size.int)
+    return node.target is aten.mean.dim and arguments[1:] in ((), (False,))
+
+
+def _limit(activation: Node) -> float:
+    """Return what an activation function clamps to; 0 for one that also clamps numbers below zero elsewhere."""
+    if activation.target is aten.relu.default:
+        return math.inf
+    if activation.target is aten.relu6.default:
+        return 6.0
+    low, high = (float(str(each)) for each in (*activation.args[1:3], *(-1.0, 1.0)[len(activation.args) - 1 :]))
+    return high if low == 0 else 0.0
+
+
+def _shares_weight(module: GraphModule, layer: Node) -> bool:
+    """Whether the layer's weight is no parameter, or one that others read too."""
+    weight = layer.args[1]
+    if isinstance(weight, Node) and weight.op == "call_module":
+        weight = node_at(weight, 0)
+    if not isinstance(weight, Node) or weight.op != "get_attr":
+        return True
+    return [each.target for each in module.graph.find_nodes(op="get_attr")].count(weight.target) > 1
+
+
+def parameter_of(layer: Node, index: int) -> Node:
+    """Return the ``get_attr`` node of the weight (1) or bias (2) of ``layer``, before any quantizer."""
+    node = node_at(layer, index)
+    return node_at(node, 0) if node.op == "call_module" else node
+
+
+def candidate_scales(
+    edge: Edge, values: Float[Tensor, "batch channel height width"]
+) -> Iterator[Float[Tensor, " channel"]]:
+    """Yield scales worth trying, first of all ones.
+
+    Scales that go all the way let each channel's values reach as high as the tensor's, or up to the clamp. A depthwise
+    convolution has a grid of weights for each channel, so that this costs nothing there. Elsewhere the weights of one
+    output share a grid, which small scales disturb less.
+
+    Args:
+        edge: Where the scales would be put.
+        values: What ``edge.end`` returns.
+    """
+    rows = values.abs().movedim(1, 0).flatten(1)
+    rows = rows[:, :: max(1, rows.shape[1] // _NUM_POSITIONS)]
+    extent = rows.kthvalue(math.ceil(_QUANTILE * rows.shape[1]), dim=1).values
+    top = extent.amax() if edge.limit == math.inf else torch.tensor(edge.limit, device=extent.device)
+    full = (top / extent.clamp(min=torch.finfo(extent.dtype).tiny)).clamp(1.0, _MAX_SCALE)
+    yield torch.ones_like(full)
+    for power in (1.0,) if _groups(edge.reader) == len(full) else _POWERS:
+        yield full**power
+
+
+def scaled(edge: Edge, values: Float[Tensor, "batch channel height width"], scale: Float[Tensor, " channel"]) -> Tensor:
+    """Return what ``edge.end`` returns once its channels are scaled; it still clamps all of them to ``edge.limit``."""
+    return (values * scale.view(-1, 1, 1)).clamp(max=edge.limit)
+
+
+def scale_rows_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"]) -> None:
+    """Scale what the producer of ``edge`` returns; where it is on grids, its integers stay as they are."""
+    producer = _node_called(module, edge.producer.name)
+    weight = tensor_of(module, parameter_of(producer, 1))
+    weight *= scale.view(-1, 1, 1, 1)
+    if len(producer.args) > 2 and producer.args[2] is not None:
+        bias = tensor_of(module, parameter_of(producer, 2))
+        bias *= scale
+    if node_at(producer, 1).op == "call_module":
+        quantizer = module.get_submodule(str(node_at(producer, 1).target))
+        assert isinstance(quantizer, LearnedStepFakeQuantize)
+        quantizer.set_(quantizer.scale * scale.view(quantizer.broadcast), quantizer.zero_point)
+
+
+def scale_back_columns_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"]) -> None:
+    """Divide the reader's weights by the scales of what they multiply."""
+    reader = _node_called(module, edge.reader.name)
+    weight, groups = tensor_of(module, parameter_of(reader, 1)), _groups(reader)
+    positions = weight.shape[1] * groups // len(scale)  # more than one where a linear layer reads a flattened map
+    columns = scale.repeat_interleave(positions).view(groups, 1, -1, *(1 for _ in weight.shape[2:]))
+    weight.copy_((weight.unflatten(0, (groups, -1)) / columns).flatten(0, 1))
+
+
+def clamp_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"]) -> None:
+    """Let the activation function of ``edge`` clamp each channel at the scaled limit, so that nothing else changes."""
+    if edge.limit == math.inf:
+        return
+    end = _node_called(module, edge.end.name)
+    name = f"limit_of_{end.name}"
+    module.register_buffer(name, (edge.limit * scale).view(-1, 1, 1))
+    with module.graph.inserting_before(end):
+        positive = module.graph.call_function(aten.relu.default, (end.args[0],))
+        end.args, end.kwargs = (positive, module.graph.get_attr(name)), {}
+    end.target = aten.minimum.default
+    module.recompile()
+
+
+def _groups(layer: Node) -> int:
+    return int(str(layer.args[6])) if layer.target is aten.conv2d.default and len(layer.args) > 6 else 1
+
+
+def _node_called(module: GraphModule, name: str) -> Node:
+    found: Node = next(node for node in module.graph.nodes if node.name == name)
+    return found

@@ -1,0 +1,60 @@
+"""One pass through a graph that can be halted at every node, and taken up again from where it was."""
+
+from jaxtyping import Float
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+Mark = tuple[dict[Node, object], list[Node]]
+
+
+class Walk:
+    """One pass through a graph that can be halted at every node, and drops values that nothing needs any more."""
+
+    def __init__(self, module: GraphModule, images: Float[Tensor, "batch channel height width"]) -> None:
+        self._interpreter = Interpreter(module)
+        self._interpreter.args_iter = iter([images])
+        self._ahead = list(reversed(module.graph.nodes))
+        self._names = {node.name: node for node in module.graph.nodes}
+
+    def value(self, name: str) -> Tensor:
+        """Return what the node called ``name`` was computed to be."""
+        found = self._interpreter.env[self._names[name]]
+        assert isinstance(found, Tensor)
+        return found
+
+    def set_(self, name: str, value: Tensor) -> None:
+        """Go on as if the node called ``name``, which was computed last, had been ``value``."""
+        self._interpreter.env[self._names[name]] = value
+
+    def mark(self) -> Mark:
+        """Return the place to which ``go_back`` leads."""
+        return dict(self._interpreter.env), list(self._ahead)
+
+    def go_back(self, mark: Mark) -> None:
+        """Forget everything that was computed since ``mark``."""
+        self._interpreter.env, self._ahead = dict(mark[0]), list(mark[1])
+
+    def advance_to(self, name: str) -> bool:
+        """Compute everything up to the node called ``name``, and say whether there is one."""
+        self.advance_before(name)
+        if self._ahead and self._ahead[-1].name == name:
+            self._step()
+        return name in self._names
+
+    def advance_before(self, name: str) -> None:
+        """Compute everything before the node called ``name``."""
+        if self._names.get(name) in self._ahead:
+            while self._ahead[-1].name != name:
+                self._step()
+
+    def repeat(self, parameters: list[Node]) -> None:
+        """Compute quantized parameters again after they changed."""
+        for node in parameters:
+            for each in (*node.all_input_nodes, node):
+                self._interpreter.env[each] = self._interpreter.run_node(each)
+
+    def _step(self) -> None:
+        node = self._ahead.pop()
+        self._interpreter.env[node] = self._interpreter.run_node(node)
+        for unneeded in self._interpreter.user_to_last_uses.get(node, []):
+            self._interpreter.env.pop(unneeded, None)
