@@ -14,6 +14,9 @@ from tests.networks import SPEC, TinyNet, toy_pixels, trained_tiny_net
 # Several threads on shared cores take longer than one, and sum in another order.
 torch.set_num_threads(1)
 
+# The type checks that a test run adds cannot be compiled; test_acceleration.py starts a program for that.
+torch.compiler.set_stance("force_eager")
+
 # No deadline: the first example of a test pays for whatever PyTorch loads.
 hypothesis.settings.register_profile("qimera", deadline=None, max_examples=30)
 hypothesis.settings.load_profile("qimera")

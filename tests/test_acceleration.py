@@ -55,6 +55,7 @@ def test_without_a_compiler_steps_go_on_uncompiled_and_say_so(caplog: pytest.Log
         return (x.exp() + 1).log()
 
     with (
+        torch.compiler.set_stance("default"),
         torch._inductor.utils.fresh_cache(),
         torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "compile_threads": 1}),
         caplog.at_level(logging.WARNING),

@@ -22,7 +22,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _CALLS_THAT_PAY = 2500
-"""Steps from which compiling saves more time than its minute costs (ResNet-20, batches of 16, one thread)."""
+"""Steps from which compiling saves more time than its minute costs: ResNet-20, batches of 16, one thread."""
 
 
 @contextmanager

@@ -38,11 +38,11 @@ def recipe(name: str, input_spec: InputSpec, num_classes: int) -> Recipe:
     large = input_spec.shape[1] * input_spec.shape[2] >= _LARGE_IMAGE
     match name:
         case "ptq":
-            return _ptq(large)
+            return _ptq(large, num_classes)
         case "fast":
-            return _fast(large)
+            return _fast(large, num_classes)
         case "best":
-            return _best(large)
+            return _best(large, num_classes)
         case "paper":
             return _paper(large, num_classes)
         case "gdfq":
@@ -50,33 +50,33 @@ def recipe(name: str, input_spec: InputSpec, num_classes: int) -> Recipe:
     raise ConfigError(f"recipe: no recipe called {name!r}; there are {', '.join(RECIPE_NAMES)}")
 
 
-def _ptq(large: bool) -> Recipe:
+def _ptq(large: bool, num_classes: int) -> Recipe:
     """Enough samples to see where activations lie and which of them vary together, and no training."""
     return Recipe(
         "ptq",
         "a minute or two, for W4A8 and more: ranges and integers found layer by layer, and no training",
         _optimized(large, 32 if large else 128, 30 if large else 60),
-        _distilled(large, 0, "compensated"),
+        _distilled(large, num_classes, 0, "compensated"),
     )
 
 
-def _fast(large: bool) -> Recipe:
-    """Minutes on two cores: few lifelike images, many of them superposed, and many small student steps."""
+def _fast(large: bool, num_classes: int) -> Recipe:
+    """Minutes on two cores: lifelike images of few steps, many of them superposed, and many student steps."""
     return Recipe(
         "fast",
         "minutes on two CPU cores: directly optimised samples, logits and block outputs",
-        _optimized(large, 96 if large else 512, 80),
-        _distilled(large, 0 if large else 2000, "compensated" if large else "nearest"),
+        _optimized(large, *((96, 80) if large else (2048, 40))),
+        _distilled(large, num_classes, 0 if large else 4000, "compensated" if large else "nearest"),
     )
 
 
-def _best(large: bool) -> Recipe:
+def _best(large: bool, num_classes: int) -> Recipe:
     """The same with more of everything."""
     return Recipe(
         "best",
-        "an hour or more: four times the samples of fast, twice as long in the making, five times the steps",
-        _optimized(large, 384 if large else 2048, 160),
-        _distilled(large, 1000 if large else 10000, "compensated" if large else "nearest"),
+        "half an hour or more: four times the samples and the steps of fast",
+        _optimized(large, *((384, 160) if large else (8192, 40))),
+        _distilled(large, num_classes, 1000 if large else 16000, "compensated" if large else "nearest"),
     )
 
 
@@ -87,9 +87,18 @@ def _optimized(large: bool, num_samples: int, num_steps: int) -> SynthesisSettin
     return SynthesisSettings(num_optimized=num_samples, direct=direct)
 
 
-def _distilled(large: bool, num_steps: int, start: Literal["compensated", "nearest"]) -> DistillationSettings:
+def _distilled(
+    large: bool, num_classes: int, num_steps: int, start: Literal["compensated", "nearest"]
+) -> DistillationSettings:
+    """A temperature that lets the teacher's second thoughts be heard: 100 classes have more than 10."""
     batch_size, max_shift = (8, 16) if large else (16, 4)
-    return DistillationSettings(num_steps=num_steps, start=start, batch_size=batch_size, max_shift=max_shift)
+    return DistillationSettings(
+        num_steps=num_steps,
+        start=start,
+        batch_size=batch_size,
+        max_shift=max_shift,
+        temperature=2.0 if num_classes < 50 else 3.0,
+    )
 
 
 def _paper(large: bool, num_classes: int) -> Recipe:
