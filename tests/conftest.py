@@ -1,5 +1,7 @@
 """One thread, and what many tests share: a small trained classifier, its teacher, and a small bank of its samples."""
 
+import dataclasses
+
 import hypothesis
 import pytest
 import torch
@@ -45,6 +47,12 @@ def teacher(tiny_model: TinyNet) -> Teacher:
 def bank(teacher: Teacher) -> SampleBank:
     """A bank with samples of both producers and a generator that can draw more."""
     return synthesize(teacher, settings=TINY_SYNTHESIS, seed=0)
+
+
+@pytest.fixture(scope="session")
+def split_bank(bank: SampleBank) -> SampleBank:
+    """The same samples, the last 32 of them held out."""
+    return dataclasses.replace(bank, settings=bank.settings.model_copy(update={"num_held_out": 32}))
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,43 @@ def test_logits_are_the_teachers_for_the_stored_pixels(teacher: Teacher, bank: S
         torch.testing.assert_close(samples.logits, teacher(samples.images), rtol=1e-4, atol=1e-4)
 
 
+def test_held_out_samples_are_the_last_and_in_no_batch(split_bank: SampleBank) -> None:
+    assert split_bank.num_training == len(split_bank) - 32
+    assert torch.equal(split_bank.held_out.logits, split_bank.logits[-32:])
+    numbered = dataclasses.replace(split_bank, logits=torch.arange(96.0)[:, None].expand(-1, NUM_CLASSES))
+    for batch_size in (1, 7, 64, 1000):
+        seen = {int(i) for part in islice(numbered.batches(batch_size, seeded(0)), 300) for i in part.logits[:, 0]}
+        assert seen == set(range(split_bank.num_training))
+
+
+def test_a_bank_without_held_out_samples_says_so(bank: SampleBank) -> None:
+    with pytest.raises(ConfigError, match="holds no held-out samples to judge students by"):
+        _ = bank.held_out
+
+
+def test_held_out_samples_stay_held_out_on_disk(split_bank: SampleBank, teacher: Teacher, tmp_path: Path) -> None:
+    split_bank.save(tmp_path / "bank")
+    loaded = SampleBank.load(tmp_path / "bank", teacher)
+    assert_equal(loaded, split_bank)
+    assert torch.equal(loaded.held_out.images, split_bank.held_out.images)
+
+
+def test_a_bank_from_before_there_were_held_out_samples_has_none(saved: Path, teacher: Teacher) -> None:
+    manifest = json.loads((saved / "manifest.json").read_text())
+    del manifest["settings"]["num_held_out"]
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    bank = SampleBank.load(saved, teacher)
+    assert bank.num_training == len(bank)
+
+
+def test_a_bank_of_held_out_samples_alone_is_damaged(saved: Path, teacher: Teacher) -> None:
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["settings"]["num_held_out"] = 96
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match=r"damaged \(96 of 96 samples are held out\)"):
+        SampleBank.load(saved, teacher)
+
+
 def test_a_slice_and_an_index_take_the_same_samples(bank: SampleBank) -> None:
     one, two = bank.take(slice(2, 5)), bank.take(torch.tensor([2, 3, 4]))
     assert torch.equal(one.images, two.images)

@@ -134,6 +134,28 @@ def test_the_bank_has_as_many_samples_as_asked_for(teacher: Teacher, generated: 
     assert bank.teacher_hash == teacher.hash
 
 
+@pytest.mark.parametrize(("generated", "optimized"), [(12, 0), (0, 12), (9, 11)])
+def test_held_out_samples_come_beside_the_others_and_do_not_change_them(
+    teacher: Teacher, generated: int, optimized: int
+) -> None:
+    plain = synthesize(teacher, settings=short_synthesis(generated, optimized))
+    split = synthesize(teacher, settings=short_synthesis(generated, optimized, num_held_out=10))
+    assert len(split) == len(plain) + 10
+    assert split.num_training == len(plain)
+    assert torch.equal(split.pixels[: len(plain)], plain.pixels)
+    assert torch.equal(split.soft_labels[: len(plain)], plain.soft_labels)
+    known = {tuple(image.flatten().tolist()) for image in plain.pixels}
+    assert not any(tuple(image.flatten().tolist()) in known for image in split.pixels[len(plain) :])
+    assert same_student(quantize(teacher, plain, settings=SHORT), quantize(teacher, split, settings=SHORT))
+
+
+def test_steps_of_held_out_samples_are_reported_with_the_others(teacher: Teacher) -> None:
+    steps: list[tuple[int, int]] = []
+    settings = short_synthesis(0, 12, num_held_out=5)
+    synthesize(teacher, settings=settings, progress=lambda each: steps.append((each.step, each.total)))
+    assert steps == [(step, 6) for step in range(1, 7)]
+
+
 @given(total=st.integers(2, 2000), size=st.integers(2, 256))
 def test_parts_add_up_and_none_is_a_single_sample(total: int, size: int) -> None:
     parts = pipeline._parts(total, size)

@@ -83,6 +83,12 @@ def test_gdfq_is_the_paper_recipe_without_superposition_mapping_and_extracted_em
     assert differing == {"disentanglement_mapping", "extracted_embeddings"}
 
 
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+@pytest.mark.parametrize(("spec", "num_classes"), SETTINGS)
+def test_every_recipe_holds_samples_out(name: str, spec: InputSpec, num_classes: int) -> None:
+    assert recipe(name, spec, num_classes).synthesis.num_held_out >= 32
+
+
 @pytest.mark.parametrize("name", ["fast", "best"])
 @pytest.mark.parametrize(("spec", "num_classes"), SETTINGS)
 def test_our_recipes_superpose(name: str, spec: InputSpec, num_classes: int) -> None:
@@ -107,6 +113,7 @@ def test_every_recipe_runs(teacher: Teacher, name: str) -> None:
         update={
             "num_generated": min(synthesis.num_generated, 8),
             "num_optimized": min(synthesis.num_optimized, 8),
+            "num_held_out": 4,
             "generator": generator.model_copy(update={"num_steps": 2, "batch_size": 8, "base_channels": 8}),
             "direct": direct.model_copy(update={"num_steps": 2, "batch_size": 8}),
         }

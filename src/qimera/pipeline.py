@@ -1,6 +1,7 @@
 """The whole method in the paper's order: teacher -> samples -> bank -> student -> distillation."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -50,15 +51,17 @@ def synthesize(
     settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).synthesis
     generator = torch.Generator().manual_seed(seed)
     synthesizer = _train_generator(teacher, settings, generator, progress)
+    generated, optimized = _parts_of(settings)
     images, labels = [], []
-    if settings.num_generated and synthesizer is not None:
-        for part in _parts(settings.num_generated, settings.generator.batch_size):
-            with torch.no_grad():
-                drawn, soft_label = synthesizer(synthesizer.draw(part, generator))
-            images.append(drawn)
-            labels.append(soft_label)
-    if settings.num_optimized:
-        drawn, soft_label = _optimize(teacher, settings, synthesizer, generator, progress)
+    for part in generated:
+        assert synthesizer is not None
+        drawn, soft_label = _generate(synthesizer, part, generator)
+        images.append(drawn)
+        labels.append(soft_label)
+    for number, part in enumerate(optimized):
+        report = _report(progress, "direct", number, len(optimized), settings.direct.num_steps)
+        num_alike = optimized.count(part)
+        drawn, soft_label = _optimize(part, num_alike, teacher, settings, synthesizer, generator, report)
         images.append(drawn)
         labels.append(soft_label)
     return SampleBank.from_images(torch.cat(images), torch.cat(labels), teacher, settings, seed, synthesizer)
@@ -166,40 +169,58 @@ def _train_generator(
     return synthesizer.eval()
 
 
-def _optimize(
-    teacher: Teacher,
-    settings: SynthesisSettings,
-    synthesizer: Synthesizer | None,
-    generator: torch.Generator,
-    progress: ProgressCallback,
-) -> tuple[Tensor, Tensor]:
-    """Optimise images directly, batch after batch; return them with their soft labels."""
-    direct, spec = settings.direct, teacher.input_spec
-    images, labels = [], []
-    parts = _parts(settings.num_optimized, direct.batch_size)
-    for number, part in enumerate(parts):
-        if direct.start == "generator" and synthesizer is not None:
-            with torch.no_grad():
-                start, soft_label = synthesizer(synthesizer.draw(part, generator))
-        else:
-            soft_label = soft_labels(
-                *draw_mixtures(part, teacher.num_classes, settings.labels, generator), teacher.num_classes
-            )
-            start = noise_images(part, spec.shape, direct.num_scales, generator)
+def _parts_of(settings: SynthesisSettings) -> tuple[list[int], list[int]]:
+    """Return the sizes of the batches that are drawn from the generator, and of those that are optimised.
 
-        def report(step: int, losses: dict[str, Tensor], done: int = number * direct.num_steps) -> None:
-            _tell(progress, "direct", done + step, len(parts) * direct.num_steps, losses)
-
-        num_calls = parts.count(part) * direct.num_steps
-        images.append(optimize_images(start, soft_label, teacher, direct, generator, report, num_calls))
-        labels.append(soft_label)
-    return torch.cat(images), torch.cat(labels)
+    Held-out samples are made as the samples before them, in batches of their own, so that those before do not depend
+    on how many there are.
+    """
+    generated = _parts(settings.num_generated, settings.generator.batch_size)
+    optimized = _parts(settings.num_optimized, settings.direct.batch_size)
+    if optimized:
+        return generated, optimized + _parts(settings.num_held_out, settings.direct.batch_size)
+    return generated + _parts(settings.num_held_out, settings.generator.batch_size), []
 
 
 def _parts(total: int, size: int) -> list[int]:
     """Return the sizes of the parts of at most ``size`` that ``total`` splits into; no part is a single sample."""
     count = -(-total // size)
     return [total // count + (index < total % count) for index in range(count)]
+
+
+@torch.no_grad()
+def _generate(synthesizer: Synthesizer, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw samples from the generator; return them with their soft labels."""
+    images, soft_label = synthesizer(synthesizer.draw(num_samples, generator))
+    return images, soft_label
+
+
+def _optimize(
+    num_samples: int,
+    num_alike: int,
+    teacher: Teacher,
+    settings: SynthesisSettings,
+    synthesizer: Synthesizer | None,
+    generator: torch.Generator,
+    report: Callable[[int, dict[str, Tensor]], None],
+) -> tuple[Tensor, Tensor]:
+    """Optimise one batch of images directly, of ``num_alike``; return them with their soft labels."""
+    direct = settings.direct
+    if direct.start == "generator" and synthesizer is not None:
+        start, soft_label = _generate(synthesizer, num_samples, generator)
+    else:
+        label, weight = draw_mixtures(num_samples, teacher.num_classes, settings.labels, generator)
+        soft_label = soft_labels(label, weight, teacher.num_classes)
+        start = noise_images(num_samples, teacher.input_spec.shape, direct.num_scales, generator)
+    num_calls = num_alike * direct.num_steps
+    return optimize_images(start, soft_label, teacher, direct, generator, report, num_calls), soft_label
+
+
+def _report(
+    progress: ProgressCallback, stage: str, part: int, num_parts: int, num_steps: int
+) -> Callable[[int, dict[str, Tensor]], None]:
+    """Return a callback that counts the steps of one part among those of all parts."""
+    return lambda step, losses: _tell(progress, stage, part * num_steps + step, num_parts * num_steps, losses)
 
 
 def _tell(progress: ProgressCallback, stage: str, step: int, total: int, losses: dict[str, Tensor]) -> None:

@@ -84,7 +84,11 @@ def _optimized(large: bool, num_samples: int, num_steps: int) -> SynthesisSettin
     """Five halvings take 32 pixels down to 2, seven take 224 down to 4."""
     batch_size, num_scales, max_shift = (32, 7, 8) if large else (128, 5, 2)
     direct = DirectSettings(num_steps=num_steps, batch_size=batch_size, num_scales=num_scales, max_shift=max_shift)
-    return SynthesisSettings(num_optimized=num_samples, direct=direct)
+    return SynthesisSettings(num_optimized=num_samples, num_held_out=_held_out(large), direct=direct)
+
+
+def _held_out(large: bool) -> int:
+    return 32 if large else 128
 
 
 def _distilled(
@@ -141,7 +145,11 @@ def _published_synthesis(large: bool, labels: LabelSettings, generator: Generato
         "milestones": (100 * _EPOCH, 200 * _EPOCH, 300 * _EPOCH),
     }
     return SynthesisSettings(
-        num_generated=4 * 256, num_optimized=0, labels=labels, generator=generator.model_copy(update=published)
+        num_generated=4 * 256,
+        num_optimized=0,
+        num_held_out=_held_out(large),
+        labels=labels,
+        generator=generator.model_copy(update=published),
     )
 
 

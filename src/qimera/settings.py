@@ -176,6 +176,9 @@ class SynthesisSettings(Settings):
     num_optimized: int = Field(512, ge=0)
     """Samples optimised directly."""
 
+    num_held_out: int = Field(0, ge=0)
+    """Samples beside those, made the same way, that no student ever learns from; they judge what came out."""
+
     labels: LabelSettings = LabelSettings()
     generator: GeneratorSettings = GeneratorSettings()
     direct: DirectSettings = DirectSettings()

@@ -38,7 +38,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class SampleBank:
-    """Synthetic samples of one teacher, as 8-bit pixels, and the synthesizer that can draw more."""
+    """Synthetic samples of one teacher, as 8-bit pixels, and the synthesizer that can draw more.
+
+    The last ``settings.num_held_out`` samples are held out: ``batches`` never yields them.
+    """
 
     pixels: UInt8[Tensor, "sample channel height width"]
     soft_labels: Float[Tensor, "sample num_classes"]
@@ -69,17 +72,35 @@ class SampleBank:
     def __len__(self) -> int:
         return len(self.pixels)
 
+    @property
+    def num_training(self) -> int:
+        """Samples that students may learn from; they come first."""
+        return len(self) - self.settings.num_held_out
+
+    @property
+    def held_out(self) -> Samples:
+        """The samples that no student learns from.
+
+        Raises:
+            ConfigError: the bank has none.
+        """
+        if not self.settings.num_held_out:
+            raise ConfigError(
+                "bank: holds no held-out samples to judge students by; synthesise one with num_held_out of 1 or more"
+            )
+        return self.take(slice(self.num_training, None))
+
     def take(self, index: Int[Tensor, " batch"] | slice) -> Samples:
         """Return the samples at these positions."""
         return Samples(self.input_spec.normalize(self.pixels[index]), self.soft_labels[index], self.logits[index])
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Samples]:
-        """Yield batches without end, each sample once before any comes again, in random order."""
-        batch_size = min(batch_size, len(self))
+        """Yield batches without end, each training sample once before any comes again, in random order."""
+        batch_size = min(batch_size, self.num_training)
         order = torch.empty(0, dtype=torch.int64)
         while True:
             if len(order) < batch_size:
-                order = torch.cat([order, torch.randperm(len(self), generator=generator)])
+                order = torch.cat([order, torch.randperm(self.num_training, generator=generator)])
             yield self.take(order[:batch_size])
             order = order[batch_size:]
 
@@ -154,6 +175,11 @@ class SampleBank:
         except (ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
             raise ConfigError(f"bank {directory}: damaged ({error}); synthesise it again") from error
         _check_shapes(directory, parts, teacher)
+        if settings.num_held_out >= len(parts[0]):
+            raise ConfigError(
+                f"bank {directory}: damaged ({settings.num_held_out} of {len(parts[0])} samples are held out); "
+                "synthesise it again"
+            )
         synthesizer = _load_synthesizer(directory / "generator.safetensors", teacher, settings)
         return cls(parts[0], parts[1], parts[2], teacher.input_spec, settings, seed, owner, synthesizer)
 
