@@ -39,7 +39,7 @@ def student_of(teacher: Teacher, bank: SampleBank, bits: int = 3, scheme: str = 
 def distilled(teacher: Teacher, bank: SampleBank, seed: int = 0, bits: int = 3, **settings: object) -> Student:
     student = student_of(teacher, bank, bits)
     values: dict[str, object] = {"num_steps": 3, "batch_size": 16, **settings}
-    distill_(student, bank, DistillationSettings(**values), seeded(seed))
+    distill_(student, teacher, bank, DistillationSettings(**values), seeded(seed))
     return student
 
 
@@ -131,7 +131,7 @@ def test_a_step_follows_the_gradient_of_the_three_terms(
         temperature=2.0,
         **PLAIN,
     )
-    distill_(student, bank, settings, seeded(4))
+    distill_(student, teacher, bank, settings, seeded(4))
 
     samples = next(bank.batches(24, seeded(4)))
     images = samples.images.contiguous(memory_format=torch.channels_last)
@@ -172,7 +172,7 @@ def test_adam_has_its_rates_for_weights_biases_and_steps(teacher: Teacher, bank:
     student = student_of(teacher, bank)
     before = copy.deepcopy(student)
     rates = {"weight_learning_rate": 0.01, "bias_learning_rate": 0.02, "step_learning_rate": 0.03}
-    distill_(student, bank, DistillationSettings(num_steps=1, batch_size=32, **rates), seeded(0))
+    distill_(student, teacher, bank, DistillationSettings(num_steps=1, batch_size=32, **rates), seeded(0))
     for (after, _), (weight, unit) in zip(student.weight_steps(), before.weight_steps(), strict=True):
         moved = (after - weight).abs() / unit
         # the rate, but where the gradient is as small as Adam's constant; a difference of larger numbers
@@ -206,7 +206,7 @@ def test_rates_follow_the_schedule(
     weights = {"kl_weight": 0.0, "feature_weight": 0.0, "ce_weight": 1.0}
     rates = {"bias_learning_rate": 1e-5, "weight_learning_rate": 1e-9, "step_learning_rate": 1e-9}
     made = DistillationSettings(num_steps=4, batch_size=96, **PLAIN, **weights, **rates, **settings)
-    distill_(student, shifted, made, seeded(0))
+    distill_(student, teacher, shifted, made, seeded(0))
     # the gradient hardly changes from step to step, so Adam's step is the rate
     assert float((bias.detach() - before)[0]) == pytest.approx(1e-5 * sum(expected), rel=0.05)
 
@@ -225,7 +225,7 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(
             return float(kl_loss(student(toy_images), teacher(toy_images), 1.0))
 
     before = divergence()
-    distill_(student, bank, DistillationSettings(num_steps=60, batch_size=32, flip=False), seeded(0))
+    distill_(student, teacher, bank, DistillationSettings(num_steps=60, batch_size=32, flip=False), seeded(0))
     assert divergence() < 0.8 * before
 
 
@@ -233,7 +233,7 @@ def test_the_last_step_is_the_result(teacher: Teacher, bank: SampleBank) -> None
     student = student_of(teacher, bank)
     seen: list[Student] = []
     settings = DistillationSettings(num_steps=12, batch_size=16)
-    distill_(student, bank, settings, seeded(0), progress=lambda _: seen.append(copy.deepcopy(student)))
+    distill_(student, teacher, bank, settings, seeded(0), progress=lambda _: seen.append(copy.deepcopy(student)))
     assert same(seen[-1], student)
     assert not same(seen[0], student)
 
@@ -290,7 +290,7 @@ def test_the_generator_learns_beside_the_student_when_asked_to(teacher: Teacher,
     synthesizer = copy.deepcopy(bank.synthesizer)
     training = SynthesizerTraining(synthesizer, teacher, bank.settings, seeded(1))
     settings = DistillationSettings(num_steps=3, batch_size=8, fresh_share=1.0, generator_steps_per_step=steps)
-    distill_(student_of(teacher, bank), bank, settings, seeded(0), training=training)
+    distill_(student_of(teacher, bank), teacher, bank, settings, seeded(0), training=training)
     assert training.num_steps == 3 * steps
     unchanged = torch.equal(synthesizer.embedding.weight, bank.synthesizer.embedding.weight)
     assert unchanged is (steps == 0)
@@ -302,7 +302,7 @@ def test_the_generator_learns_beside_the_student_when_asked_to(teacher: Teacher,
 def test_every_tenth_step_and_the_last_are_reported(teacher: Teacher, bank: SampleBank) -> None:
     reports: list[Progress] = []
     settings = DistillationSettings(num_steps=23, batch_size=8, ce_weight=0.0, kl_weight=1.0, feature_weight=1.0)
-    distill_(student_of(teacher, bank), bank, settings, seeded(0), progress=reports.append)
+    distill_(student_of(teacher, bank), teacher, bank, settings, seeded(0), progress=reports.append)
     assert [(each.stage, each.step, each.total) for each in reports] == [
         ("distillation", step, 23) for step in (10, 20, 23)
     ]
@@ -321,4 +321,4 @@ def test_a_diverging_student_stops_with_the_name_of_the_term(
     with torch.no_grad():
         student.weight_steps()[1][0].fill_(float("nan"))
     with pytest.raises(DivergenceError, match=f"{term} became nan at step 1"):
-        distill_(student, bank, DistillationSettings(num_steps=2, batch_size=8, **weights), seeded(0))
+        distill_(student, teacher, bank, DistillationSettings(num_steps=2, batch_size=8, **weights), seeded(0))

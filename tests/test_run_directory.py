@@ -5,6 +5,7 @@ import pytest
 from torch import nn
 
 from qimera.errors import ConfigError
+from qimera.estimation import Estimate
 from qimera.progress import Progress, silent
 from qimera.run_directory import RunDirectory, refuse_other_content, replacing
 from qimera.settings import (
@@ -44,7 +45,8 @@ def summary() -> Summary:
         seed=0,
         num_samples=16,
         num_steps=3,
-        bank_agreement=93.75,
+        num_held_out=8,
+        estimate=Estimate(drop=1.3, low=0.6, high=2.4, agreement=93.75, num_samples=8),
         teacher_bytes=1_600_000,
         student_bytes=200_000,
         bank_seconds=None,
@@ -216,8 +218,18 @@ def test_the_summary_says_what_was_made_from_what(tmp_path: Path) -> None:
     run.finish(summary())
     text = run.report_file.read_text()
     assert text == summary().text()
-    for fact in ("toy.py:build", "w4a4", "seed 0", "made earlier", "61 s", "200.0 kB instead of 1.60 MB", "93.8 %"):
+    for fact in ("toy.py:build", "w4a4", "seed 0", "made earlier", "61 s", "200.0 kB instead of 1.60 MB"):
         assert fact in text
+    assert "16 synthetic samples and 8 held out" in text
+    assert "a drop of 1.3 points (0.6 to 2.4, 90 %), from 8 held-out synthetic samples" in text
+
+
+def test_a_summary_from_before_there_were_held_out_samples_is_read(tmp_path: Path) -> None:
+    values = json.loads(summary().model_dump_json())
+    del values["estimate"], values["num_held_out"]
+    (tmp_path / "summary.json").write_text(json.dumps({**values, "bank_agreement": 93.75}))
+    text = Summary.load(tmp_path / "summary.json").text()
+    assert "none; 93.8 % agreement on synthetic samples it was trained on" in text
 
 
 def test_packed_bytes_count_weights_at_their_bits_and_a_scale_and_a_bias_per_channel() -> None:

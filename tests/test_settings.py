@@ -238,3 +238,11 @@ def test_the_last_matching_rule_decides_a_layers_bits(rules: str, layer: str, ex
 def test_a_wrong_rule_is_refused(rules: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_layer_bits(rules)
+
+
+def test_every_alternative_needs_the_name_of_its_recipe() -> None:
+    values = {"model": "toy.py:build", "input": SPEC, "synthesis": SynthesisSettings()}
+    ways = {"quantization": QuantizationSettings(), "distillation": DistillationSettings()}
+    assert RunSettings(recipe="a,b", alternatives=(DistillationSettings(),), **values, **ways).recipe == "a,b"
+    with pytest.raises(ConfigError, match=r"recipe must name distillation and each of the 1 .*given 'a'"):
+        RunSettings(recipe="a", alternatives=(DistillationSettings(),), **values, **ways)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qimera.data import LabelledImages, load_labelled_images
     from qimera.errors import ConfigError, DivergenceError, QimeraError, UnsupportedModelError, VerificationError
+    from qimera.estimation import Estimate, estimate_drop
     from qimera.evaluation import Evaluation, evaluate
     from qimera.export.onnx import export_onnx
     from qimera.export.program import export_aotinductor, export_pt2
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from qimera.progress import Progress
     from qimera.quantization.student import Student
     from qimera.recipes import RECIPE_NAMES, Recipe, recipe
+    from qimera.selection import choose
     from qimera.settings import (
         DirectSettings,
         DistillationSettings,
@@ -35,6 +37,7 @@ __all__ = [
     "DirectSettings",
     "DistillationSettings",
     "DivergenceError",
+    "Estimate",
     "Evaluation",
     "GeneratorSettings",
     "InputSpec",
@@ -53,6 +56,8 @@ __all__ = [
     "UnsupportedModelError",
     "Verification",
     "VerificationError",
+    "choose",
+    "estimate_drop",
     "evaluate",
     "export_aotinductor",
     "export_onnx",
@@ -67,6 +72,7 @@ __all__ = [
 _NAMES = {
     "qimera.data": ("LabelledImages", "load_labelled_images"),
     "qimera.errors": ("ConfigError", "DivergenceError", "QimeraError", "UnsupportedModelError", "VerificationError"),
+    "qimera.estimation": ("Estimate", "estimate_drop"),
     "qimera.evaluation": ("Evaluation", "evaluate"),
     "qimera.export.onnx": ("export_onnx",),
     "qimera.export.program": ("export_aotinductor", "export_pt2"),
@@ -75,6 +81,7 @@ _NAMES = {
     "qimera.progress": ("Progress",),
     "qimera.quantization.student": ("Student",),
     "qimera.recipes": ("RECIPE_NAMES", "Recipe", "recipe"),
+    "qimera.selection": ("choose",),
     "qimera.settings": (
         "DirectSettings",
         "DistillationSettings",

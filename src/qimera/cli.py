@@ -51,7 +51,12 @@ WithoutBatchNorms = Annotated[
     bool | None,
     typer.Option("--without-batch-norms", help="Take a model that has none; its samples are little better than noise."),
 ]
-Recipe = Annotated[str | None, typer.Option(metavar="NAME", help="See qimera recipes. Default: fast.")]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES", help="See qimera recipes; of several, such as ptq,fast, the best is kept. Default: fast."
+    ),
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same machine, same result. Default: 0.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch chooses.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log.")]
@@ -125,18 +130,21 @@ def synthesize(
     with errors_as_messages(debug, "no bank was written, the same command starts again"):
         _use_threads(threads)
         from qimera import pipeline
-        from qimera.options import ModelOptions, recipe_for
+        from qimera.options import ModelOptions, recipes_for
 
         if output.exists():
             raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
         teacher = ModelOptions(
             model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms
         ).capture()
-        settings = recipe_for(teacher, recipe).synthesis
+        settings = recipes_for(teacher, recipe)[0].synthesis
         with ProgressDisplay() as progress:
             bank = pipeline.synthesize(teacher, settings=settings, seed=seed or 0, progress=progress)
         bank.save(output)
-        typer.echo(f"{output}: {len(bank)} synthetic samples of {model} (teacher {teacher.hash[:12]})")
+        held_out = f" and {settings.num_held_out} held out" if settings.num_held_out else ""
+        typer.echo(
+            f"{output}: {bank.num_training} synthetic samples{held_out} of {model} (teacher {teacher.hash[:12]})"
+        )
 
 
 @app.command()

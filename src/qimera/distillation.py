@@ -14,10 +14,12 @@ from qimera.errors import ConfigError
 from qimera.graph import with_outputs
 from qimera.progress import Progress, ProgressCallback, silent
 from qimera.quantization.student import Student, block_outputs
+from qimera.selection import BestState
 from qimera.settings import DistillationSettings
 from qimera.synthesis.augmentation import blend_at_random, flip_at_random, shift_each
 from qimera.synthesis.bank import SampleBank, Samples
 from qimera.synthesis.synthesizer import SynthesizerTraining, check_finite
+from qimera.teacher import Teacher
 
 REPORT_EVERY = 10
 """Steps between two reports; each costs one copy from the device."""
@@ -25,6 +27,7 @@ REPORT_EVERY = 10
 
 def distill_(
     student: Student,
+    teacher: Teacher,
     bank: SampleBank,
     settings: DistillationSettings,
     generator: torch.Generator,
@@ -34,16 +37,19 @@ def distill_(
 ) -> None:
     """Train ``student`` for ``settings.num_steps``; its state after the last step is the result (deviation D14).
 
+    With ``settings.select_every``, it is the state of the lowest estimated drop.
+
     Args:
         student: With ranges already fitted; its ``reference`` is what it should agree with.
-        bank: Samples of the student's teacher.
+        teacher: The student's, by which states are judged.
+        bank: Samples of this teacher.
         settings: Schedule, rates and loss weights.
         generator: Draws batches and augmentation.
         training: The generator's training, when it continues beside the student's.
         progress: Called every ``REPORT_EVERY`` steps.
 
     Raises:
-        ConfigError: fresh samples are asked for and there is no generator.
+        ConfigError: fresh samples are asked for and there is no generator, or selection and no held-out samples.
         DivergenceError: a loss term is NaN or infinite.
     """
     lesson = Lesson(student, settings)
@@ -52,6 +58,7 @@ def distill_(
     optimizer = _optimizer(student, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     batches = _batches(bank, settings, generator, training)
+    best = BestState(student, teacher, bank, settings)
     for step in range(1, settings.num_steps + 1):
         for _ in range(settings.generator_steps_per_step if training else 0):
             assert training is not None
@@ -63,9 +70,11 @@ def distill_(
         optimizer.step()
         schedule.step()
         check_finite(losses, step)
+        best.consider(step)
         if step % REPORT_EVERY == 0 or step == settings.num_steps:
             metrics = {name: float(value) for name, value in losses.items()}
             progress(Progress("distillation", step, settings.num_steps, metrics))
+    best.restore_()
 
 
 class Lesson:

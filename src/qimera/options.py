@@ -108,13 +108,13 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
     """
     quantization = options.quantization()
     teacher = model_options.capture()
-    row = recipe_for(teacher, options.recipe)
+    row, *others = recipes_for(teacher, options.recipe)
     bank = None if options.bank is None else SampleBank.load(options.bank, teacher)
     assert model_options.model is not None
     settings = RunSettings(
         model=absolute_source(model_options.model),
         weights=_absolute(model_options.weights),
-        recipe=row.name,
+        recipe=",".join(each.name for each in (row, *others)),
         seed=options.seed or 0,
         bank=_absolute(options.bank),
         logits=model_options.logits or "",
@@ -123,6 +123,7 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
         synthesis=row.synthesis if bank is None else bank.settings,
         quantization=quantization,
         distillation=row.distillation,
+        alternatives=tuple(each.distillation for each in others),
     )
     return Resolved(settings, teacher, bank)
 
@@ -153,9 +154,14 @@ def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) 
     return Resolved(settings, teacher, bank)
 
 
-def recipe_for(teacher: Teacher, name: str | None) -> Recipe:
-    """Return the recipe called ``name``, or the default one, for this teacher."""
-    return recipe(DEFAULT_RECIPE if name is None else name, teacher.input_spec, teacher.num_classes)
+def recipes_for(teacher: Teacher, names: str | None) -> list[Recipe]:
+    """Return the recipes called ``names``, with commas between, or the default one, for this teacher.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    chosen = (DEFAULT_RECIPE if names is None else names).split(",")
+    return [recipe(name.strip(), teacher.input_spec, teacher.num_classes) for name in chosen]
 
 
 def shape_of(text: str) -> tuple[int, int, int]:

@@ -139,7 +139,7 @@ def quantize_with(
     if distillation.generator_steps_per_step and bank.synthesizer is not None:
         synthesizer = copy.deepcopy(bank.synthesizer)  # the bank serves other runs as it is
         training = SynthesizerTraining(synthesizer, teacher, bank.settings, generator, student)
-    distill_(student, bank, distillation, generator, training=training, progress=progress)
+    distill_(student, teacher, bank, distillation, generator, training=training, progress=progress)
     return student
 
 

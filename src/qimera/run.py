@@ -3,27 +3,25 @@
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-import torch
-
 from qimera import pipeline
 from qimera.errors import ConfigError
+from qimera.estimation import estimate_drop
 from qimera.progress import ProgressCallback
 from qimera.quantization.student import Student
 from qimera.run_directory import RunDirectory, replacing
+from qimera.selection import choose
 from qimera.settings import RunSettings
 from qimera.summary import Summary
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
-
-_AGREEMENT_SAMPLES = 256
-_AGREEMENT_BATCH = 32
 
 
 def check_run(settings: RunSettings, teacher: Teacher, bank: SampleBank | None) -> None:
     """Refuse what would stop the run only after its directory was made.
 
     Raises:
-        ConfigError: bits for a layer that is not there, or fresh samples without a generator to draw them.
+        ConfigError: bits for a layer that is not there, fresh samples without a generator to draw them, or a choice
+            without held-out samples.
     """
     names = [layer.name for layer in teacher.layers]
     for rule in settings.quantization.layer_bits:
@@ -33,10 +31,18 @@ def check_run(settings: RunSettings, teacher: Teacher, bank: SampleBank | None) 
                 f"layer_bits: {rule.pattern!r} fits none of the {len(names)} layers (nearest: {', '.join(nearest)}); "
                 "`qimera inspect --all` lists them"
             )
-    if settings.distillation.fresh_share and not _has_generator(settings, bank):
+    ways = (settings.distillation, *settings.alternatives)
+    fresh_share = max(way.fresh_share for way in ways)
+    if fresh_share and not _has_generator(settings, bank):
         raise ConfigError(
-            f"fresh_share: {settings.distillation.fresh_share} of each batch should come from the generator, "
+            f"fresh_share: {fresh_share} of each batch should come from the generator, "
             f"but the bank {settings.bank or 'of these settings'} has none; synthesise one with generated samples"
+        )
+    synthesis = settings.synthesis if bank is None else bank.settings
+    if (settings.alternatives or any(way.select_every for way in ways)) and not synthesis.num_held_out:
+        raise ConfigError(
+            f"num_held_out: 0, but something is to be chosen ({settings.recipe}), and the bank "
+            f"{settings.bank or 'of these settings'} holds no held-out samples to judge by; synthesise one that does"
         )
 
 
@@ -60,16 +66,14 @@ def carry_out(run: RunDirectory, teacher: Teacher, bank: SampleBank | None, prog
         teacher.save(temporary)
     samples = bank if bank is not None else _own_bank(run, teacher, progress)
     with run.recording("student", progress) as record:
-        student = pipeline.quantize_with(
-            teacher, samples, settings.quantization, settings.distillation, seed=settings.seed, progress=record
-        )
+        student, chosen = _make_student(settings, teacher, samples, record)
     with replacing(run.student_file) as temporary:
         student.save(temporary)
     summary = Summary.of_run(
-        settings,
+        chosen,
         teacher,
-        num_samples=len(samples),
-        bank_agreement=_agreement(student, samples),
+        bank=samples,
+        estimate=estimate_drop(student, teacher, samples) if samples.settings.num_held_out else None,
         bank_seconds=run.seconds("bank"),
         student_seconds=run.seconds("student"),
     )
@@ -103,18 +107,21 @@ def _own_bank(run: RunDirectory, teacher: Teacher, progress: ProgressCallback) -
     return SampleBank.load(run.bank_directory, teacher)
 
 
+def _make_student(
+    settings: RunSettings, teacher: Teacher, bank: SampleBank, progress: ProgressCallback
+) -> tuple[Student, RunSettings]:
+    """Return the student, of several the one with the lowest estimated drop, and the settings of it alone."""
+    ways = (settings.distillation, *settings.alternatives)
+    students = [
+        pipeline.quantize_with(teacher, bank, settings.quantization, way, seed=settings.seed, progress=progress)
+        for way in ways
+    ]
+    best = choose(students, teacher, bank) if len(students) > 1 else 0
+    alone = {"recipe": settings.recipe.split(",")[best], "distillation": ways[best], "alternatives": ()}
+    return students[best], settings.model_copy(update=alone)
+
+
 def _has_generator(settings: RunSettings, bank: SampleBank | None) -> bool:
     if bank is not None:
         return bank.synthesizer is not None
     return settings.synthesis.num_generated > 0 or settings.synthesis.direct.start == "generator"
-
-
-@torch.inference_mode()
-def _agreement(student: Student, bank: SampleBank) -> float:
-    """Return the percent of bank samples, evenly spread, for which the student picks the teacher's class."""
-    chosen = torch.linspace(0, len(bank) - 1, min(_AGREEMENT_SAMPLES, len(bank))).long()
-    hits = 0
-    for index in chosen.split(_AGREEMENT_BATCH):
-        samples = bank.take(index)
-        hits += int((student(samples.images).argmax(1) == samples.logits.argmax(1)).sum())
-    return 100 * hits / len(chosen)

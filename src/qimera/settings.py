@@ -304,6 +304,9 @@ class DistillationSettings(Settings):
     compile: Compile = "auto"
     """Fuse the step with ``torch.compile``, which takes a minute; ``auto``: where there are steps enough to earn it."""
 
+    select_every: int = Field(0, ge=0)
+    """Steps between two estimates of the drop; the state of the lowest one is the result. 0 takes the last step."""
+
 
 class RunSettings(Settings):
     """Everything that decides a run; the file of it starts the same run again."""
@@ -315,6 +318,8 @@ class RunSettings(Settings):
     """Path of the weights file; empty when the model brings its own."""
 
     recipe: str
+    """Name of the recipe, or several with commas between; the first one's bank serves all."""
+
     seed: int = Field(0, ge=0)
     bank: str = ""
     """Path of a bank made earlier; empty for one of the run's own."""
@@ -329,3 +334,16 @@ class RunSettings(Settings):
     synthesis: SynthesisSettings
     quantization: QuantizationSettings
     distillation: DistillationSettings
+    alternatives: tuple[DistillationSettings, ...] = ()
+    """Other ways to make the student from the same bank, of recipes named after the first; the student with the lowest
+    estimated drop is the result."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunSettings":
+        names = self.recipe.split(",")
+        if self.alternatives and len(names) != 1 + len(self.alternatives):
+            raise ValueError(
+                f"recipe must name distillation and each of the {len(self.alternatives)} alternatives, with commas "
+                f"between, given {self.recipe!r}"
+            )
+        return self

@@ -9,7 +9,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qimera.errors import ConfigError
+from qimera.estimation import Estimate
 from qimera.settings import QuantizationSettings, RunSettings
+from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
 
 _SCALE_BYTES = 4
@@ -37,13 +39,20 @@ class Summary(BaseModel):
     recipe: str
     seed: int
     num_samples: int
-    """Synthetic samples in the bank."""
+    """Synthetic samples in the bank that students may learn from."""
+
+    num_held_out: int = 0
+    """Synthetic samples in the bank that no student learns from."""
 
     num_steps: int
     """Training steps of the student."""
 
-    bank_agreement: float
-    """Percent of synthetic samples, most of them trained on, that student and teacher put into the same class."""
+    estimate: Estimate | None = None
+    """Accuracy that the student loses, as the held-out samples tell; None where the bank has none."""
+
+    bank_agreement: float | None = None
+    """Percent of synthetic samples, most of them trained on, that student and teacher put into the same class; in runs
+    from before there were held-out samples."""
 
     teacher_bytes: int
     """Parameters and buffers in float32."""
@@ -67,8 +76,8 @@ class Summary(BaseModel):
         settings: RunSettings,
         teacher: Teacher,
         *,
-        num_samples: int,
-        bank_agreement: float,
+        bank: SampleBank,
+        estimate: Estimate | None,
         bank_seconds: float | None,
         student_seconds: float | None,
     ) -> "Summary":
@@ -85,9 +94,10 @@ class Summary(BaseModel):
             layer_bits=",".join(rules),
             recipe=settings.recipe,
             seed=settings.seed,
-            num_samples=num_samples,
+            num_samples=bank.num_training,
+            num_held_out=bank.settings.num_held_out,
             num_steps=settings.distillation.num_steps,
-            bank_agreement=bank_agreement,
+            estimate=estimate,
             teacher_bytes=float_bytes(teacher),
             student_bytes=packed_bytes(teacher, quantization),
             bank_seconds=bank_seconds,
@@ -112,16 +122,21 @@ class Summary(BaseModel):
     def text(self) -> str:
         """Return the summary for a person, one fact per line."""
         exceptions = f", except {self.layer_bits}" if self.layer_bits else ""
+        held_out = f" and {self.num_held_out} held out" if self.num_held_out else ""
         facts = {
             "model": f"{self.model} ({self.num_classes} classes, teacher {self.teacher_hash[:12]})",
             "bits": f"{self.bits}{exceptions}, scheme {self.scheme}, target {self.target}",
             "recipe": f"{self.recipe}, seed {self.seed}",
-            "bank": f"{self.num_samples} synthetic samples, {_readable_seconds(self.bank_seconds)}",
+            "bank": f"{self.num_samples} synthetic samples{held_out}, {_readable_seconds(self.bank_seconds)}",
             "student": f"{self.num_steps} steps, {_readable_seconds(self.student_seconds)}",
             "size": f"{readable_bytes(self.student_bytes)} instead of {readable_bytes(self.teacher_bytes)}, "
             f"{self.teacher_bytes / self.student_bytes:.1f} times smaller",
-            "agreement": f"{self.bank_agreement:.1f} % with the teacher, on synthetic samples it was trained on",
+            "estimate": "none, for the bank holds no held-out samples",
         }
+        if self.estimate is not None:
+            facts["estimate"] = self.estimate.text()
+        elif self.bank_agreement is not None:
+            facts["estimate"] = f"none; {self.bank_agreement:.1f} % agreement on synthetic samples it was trained on"
         return "".join(f"{name:<11}{fact}\n" for name, fact in facts.items())
 
 

@@ -1,0 +1,182 @@
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from qimera.errors import ConfigError
+from qimera.estimation import CALIBRATION, Calibration, distance, estimate_drop, estimate_from, of_one_class, views_of
+from qimera.quantization.student import Student
+from qimera.settings import QuantizationSettings
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+from tests.networks import SPEC, TinyNet
+
+SEEDS = st.integers(0, 2**31 - 1)
+EXACT = Calibration(factor=1.0, fixed_error=0.0, relative_error=0.0)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def student_of(teacher: Teacher, bank: SampleBank, bits: int = 3) -> Student:
+    student = Student(teacher, QuantizationSettings(weight_bits=bits, activation_bits=bits))
+    student.initialize_ranges_([bank.take(slice(bank.num_training)).images])
+    return student
+
+
+class Answering(Student):
+    """A student that answers what a function makes of the teacher's logits."""
+
+    def __init__(self, teacher: Teacher, answer: Callable[[Tensor], Tensor]) -> None:
+        nn.Module.__init__(self)
+        self.teacher_hash, self.answer, self.teacher = teacher.hash, answer, (teacher,)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.answer(self.teacher[0](images))
+
+
+# --- the distance -----------------------------------------------------------------------------------------------------
+
+
+@given(seed=SEEDS)
+def test_the_distance_is_zero_for_equal_and_one_for_disjoint_probabilities(seed: int) -> None:
+    logits = torch.randn(4, 6, generator=seeded(seed))
+    torch.testing.assert_close(distance(logits + 3, logits), torch.zeros(4), atol=1e-6, rtol=0)  # rounding
+    sure = 1000 * torch.eye(6)[:4]
+    torch.testing.assert_close(distance(sure.roll(1, 1), sure), torch.ones(4))
+    assert bool(((distance(logits.flip(1), logits) >= 0) & (distance(logits.flip(1), logits) <= 1)).all())
+
+
+@given(seed=SEEDS)
+def test_for_sure_models_the_distance_is_the_share_of_disagreements(seed: int) -> None:
+    student, teacher = (torch.randint(5, (50,), generator=seeded(seed + i)) for i in range(2))
+    logits = [1000 * torch.eye(5)[each] for each in (student, teacher)]
+    assert torch.equal(distance(*logits), (student != teacher).float())
+
+
+# --- the calibration --------------------------------------------------------------------------------------------------
+
+
+@given(share=st.floats(0.01, 0.5), more=st.floats(1.05, 2.0))
+def test_a_larger_distance_gives_a_larger_drop(share: float, more: float) -> None:
+    one, two = (estimate_from(torch.full((64,), each), 90.0) for each in (share, more * share))
+    assert two.drop > one.drop
+    assert two.high > one.high
+
+
+@given(num_samples=st.integers(2, 200), num_wrong=st.integers(0, 200))
+def test_the_interval_of_an_exact_calibration_is_that_of_a_share_of_samples(num_samples: int, num_wrong: int) -> None:
+    """The normal approximation of the binomial distribution, two-sided at 90 %."""
+    wrong = min(num_wrong, num_samples)
+    distances = torch.cat([torch.ones(wrong), torch.zeros(num_samples - wrong)])
+    estimate = estimate_from(distances, 0.0, EXACT)
+    share = wrong / num_samples
+    assert estimate.drop == pytest.approx(100 * share, rel=1e-5)
+    half = 1.645 * 100 * (share * (1 - share) / (num_samples - 1)) ** 0.5
+    assert estimate.high - estimate.drop == pytest.approx(half, rel=1e-4, abs=1e-6)
+    assert estimate.drop - estimate.low == pytest.approx(half, rel=1e-4, abs=1e-6)
+
+
+def test_more_samples_narrow_the_interval() -> None:
+    few = estimate_from(torch.tensor([0.0, 0.2, 0.1, 0.5]), 0.0)
+    many = estimate_from(torch.tensor([0.0, 0.2, 0.1, 0.5]).repeat(50), 0.0)
+    assert many.drop == pytest.approx(few.drop)
+    assert many.high - many.low < few.high - few.low
+
+
+def test_the_estimate_is_a_sentence() -> None:
+    estimate = estimate_from(torch.full((8,), 0.5), 75.0, Calibration(0.1, 1.0, 0.0))
+    assert estimate.text() == "a drop of 5.0 points (3.4 to 6.6, 90 %), from 8 held-out synthetic samples"
+
+
+# --- students ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_perfect_student_has_no_drop_and_an_interval_about_it(teacher: Teacher, split_bank: SampleBank) -> None:
+    estimate = estimate_drop(Answering(teacher, lambda logits: logits), teacher, split_bank)
+    assert estimate.drop == pytest.approx(0, abs=1e-4)  # rounding
+    assert estimate.agreement == 100
+    assert estimate.low < 0 < estimate.high
+    assert estimate.high < 3
+    assert estimate.num_samples == int((split_bank.held_out.soft_labels.amax(1) == 1).sum()) > 8
+
+
+def test_a_student_that_is_always_wrong_has_the_largest_drop(teacher: Teacher, split_bank: SampleBank) -> None:
+    wrong = Answering(teacher, lambda logits: 1000 * torch.eye(logits.shape[1])[(logits.argmax(1) + 1) % 5])
+    estimate = estimate_drop(wrong, teacher, split_bank)
+    assert estimate.agreement == 0
+    assert estimate.drop > 35  # the calibration is for students that are still of use
+
+
+def test_fewer_bits_are_estimated_to_lose_more(teacher: Teacher, split_bank: SampleBank) -> None:
+    drops = [estimate_drop(student_of(teacher, split_bank, bits), teacher, split_bank).drop for bits in (8, 4, 3, 2)]
+    assert drops == sorted(drops)
+    assert drops[0] < 2 < drops[3]
+
+
+def test_only_the_held_out_samples_are_asked_about(teacher: Teacher, split_bank: SampleBank) -> None:
+    student = student_of(teacher, split_bank)
+    black = split_bank.pixels.clone()
+    black[: split_bank.num_training] = 0
+    other = dataclasses.replace(split_bank, pixels=black)
+    assert estimate_drop(student, teacher, other) == estimate_drop(student, teacher, split_bank)
+
+
+def test_the_same_student_gets_the_same_estimate_again(teacher: Teacher, split_bank: SampleBank) -> None:
+    student = student_of(teacher, split_bank)
+    torch.manual_seed(1)
+    one = estimate_drop(student, teacher, split_bank)
+    torch.manual_seed(2)
+    assert estimate_drop(student, teacher, split_bank) == one
+
+
+def test_without_held_out_samples_there_is_no_estimate(teacher: Teacher, bank: SampleBank) -> None:
+    with pytest.raises(ConfigError, match="holds no held-out samples"):
+        estimate_drop(student_of(teacher, bank), teacher, bank)
+
+
+def test_a_student_of_another_teacher_is_refused(teacher: Teacher, split_bank: SampleBank) -> None:
+    torch.manual_seed(3)
+    other = Teacher.capture(TinyNet().eval(), SPEC)
+    with pytest.raises(ConfigError, match="belong to different teachers"):
+        estimate_drop(student_of(teacher, split_bank), other, split_bank)
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+def test_views_show_every_image_as_it_is_and_moved_the_same_way_each_time(split_bank: SampleBank) -> None:
+    images = split_bank.held_out.images
+    views = views_of(images)
+    assert torch.equal(views["plain"], images)
+    assert views["moved"].shape == images.shape
+    assert not torch.equal(views["moved"], images)
+    assert set(views["moved"].unique().tolist()) <= set(images.unique().tolist())
+    again = views_of(images)
+    assert all(torch.equal(views[name], again[name]) for name in views)
+
+
+def test_superposed_samples_do_not_count_unless_there_is_nothing_else(teacher: Teacher, split_bank: SampleBank) -> None:
+    single = torch.eye(5)[torch.zeros(96, dtype=torch.int64)]
+    mixed = torch.full((96, 5), 0.2)
+    assert of_one_class(torch.cat([single[:3], mixed[:2]])).tolist() == [True] * 3 + [False] * 2
+    assert of_one_class(mixed).all()
+    labels = split_bank.soft_labels.clone()
+    labels[64:80], labels[80:] = single[64:80], mixed[80:]
+    student = student_of(teacher, split_bank)
+    half = dataclasses.replace(split_bank, soft_labels=labels)
+    black = split_bank.pixels.clone()
+    black[80:] = 0
+    estimate = estimate_drop(student, teacher, half)
+    assert estimate.num_samples == 16
+    assert estimate_drop(student, teacher, dataclasses.replace(half, pixels=black)).agreement == estimate.agreement
+
+
+def test_the_calibration_expects_scatter() -> None:
+    assert CALIBRATION.fixed_error > 0
+    assert CALIBRATION.relative_error > 0

@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from qimera.errors import ConfigError
+from qimera.estimation import estimate_drop
+from qimera.models import load_model
+from qimera.progress import Progress, silent
+from qimera.run import carry_out, check_run, load_student
+from qimera.run_directory import RunDirectory
+from qimera.settings import DirectSettings, DistillationSettings, RunSettings, SynthesisSettings
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+from tests.command_line import tiny_settings
+
+
+@pytest.fixture(scope="module")
+def digits_teacher() -> Teacher:
+    return Teacher.capture(load_model("mnist_cnn"), tiny_settings().input)
+
+
+HELD_OUT = SynthesisSettings(num_optimized=16, num_held_out=8, direct=DirectSettings(num_steps=2, batch_size=16))
+GOOD = DistillationSettings(num_steps=0, start="compensated")
+BAD = DistillationSettings(num_steps=4, batch_size=8, weight_learning_rate=5.0)
+
+
+def finished(path: Path, teacher: Teacher, settings: RunSettings) -> RunDirectory:
+    check_run(settings, teacher, None)
+    run = RunDirectory.start(path, settings)
+    carry_out(run, teacher, None, silent)
+    return run
+
+
+@pytest.mark.parametrize("ways", [("good", "bad"), ("bad", "good")])
+def test_of_several_recipes_the_student_with_the_lowest_estimated_drop_is_kept(
+    tmp_path: Path, digits_teacher: Teacher, ways: tuple[str, str]
+) -> None:
+    first, second = ({"good": GOOD, "bad": BAD}[way] for way in ways)
+    settings = tiny_settings(recipe=",".join(ways), synthesis=HELD_OUT, distillation=first, alternatives=(second,))
+    both = finished(tmp_path / "both", digits_teacher, settings)
+    alone = finished(tmp_path / "alone", digits_teacher, tiny_settings(synthesis=HELD_OUT, distillation=GOOD))
+    assert both.summary().recipe == "good"
+    assert both.summary().num_steps == 0
+    kept, expected = (load_student(run)[0].module.state_dict() for run in (both, alone))
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+    bank = SampleBank.load(both.bank_directory, digits_teacher)
+    other = finished(tmp_path / "other", digits_teacher, tiny_settings(synthesis=HELD_OUT, distillation=BAD))
+    drops = [estimate_drop(load_student(run)[0], digits_teacher, bank).drop for run in (both, other)]
+    assert drops[0] < drops[1]
+
+
+def test_a_choice_that_was_interrupted_comes_to_the_same_student(tmp_path: Path, digits_teacher: Teacher) -> None:
+    settings = tiny_settings(recipe="a,b", synthesis=HELD_OUT, distillation=GOOD, alternatives=(BAD,))
+    whole = finished(tmp_path / "whole", digits_teacher, settings)
+    run = RunDirectory.start(tmp_path / "run", settings)
+
+    def interrupt(progress: Progress) -> None:
+        if progress.stage == "distillation":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(run, digits_teacher, None, interrupt)
+    again = finished(run.path, digits_teacher, settings)
+    one, two = (load_student(each)[0].module.state_dict() for each in (whole, again))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recipe": "a,b", "alternatives": (GOOD,)},
+        {"distillation": DistillationSettings(num_steps=2, select_every=1)},
+    ],
+)
+def test_a_choice_without_held_out_samples_is_refused_before_the_run(
+    digits_teacher: Teacher, changes: dict[str, object]
+) -> None:
+    with pytest.raises(ConfigError, match="holds no held-out samples to judge by"):
+        check_run(tiny_settings(**changes), digits_teacher, None)
+
+
+def test_the_summary_states_the_estimate_of_the_student_that_was_kept(tmp_path: Path, digits_teacher: Teacher) -> None:
+    run = finished(tmp_path / "run", digits_teacher, tiny_settings(synthesis=HELD_OUT, distillation=GOOD))
+    summary = run.summary()
+    assert (summary.num_samples, summary.num_held_out) == (16, 8)
+    estimate = summary.estimate
+    assert estimate is not None
+    assert 0 < estimate.num_samples <= 8
+    assert estimate.low <= estimate.drop <= estimate.high
+    assert "16 synthetic samples and 8 held out" in summary.text()
+    assert f"a drop of {estimate.drop:.1f} points" in summary.text()
+    assert f"90 %), from {estimate.num_samples} held-out synthetic samples" in summary.text()
+
+
+def test_without_held_out_samples_the_summary_has_no_estimate(tmp_path: Path, digits_teacher: Teacher) -> None:
+    summary = finished(tmp_path / "run", digits_teacher, tiny_settings()).summary()
+    assert summary.estimate is None
+    assert "none, for the bank holds no held-out samples" in summary.text()
