@@ -161,7 +161,7 @@ class DirectSettings(Settings):
     """Mirror each image at random in every step; only for classes that look the same in a mirror (not for digits)."""
 
     precision: Precision = "auto"
-    """Of convolutions and matrix products, as in the training of the student."""
+    """Of convolutions and matrix products; ``auto``: ``bfloat16`` where the processor multiplies it faster."""
 
     compile: Compile = "auto"
     """Fuse the step with ``torch.compile``, as in the training of the student."""
@@ -299,7 +299,8 @@ class DistillationSettings(Settings):
     """Mirror bank samples at random."""
 
     precision: Precision = "auto"
-    """Of convolutions and matrix products; ``auto``: ``bfloat16`` where the processor multiplies it faster."""
+    """Of the teacher's convolutions and matrix products; ``auto``: ``bfloat16`` where the processor multiplies it fast.
+    The student's are float32 always."""
 
     compile: Compile = "auto"
     """Fuse the step with ``torch.compile``, which takes a minute; ``auto``: where there are steps enough to earn it."""

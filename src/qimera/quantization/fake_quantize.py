@@ -44,13 +44,12 @@ class _LearnedStep(Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
         x, y, scale = ctx.saved_tensors
         low, high = ctx.range
-        if scale.ndim == 0 and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+        if scale.ndim == 0 and not torch.compiler.is_compiling():
             step = float(scale)
             dx = aten.hardtanh_backward(dy, x, (low - 0.5) * step, (high + 0.5) * step)
             return dx, (_dot(dy, y) - _dot(dx, x)) / scale, None, None
         dx = dy * ((x >= (low - 0.5) * scale) & (x <= (high + 0.5) * scale))
-        along = dy.to(scale.dtype) * y - dx.to(scale.dtype) * x
-        return dx, along.sum_to_size(scale.shape) / scale, None, None
+        return dx, (dy * y - dx * x).sum_to_size(scale.shape) / scale, None, None
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
