@@ -225,8 +225,9 @@ def test_distillation_brings_the_student_nearer_to_its_teacher(
             return float(kl_loss(student(toy_images), teacher(toy_images), 1.0))
 
     before = divergence()
-    distill_(student, teacher, bank, DistillationSettings(num_steps=60, batch_size=32, flip=False), seeded(0))
-    assert divergence() < 0.8 * before
+    distill_(student, teacher, bank, DistillationSettings(num_steps=150, batch_size=32, flip=False), seeded(0))
+    after = divergence()
+    assert after < 0.8 * before
 
 
 def test_the_last_step_is_the_result(teacher: Teacher, bank: SampleBank) -> None:
