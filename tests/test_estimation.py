@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qimera.errors import ConfigError
-from qimera.estimation import CALIBRATION, Calibration, distance, estimate_drop, estimate_from, of_one_class, views_of
+from qimera.estimation import CALIBRATION, Calibration, distance, estimate_drop, estimate_from, lifelike, views_of
 from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
@@ -103,7 +103,8 @@ def test_a_perfect_student_has_no_drop_and_an_interval_about_it(teacher: Teacher
     assert estimate.agreement == 100
     assert estimate.low < 0 < estimate.high
     assert estimate.high < 3
-    assert estimate.num_samples == int((split_bank.held_out.soft_labels.amax(1) == 1).sum()) > 8
+    samples = split_bank.held_out
+    assert estimate.num_samples == int(lifelike(samples.soft_labels, samples.logits).sum()) > 2
 
 
 def test_a_student_that_is_always_wrong_has_the_largest_drop(teacher: Teacher, split_bank: SampleBank) -> None:
@@ -161,20 +162,24 @@ def test_views_show_every_image_as_it_is_and_moved_the_same_way_each_time(split_
     assert all(torch.equal(views[name], again[name]) for name in views)
 
 
-def test_superposed_samples_do_not_count_unless_there_is_nothing_else(teacher: Teacher, split_bank: SampleBank) -> None:
-    single = torch.eye(5)[torch.zeros(96, dtype=torch.int64)]
-    mixed = torch.full((96, 5), 0.2)
-    assert of_one_class(torch.cat([single[:3], mixed[:2]])).tolist() == [True] * 3 + [False] * 2
-    assert of_one_class(mixed).all()
-    labels = split_bank.soft_labels.clone()
-    labels[64:80], labels[80:] = single[64:80], mixed[80:]
-    student = student_of(teacher, split_bank)
-    half = dataclasses.replace(split_bank, soft_labels=labels)
+def test_only_samples_of_one_class_that_the_teacher_is_sure_of_count_unless_there_are_none() -> None:
+    sure, unsure = 20 * torch.eye(5), torch.eye(5)
+    single, mixed = torch.eye(5), torch.full((5, 5), 0.2)
+    logits, labels = torch.cat([sure, unsure, sure]), torch.cat([single, single, mixed])
+    assert lifelike(labels, logits).tolist() == [True] * 5 + [False] * 10
+    assert lifelike(labels[5:], logits[5:]).all()
+
+
+def test_samples_that_do_not_count_are_not_asked_about(teacher: Teacher, split_bank: SampleBank) -> None:
+    labels, logits = split_bank.soft_labels.clone(), split_bank.logits.clone()
+    labels[64:], logits[64:80], logits[80:] = torch.eye(5)[0], 20 * torch.eye(5)[0], 0
+    bank = dataclasses.replace(split_bank, soft_labels=labels, logits=logits)
     black = split_bank.pixels.clone()
     black[80:] = 0
-    estimate = estimate_drop(student, teacher, half)
+    student = student_of(teacher, split_bank)
+    estimate = estimate_drop(student, teacher, bank)
     assert estimate.num_samples == 16
-    assert estimate_drop(student, teacher, dataclasses.replace(half, pixels=black)).agreement == estimate.agreement
+    assert estimate_drop(student, teacher, dataclasses.replace(bank, pixels=black)) == estimate
 
 
 def test_the_calibration_expects_scatter() -> None:
