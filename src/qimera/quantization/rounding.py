@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from qimera.graph import aten, node_at, tensor_of
+from qimera.graph import WEIGHTED, aten, node_at, tensor_of
 from qimera.quantization.equalization import (
     Edge,
     candidate_scales,
@@ -64,7 +64,7 @@ def round_layers_(
             if edge is not None:
                 _equalize_(student, reference, edge, quantizer, (mine, theirs), generator)
             mine.advance_before(node.name)
-            _round_layer_(student, node, quantizer, *_look(student, node, mine, theirs, generator))
+            _round_layer_(student, node, quantizer, _seen(student, node, mine, theirs, generator))
             mine.repeat(node.all_input_nodes[1:])
             mine.advance_to(node.name)
     mine.advance_to(next(iter(reversed(student.graph.nodes))).name)
@@ -79,27 +79,27 @@ def _equalize_(
     generator: torch.Generator,
 ) -> None:
     """Scale the channels of ``edge`` as leaves least error behind its reader, which is still to be rounded."""
-    mine, _ = walks
+    mine, theirs = walks
     mine.advance_to(edge.end.name)
-    unscaled, mark, state = mine.value(edge.end.name), mine.mark(), generator.get_state()
+    unscaled, state = mine.value(edge.end.name), generator.get_state()
     weight = tensor_of(student, parameter_of(edge.reader, 1))
     original, scales = weight.clone(), list(candidate_scales(edge, unscaled))
 
-    def try_(scale: Tensor) -> None:
+    def put_(scale: Tensor, walk: Walk) -> None:
         weight.copy_(original)
         scale_back_columns_(student, edge, scale)
-        mine.go_back(mark)
-        mine.set_(edge.end.name, scaled(edge, unscaled, scale))
+        walk.set_(edge.end.name, scaled(edge, unscaled, scale))
         generator.set_state(state)
 
     errors = []
     for scale in scales:
-        try_(scale)
-        mine.advance_before(edge.reader.name)
-        inputs, target = _look(student, edge.reader, *walks, generator)
-        errors.append(_rounded(weight, quantizer, inputs, target)[2])
+        trial = mine.branch()
+        put_(scale, trial)
+        trial.advance_before(edge.reader.name)
+        seen = _seen(student, edge.reader, trial, theirs, generator)
+        errors.append(seen.error(seen.rounded(quantizer)[0]))
     best = int(torch.stack(errors).argmin())
-    try_(scales[best])
+    put_(scales[best], mine)
     if best:
         scale_rows_(student, edge, scales[best])
         scale_rows_(reference, edge, scales[best])
@@ -109,25 +109,33 @@ def _equalize_(
 
 def _weight_quantizer(module: GraphModule, node: Node) -> LearnedStepFakeQuantize | None:
     """Return the quantizer of the weight of ``node``, if it is a layer of the kinds that are rounded here."""
-    if node.target not in (aten.conv2d.default, aten.linear.default) or node_at(node, 1).op != "call_module":
+    if node.target not in WEIGHTED or node_at(node, 1).op != "call_module":
         return None
     quantizer = module.get_submodule(str(node_at(node, 1).target))
-    if not isinstance(quantizer, LearnedStepFakeQuantize) or isinstance(_argument(node, 4, 0), str):
-        return None
-    weight = tensor_of(module, node_at(node_at(node, 1), 0))
-    return quantizer if weight[0].numel() <= _MAX_INPUTS else None
+    weight = tensor_of(module, parameter_of(node, 1))
+    return quantizer if isinstance(quantizer, LearnedStepFakeQuantize) and can_compensate(node, weight) else None
+
+
+def can_compensate(layer: Node, weight: Tensor) -> bool:
+    """Whether the layer is of the kinds for which integers are found that make up for each other's errors."""
+    known = layer.target in (aten.conv2d.default, aten.linear.default) and not isinstance(_argument(layer, 4, 0), str)
+    return known and weight[0].numel() <= _MAX_INPUTS
 
 
 def _argument(node: Node, index: int, default: Any) -> Any:
     return node.args[index] if len(node.args) > index else default
 
 
-def _look(
-    student: GraphModule, node: Node, mine: Walk, theirs: Walk, generator: torch.Generator
-) -> tuple[Float[Tensor, "group position input"], Float[Tensor, "group position output"]]:
-    """Return what enters the layer at some random positions of every image, and what its weights should make of it."""
+def _seen(student: GraphModule, node: Node, mine: Walk, theirs: Walk, generator: torch.Generator) -> "Compensation":
     weight, bias = tensor_of(student, parameter_of(node, 1)), _bias(student, node)
     entering, leaving = mine.value(node_at(node, 0).name), theirs.value(node.name)
+    return Compensation(weight, bias, *look_at_layer(node, weight, bias, entering, leaving, generator))
+
+
+def look_at_layer(
+    node: Node, weight: Tensor, bias: Tensor | None, entering: Tensor, leaving: Tensor, generator: torch.Generator
+) -> tuple[Float[Tensor, "group position input"], Float[Tensor, "group position output"]]:
+    """Return what enters the layer at some random positions of every image, and what its weights should make of it."""
     num_inputs = weight[0].numel()
     wanted = max(_MIN_POSITIONS, _POSITIONS_PER_INPUT * num_inputs)
     if node.target is aten.linear.default:
@@ -153,40 +161,55 @@ def _bias(module: GraphModule, layer: Node) -> Tensor | None:
     return tensor_of(module, parameter_of(layer, 2)) if has_one else None
 
 
-def _round_layer_(
-    module: GraphModule,
-    node: Node,
-    quantizer: LearnedStepFakeQuantize,
-    inputs: Float[Tensor, "group position input"],
-    target: Float[Tensor, "group position output"],
-) -> None:
-    weight, bias = tensor_of(module, parameter_of(node, 1)), _bias(module, node)
-    rounded, shift, _ = _rounded(weight, quantizer, inputs, target)
-    weight.copy_(rounded)
-    if bias is not None:
-        bias += shift
+def _round_layer_(module: GraphModule, node: Node, quantizer: LearnedStepFakeQuantize, seen: "Compensation") -> None:
+    rounded, shifted = seen.rounded(quantizer)
+    tensor_of(module, parameter_of(node, 1)).copy_(rounded)
+    if shifted is not None:
+        tensor_of(module, parameter_of(node, 2)).copy_(shifted)
     quantizer.searching = None
 
 
-def _rounded(
-    weight: Float[Tensor, "output ..."],
-    quantizer: LearnedStepFakeQuantize,
-    inputs: Float[Tensor, "group position input"],
-    target: Float[Tensor, "group position row"],
-) -> tuple[Float[Tensor, "output ..."], Float[Tensor, " output"], Float[Tensor, ""]]:
-    """Return the rounded weight, the mean that is missing of each output, and the mean square of what is left."""
-    groups, _, num_inputs = inputs.shape
-    rows = weight.reshape(groups, -1, num_inputs)
-    moments = inputs.transpose(1, 2) @ inputs / inputs.shape[1]
-    power = moments.diagonal(dim1=1, dim2=2).mean(1)
-    damping = torch.where(power > 0, _DAMPING * power, 1.0)[:, None, None]
-    moments += damping * torch.eye(num_inputs, device=moments.device)
-    missing = target - inputs @ rows.transpose(1, 2)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
-    rows = rows + (missing.transpose(1, 2) @ inputs / inputs.shape[1]) @ inverse
-    rounded = _round_rows(rows, quantizer, moments, groups)
-    left = target - inputs @ rounded.transpose(1, 2)
-    return rounded.view_as(weight), left.mean(1).flatten(), left.var(1).mean()
+class Compensation:
+    """What a layer sees and what its weights should make of it, from which weight and bias on any grid follow."""
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "..."],
+        bias: Float[Tensor, " channel"] | None,
+        inputs: Float[Tensor, "group position input"],
+        target: Float[Tensor, "group position output"],
+    ) -> None:
+        self._shape, self._bias, self._inputs, self._target = weight.shape, bias, inputs, target
+        groups, _, num_inputs = inputs.shape
+        rows = weight.reshape(groups, -1, num_inputs)
+        moments = inputs.transpose(1, 2) @ inputs / inputs.shape[1]
+        power = moments.diagonal(dim1=1, dim2=2).mean(1)
+        damping = torch.where(power > 0, _DAMPING * power, 1.0)[:, None, None]
+        self._moments = moments + damping * torch.eye(num_inputs, device=moments.device)
+        missing = target - inputs @ rows.transpose(1, 2)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self._moments))
+        self._rows = rows + (missing.transpose(1, 2) @ inputs / inputs.shape[1]) @ inverse
+
+    def rounded(
+        self, quantizer: LearnedStepFakeQuantize
+    ) -> tuple[Float[Tensor, "..."], Float[Tensor, " channel"] | None]:
+        """Return the weight on the grid of ``quantizer``, and the bias that goes with it."""
+        return self._with_bias(_round_rows(self._rows, quantizer, self._moments, len(self._rows)))
+
+    def adapted(self) -> tuple[Float[Tensor, "..."], Float[Tensor, " channel"] | None]:
+        """Return weight and bias in full precision, changed for inputs that are not what they were."""
+        return self._with_bias(self._rows)
+
+    def error(self, weight: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+        """Return the mean square of what ``weight`` and a bias that suits it leave of the target."""
+        return self._left(weight.reshape(self._rows.shape)).var(1).mean()
+
+    def _left(self, rows: Float[Tensor, "group output input"]) -> Float[Tensor, "group position output"]:
+        return self._target - self._inputs @ rows.transpose(1, 2)
+
+    def _with_bias(self, rows: Float[Tensor, "group output input"]) -> tuple[Tensor, Tensor | None]:
+        bias = None if self._bias is None else self._bias + self._left(rows).mean(1).flatten()
+        return rows.view(self._shape), bias
 
 
 def _round_rows(

@@ -1,16 +1,15 @@
-"""One pass through a graph that can be halted at every node, and taken up again from where it was."""
+"""One pass through a graph that halts at any node, and can go on from there in more than one way."""
 
 from jaxtyping import Float
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-
-Mark = tuple[dict[Node, object], list[Node]]
 
 
 class Walk:
     """One pass through a graph that can be halted at every node, and drops values that nothing needs any more."""
 
     def __init__(self, module: GraphModule, images: Float[Tensor, "batch channel height width"]) -> None:
+        self._module, self._images = module, images
         self._interpreter = Interpreter(module)
         self._interpreter.args_iter = iter([images])
         self._ahead = list(reversed(module.graph.nodes))
@@ -26,13 +25,21 @@ class Walk:
         """Go on as if the node called ``name``, which was computed last, had been ``value``."""
         self._interpreter.env[self._names[name]] = value
 
-    def mark(self) -> Mark:
-        """Return the place to which ``go_back`` leads."""
-        return dict(self._interpreter.env), list(self._ahead)
+    def put(self, value: Tensor) -> None:
+        """Take ``value`` for what the node that comes next computes, and go past it."""
+        self._step(value)
 
-    def go_back(self, mark: Mark) -> None:
-        """Forget everything that was computed since ``mark``."""
-        self._interpreter.env, self._ahead = dict(mark[0]), list(mark[1])
+    def branch(self) -> "Walk":
+        """Return a pass that stands where this one does, and goes on without it."""
+        other = Walk(self._module, self._images)
+        other._interpreter.env, other._ahead = dict(self._interpreter.env), list(self._ahead)
+        return other
+
+    def finish(self) -> object:
+        """Compute the rest, and return what the graph returns."""
+        while len(self._ahead) > 1:
+            self._step()
+        return self._interpreter.run_node(self._ahead[0])
 
     def advance_to(self, name: str) -> bool:
         """Compute everything up to the node called ``name``, and say whether there is one."""
@@ -53,8 +60,8 @@ class Walk:
             for each in (*node.all_input_nodes, node):
                 self._interpreter.env[each] = self._interpreter.run_node(each)
 
-    def _step(self) -> None:
+    def _step(self, value: Tensor | None = None) -> None:
         node = self._ahead.pop()
-        self._interpreter.env[node] = self._interpreter.run_node(node)
+        self._interpreter.env[node] = self._interpreter.run_node(node) if value is None else value
         for unneeded in self._interpreter.user_to_last_uses.get(node, []):
             self._interpreter.env.pop(unneeded, None)
