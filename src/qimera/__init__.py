@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qimera.allocation import Allocation, allocate_bits
     from qimera.data import LabelledImages, load_labelled_images
     from qimera.errors import ConfigError, DivergenceError, QimeraError, UnsupportedModelError, VerificationError
     from qimera.estimation import Estimate, estimate_drop
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from qimera.quantization.student import Student
     from qimera.recipes import RECIPE_NAMES, Recipe, recipe
     from qimera.selection import choose
+    from qimera.sensitivity import Sensitivity, measure_sensitivity
     from qimera.settings import (
         DirectSettings,
         DistillationSettings,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RECIPE_NAMES",
+    "Allocation",
     "Comparison",
     "ConfigError",
     "DirectSettings",
@@ -50,12 +53,14 @@ __all__ = [
     "Recipe",
     "RunSettings",
     "SampleBank",
+    "Sensitivity",
     "Student",
     "SynthesisSettings",
     "Teacher",
     "UnsupportedModelError",
     "Verification",
     "VerificationError",
+    "allocate_bits",
     "choose",
     "estimate_drop",
     "evaluate",
@@ -63,6 +68,7 @@ __all__ = [
     "export_onnx",
     "export_pt2",
     "load_labelled_images",
+    "measure_sensitivity",
     "quantize",
     "recipe",
     "synthesize",
@@ -70,6 +76,7 @@ __all__ = [
 
 # Imported when first used: torchao takes seconds, and `qimera --help` needs neither it nor torch.
 _NAMES = {
+    "qimera.allocation": ("Allocation", "allocate_bits"),
     "qimera.data": ("LabelledImages", "load_labelled_images"),
     "qimera.errors": ("ConfigError", "DivergenceError", "QimeraError", "UnsupportedModelError", "VerificationError"),
     "qimera.estimation": ("Estimate", "estimate_drop"),
@@ -82,6 +89,7 @@ _NAMES = {
     "qimera.quantization.student": ("Student",),
     "qimera.recipes": ("RECIPE_NAMES", "Recipe", "recipe"),
     "qimera.selection": ("choose",),
+    "qimera.sensitivity": ("Sensitivity", "measure_sensitivity"),
     "qimera.settings": (
         "DirectSettings",
         "DistillationSettings",

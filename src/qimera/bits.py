@@ -1,6 +1,7 @@
 """Text such as ``w4a8`` or ``conv1=8,*fc*=w8a4`` -> bits."""
 
 import re
+from collections.abc import Iterable
 
 from qimera.errors import ConfigError
 from qimera.settings import LayerBits
@@ -38,3 +39,8 @@ def parse_layer_bits(text: str) -> tuple[LayerBits, ...]:
         weight_bits, activation_bits = parse_bits(f"w{bits}a{bits}" if bits.isdigit() else bits)
         rules.append(LayerBits(pattern=pattern, weight_bits=weight_bits, activation_bits=activation_bits))
     return tuple(rules)
+
+
+def spell_layer_bits(rules: Iterable[LayerBits]) -> str:
+    """Return the text that ``parse_layer_bits`` reads these rules from."""
+    return ",".join(f"{rule.pattern}=w{rule.weight_bits}a{rule.activation_bits}" for rule in rules)

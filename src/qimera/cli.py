@@ -162,6 +162,10 @@ def quantize(
     layer_bits: Annotated[
         str | None, typer.Option(metavar="RULES", help="Exceptions by layer name, such as 'conv1=8,*fc*=w8a4'.")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="size=SHARE|bops=SHARE", help="Find bits per layer for this share of full precision."),
+    ] = None,
     scheme: Annotated[
         Literal["hardware", "paper"] | None,
         typer.Option(help="What integer kernels need, or as published. Default: hardware."),
@@ -189,7 +193,7 @@ def quantize(
 
         refuse_other_content(output)
         model_options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
-        options = RunOptions(bits, layer_bits, scheme, target, recipe, bank, seed)
+        options = RunOptions(bits, layer_bits, scheme, target, recipe, bank, seed, budget)
         read = resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
         check_run(read.settings, read.teacher, read.bank)
         run = RunDirectory.start(output, read.settings)

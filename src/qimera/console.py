@@ -26,6 +26,7 @@ _WIDTH_WITHOUT_TERMINAL = 120
 _STAGES = {
     "generator": "train the generator",
     "direct": "optimise images",
+    "sensitivity": "measure layers",
     "ranges": "search ranges",
     "distillation": "train the student",
     "evaluation": "evaluate",

@@ -76,6 +76,7 @@ class RunOptions:
     recipe: str | None
     bank: Path | None
     seed: int | None
+    budget: str | None = None
 
     def quantization(self) -> QuantizationSettings:
         """Return what is quantized at how many bits."""
@@ -86,6 +87,7 @@ class RunOptions:
             layer_bits=parse_layer_bits(self.layer_bits or ""),
             scheme=self.scheme or "hardware",
             target=self.target or "onnxruntime",
+            budget=self.budget or "",
         )
 
 

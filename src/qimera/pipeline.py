@@ -120,13 +120,9 @@ def quantize_with(
     progress: ProgressCallback = silent,
 ) -> Student:
     """``quantize`` with every setting spelled out."""
-    if bank.teacher_hash != teacher.hash:
-        raise ConfigError(
-            f"bank: made for another teacher (hash {bank.teacher_hash[:12]}, this model has {teacher.hash[:12]}); "
-            "synthesise a bank for this model and its weights"
-        )
-    if bank.input_spec != teacher.input_spec:
-        raise ConfigError(f"bank: made for images of {bank.input_spec}, this teacher takes {teacher.input_spec}")
+    check_bank(bank, teacher)
+    if quantization.budget and not all(quantization.has_rule_for(layer.name) for layer in teacher.layers):
+        raise ConfigError("budget: bits are not found yet; give the layer_bits that allocate_bits returns")
     generator = torch.Generator().manual_seed(seed)
     student = Student(teacher, quantization)
     batches = bank.batches(quantization.num_range_samples, generator)
@@ -150,6 +146,17 @@ def as_teacher(model: nn.Module, input_spec: InputSpec | None) -> Teacher:
     if input_spec is None:
         raise ConfigError("input_spec: missing; pass InputSpec(shape=..., mean=..., std=...) with a plain model")
     return Teacher.capture(model, input_spec)
+
+
+def check_bank(bank: SampleBank, teacher: Teacher) -> None:
+    """Raise ConfigError if ``bank`` is of another teacher, or of other images."""
+    if bank.teacher_hash != teacher.hash:
+        raise ConfigError(
+            f"bank: made for another teacher (hash {bank.teacher_hash[:12]}, this model has {teacher.hash[:12]}); "
+            "synthesise a bank for this model and its weights"
+        )
+    if bank.input_spec != teacher.input_spec:
+        raise ConfigError(f"bank: made for images of {bank.input_spec}, this teacher takes {teacher.input_spec}")
 
 
 NUM_RANGE_BATCHES = 4

@@ -35,7 +35,7 @@ def recipe(name: str, input_spec: InputSpec, num_classes: int) -> Recipe:
     Raises:
         ConfigError: there is no such recipe.
     """
-    large = input_spec.shape[1] * input_spec.shape[2] >= _LARGE_IMAGE
+    large = has_large_images(input_spec)
     match name:
         case "ptq":
             return _ptq(large, num_classes)
@@ -48,6 +48,11 @@ def recipe(name: str, input_spec: InputSpec, num_classes: int) -> Recipe:
         case "gdfq":
             return _gdfq(large, num_classes)
     raise ConfigError(f"recipe: no recipe called {name!r}; there are {', '.join(RECIPE_NAMES)}")
+
+
+def has_large_images(input_spec: InputSpec) -> bool:
+    """Return whether a sample costs so much that fewer must do."""
+    return input_spec.shape[1] * input_spec.shape[2] >= _LARGE_IMAGE
 
 
 def _ptq(large: bool, num_classes: int) -> Recipe:

@@ -4,6 +4,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from qimera import pipeline
+from qimera.allocation import allocate
+from qimera.budget import check_budget
 from qimera.errors import ConfigError
 from qimera.estimation import estimate_drop
 from qimera.progress import ProgressCallback
@@ -20,8 +22,8 @@ def check_run(settings: RunSettings, teacher: Teacher, bank: SampleBank | None) 
     """Refuse what would stop the run only after its directory was made.
 
     Raises:
-        ConfigError: bits for a layer that is not there, fresh samples without a generator to draw them, or a choice
-            without held-out samples.
+        ConfigError: bits for a layer that is not there, a budget out of reach, fresh samples without a generator to
+            draw them, or a choice without held-out samples.
     """
     names = [layer.name for layer in teacher.layers]
     for rule in settings.quantization.layer_bits:
@@ -31,6 +33,7 @@ def check_run(settings: RunSettings, teacher: Teacher, bank: SampleBank | None) 
                 f"layer_bits: {rule.pattern!r} fits none of the {len(names)} layers (nearest: {', '.join(nearest)}); "
                 "`qimera inspect --all` lists them"
             )
+    check_budget(teacher, settings.quantization)
     ways = (settings.distillation, *settings.alternatives)
     fresh_share = max(way.fresh_share for way in ways)
     if fresh_share and not _has_generator(settings, bank):
@@ -59,12 +62,14 @@ def carry_out(run: RunDirectory, teacher: Teacher, bank: SampleBank | None, prog
         ConfigError: the run is finished, but its model had other weights then.
         DivergenceError: a loss became NaN or infinite.
     """
-    settings = run.settings
     if run.is_finished:
         return _summary_of(run, teacher)
     with replacing(run.teacher_file) as temporary:
         teacher.save(temporary)
     samples = bank if bank is not None else _own_bank(run, teacher, progress)
+    if run.settings.quantization.budget:
+        _find_bits(run, teacher, samples, progress)
+    settings = run.settings
     with run.recording("student", progress) as record:
         student, chosen = _make_student(settings, teacher, samples, record)
     with replacing(run.student_file) as temporary:
@@ -74,6 +79,7 @@ def carry_out(run: RunDirectory, teacher: Teacher, bank: SampleBank | None, prog
         teacher,
         bank=samples,
         estimate=estimate_drop(student, teacher, samples) if samples.settings.num_held_out else None,
+        allocation=run.allocation.lines() if run.allocation else (),
         bank_seconds=run.seconds("bank"),
         student_seconds=run.seconds("student"),
     )
@@ -105,6 +111,16 @@ def _own_bank(run: RunDirectory, teacher: Teacher, progress: ProgressCallback) -
     bank.save(run.bank_directory)
     # Read back: a run that is interrupted here and continued must see the same samples.
     return SampleBank.load(run.bank_directory, teacher)
+
+
+def _find_bits(run: RunDirectory, teacher: Teacher, bank: SampleBank, progress: ProgressCallback) -> None:
+    """Let the run's settings name the bits that its budget comes to."""
+    allocation = run.allocation
+    if allocation is None:
+        settings = run.settings
+        with run.recording("allocation", progress) as record:
+            allocation = allocate(teacher, bank, settings.quantization, seed=settings.seed, progress=record)
+    run.settle(allocation)
 
 
 def _make_student(

@@ -1,4 +1,4 @@
-"""One run on disk: the settings that start it again, its metrics, bank, student and summary; each whole or absent."""
+"""One run on disk: the settings that start it again, metrics, bank, bits, student, summary; each whole or absent."""
 
 import json
 import os
@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from qimera.allocation import Allocation
 from qimera.errors import ConfigError
 from qimera.progress import Progress, ProgressCallback
-from qimera.settings import RunSettings
+from qimera.settings import LayerBits, RunSettings
 from qimera.summary import Summary
 
-Part = Literal["bank", "student"]
-"""The two halves of a run; a run that was interrupted continues at the first half that is not there."""
+Part = Literal["bank", "allocation", "student"]
+"""What a run does, in this order; a run that was interrupted continues at the first part that is not there."""
 
 _MAX_LISTED = 4
 
@@ -33,6 +34,7 @@ class RunDirectory:
         self.metrics_file = path / "metrics.jsonl"
         self.teacher_file = path / "teacher.pt2"
         self.bank_directory = path / "bank"
+        self.allocation_file = path / "allocation.json"
         self.student_file = path / "student.safetensors"
         self.report_file = path / "summary.txt"
         self._summary_file = path / "summary.json"
@@ -51,12 +53,12 @@ class RunDirectory:
             with replacing(settings_file) as temporary:
                 settings.save(temporary)
             return cls(path, settings)
-        differences = _differences(RunSettings.load(settings_file), settings)
-        if differences:
+        run = cls(path, RunSettings.load(settings_file))
+        differences = _differences(run._settings_as_given(), settings)
+        if differences and settings != run.settings:
             listed = "; ".join(differences[:_MAX_LISTED])
             rest = f"; and {len(differences) - _MAX_LISTED} more" if len(differences) > _MAX_LISTED else ""
             raise ConfigError(f"{path}: holds a run with other settings ({listed}{rest}); choose another --output")
-        run = cls(path, settings)
         run._forget_unfinished_part()
         return run
 
@@ -83,6 +85,24 @@ class RunDirectory:
     def has_bank(self) -> bool:
         """Whether the run's own bank is complete."""
         return self.bank_directory.exists()
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """The bits that a budget came to, once they are found."""
+        return Allocation.load(self.allocation_file) if self.allocation_file.exists() else None
+
+    def settle(self, allocation: Allocation) -> None:
+        """Write the bits that a budget came to, and let the settings name them."""
+        with replacing(self.allocation_file) as temporary:
+            allocation.save(temporary)
+        self.settings = _with_rules(self.settings, allocation.all_rules)
+        with replacing(_settings_file(self.path)) as temporary:
+            self.settings.save(temporary)
+
+    def _settings_as_given(self) -> RunSettings:
+        """Return the settings without the bits that were found for them."""
+        allocation = self.allocation
+        return self.settings if allocation is None else _with_rules(self.settings, allocation.rules)
 
     @contextmanager
     def recording(self, part: Part, also: ProgressCallback) -> Iterator[ProgressCallback]:
@@ -129,6 +149,7 @@ class RunDirectory:
                 left_over.unlink()
         if self.metrics_file.exists() and not self.is_finished:
             kept = self._metrics_of("bank") if self.has_bank else []
+            kept += self._metrics_of("allocation") if self.allocation_file.exists() else []
             with replacing(self.metrics_file) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
@@ -163,6 +184,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def _settings_file(path: Path) -> Path:
     return path / "settings.json"
+
+
+def _with_rules(settings: RunSettings, rules: tuple[LayerBits, ...]) -> RunSettings:
+    quantization = settings.quantization.model_copy(update={"layer_bits": rules})
+    return settings.model_copy(update={"quantization": quantization})
 
 
 def _differences(there: RunSettings, asked: RunSettings) -> list[str]:

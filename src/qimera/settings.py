@@ -213,6 +213,10 @@ class QuantizationSettings(Settings):
     layer_bits: tuple[LayerBits, ...] = ()
     """Exceptions by layer name; the last matching pattern wins."""
 
+    budget: str = ""
+    """What all layers together may take of full precision, such as ``size=0.14`` or ``bops=0.05``; empty for no limit.
+    A run finds the bits of the layers that ``layer_bits`` does not name, and adds them to it."""
+
     edge_bits: int = Field(8, ge=2, le=8)
     """Bits of tensors that enter additions, concatenations and pooling (hardware scheme)."""
 
@@ -229,6 +233,10 @@ class QuantizationSettings(Settings):
             if fnmatchcase(layer, rule.pattern):
                 bits = (rule.weight_bits, rule.activation_bits)
         return bits
+
+    def has_rule_for(self, layer: str) -> bool:
+        """Return whether ``layer_bits`` names the layer called ``layer``."""
+        return any(fnmatchcase(layer, rule.pattern) for rule in self.layer_bits)
 
 
 class DistillationSettings(Settings):

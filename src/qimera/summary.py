@@ -1,6 +1,8 @@
 """A finished run -> what it was made from, what it cost and how large the student is."""
 
+import math
 import platform
+import textwrap
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -8,11 +10,12 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from qimera.bits import spell_layer_bits
 from qimera.errors import ConfigError
 from qimera.estimation import Estimate
 from qimera.settings import QuantizationSettings, RunSettings
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher import Layer, Teacher
 
 _SCALE_BYTES = 4
 _BIAS_BYTES = 4
@@ -34,7 +37,13 @@ class Summary(BaseModel):
     """Runtime whose kernels decided where tensors are rounded."""
 
     layer_bits: str
-    """Exceptions by layer name, as ``--layer-bits`` takes them."""
+    """Exceptions by layer name, as ``--layer-bits`` takes them; those that a budget came to, too."""
+
+    budget: str = ""
+    """Such as ``size=0.14``; empty where there was none."""
+
+    allocation: tuple[str, ...] = ()
+    """What the budget came to, in lines for a person."""
 
     recipe: str
     seed: int
@@ -78,12 +87,12 @@ class Summary(BaseModel):
         *,
         bank: SampleBank,
         estimate: Estimate | None,
+        allocation: tuple[str, ...],
         bank_seconds: float | None,
         student_seconds: float | None,
     ) -> "Summary":
         """Collect the summary of a run that has just finished."""
         quantization = settings.quantization
-        rules = (f"{rule.pattern}=w{rule.weight_bits}a{rule.activation_bits}" for rule in quantization.layer_bits)
         return cls(
             model=settings.model,
             teacher_hash=teacher.hash,
@@ -91,7 +100,9 @@ class Summary(BaseModel):
             bits=f"w{quantization.weight_bits}a{quantization.activation_bits}",
             scheme=quantization.scheme,
             target=quantization.target,
-            layer_bits=",".join(rules),
+            layer_bits=spell_layer_bits(quantization.layer_bits),
+            budget=quantization.budget,
+            allocation=allocation,
             recipe=settings.recipe,
             seed=settings.seed,
             num_samples=bank.num_training,
@@ -121,11 +132,12 @@ class Summary(BaseModel):
 
     def text(self) -> str:
         """Return the summary for a person, one fact per line."""
-        exceptions = f", except {self.layer_bits}" if self.layer_bits else ""
+        exceptions = f", except {self.layer_bits}" if self.layer_bits and not self.allocation else ""
         held_out = f" and {self.num_held_out} held out" if self.num_held_out else ""
         facts = {
             "model": f"{self.model} ({self.num_classes} classes, teacher {self.teacher_hash[:12]})",
             "bits": f"{self.bits}{exceptions}, scheme {self.scheme}, target {self.target}",
+            "budget": "\n".join(self.allocation),
             "recipe": f"{self.recipe}, seed {self.seed}",
             "bank": f"{self.num_samples} synthetic samples{held_out}, {_readable_seconds(self.bank_seconds)}",
             "student": f"{self.num_steps} steps, {_readable_seconds(self.student_seconds)}",
@@ -137,7 +149,9 @@ class Summary(BaseModel):
             facts["estimate"] = self.estimate.text()
         elif self.bank_agreement is not None:
             facts["estimate"] = f"none; {self.bank_agreement:.1f} % agreement on synthetic samples it was trained on"
-        return "".join(f"{name:<11}{fact}\n" for name, fact in facts.items())
+        return "".join(
+            f"{name:<11}{textwrap.indent(fact, ' ' * 11).lstrip()}\n" for name, fact in facts.items() if fact
+        )
 
 
 def float_bytes(teacher: Teacher) -> int:
@@ -147,12 +161,14 @@ def float_bytes(teacher: Teacher) -> int:
 
 def packed_bytes(teacher: Teacher, settings: QuantizationSettings) -> int:
     """Return the bytes of the student's weights, packed without gaps, with scales and biases per output channel."""
-    total = 0
-    for layer in teacher.layers:
-        channels = layer.weight_shape[1 if layer.kind.startswith("conv_transpose") else 0]
-        num_weights = int(torch.Size(layer.weight_shape).numel())
-        total += (num_weights * settings.bits_of(layer.name)[0] + 7) // 8 + channels * (_SCALE_BYTES + _BIAS_BYTES)
-    return total
+    return sum(layer_bytes(layer, settings.bits_of(layer.name)[0]) for layer in teacher.layers)
+
+
+def layer_bytes(layer: Layer, weight_bits: int) -> int:
+    """Return what one layer has of them at this width."""
+    channels = layer.weight_shape[1 if layer.kind.startswith("conv_transpose") else 0]
+    num_weights = math.prod(layer.weight_shape)
+    return (num_weights * weight_bits + 7) // 8 + channels * (_SCALE_BYTES + _BIAS_BYTES)
 
 
 def readable_bytes(num_bytes: int) -> str:

@@ -194,6 +194,13 @@ def end_of_kernel(layer: Node) -> Node:
     return end
 
 
+def reading_network_input(module: GraphModule) -> set[str]:
+    """Return the names of the layers that read the network's input, whose bits are a setting of their own."""
+    return {
+        layer_name(node) for node in module.graph.nodes if has_parameter(node) and _is_network_input(node_at(node, 0))
+    }
+
+
 def _is_read_in_full(tensor: Node, edges: list["_Edge"]) -> bool:
     """Whether something but ``edges`` and the caller of the network reads ``tensor``, as it is or moved about."""
     on_grid = {(reader, producer) for reader, producer, _ in edges}

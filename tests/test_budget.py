@@ -1,0 +1,91 @@
+import re
+
+import pytest
+from torch import nn
+
+from qimera.budget import Budget, check_budget, layer_choices
+from qimera.errors import ConfigError
+from qimera.settings import InputSpec, LayerBits, QuantizationSettings
+from qimera.summary import float_bytes, packed_bytes
+from qimera.teacher import Teacher
+from tests.networks import NETWORKS, SPEC, random_network
+
+TOY = InputSpec(shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
+
+
+@pytest.fixture(scope="module")
+def toy() -> Teacher:
+    """A convolution of 72 weights at 36 positions, and a linear layer of 864 weights."""
+    return Teacher.capture(
+        nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 6 * 6, 3)), TOY
+    )
+
+
+def settings(budget: str, *rules: tuple[str, int, int], **changes: object) -> QuantizationSettings:
+    layer_bits = tuple(LayerBits(pattern=name, weight_bits=w, activation_bits=a) for name, w, a in rules)
+    return QuantizationSettings(budget=budget, layer_bits=layer_bits, **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "measure", "share"),
+    [("size=0.14", "size", 0.14), (" bops=.05 ", "bops", 0.05), ("SIZE=1", "size", 1.0), ("bops=1e-2", "bops", 0.01)],
+)
+def test_a_budget_is_a_share_of_a_measure(text: str, measure: str, share: float) -> None:
+    assert Budget.parse(text) == Budget(measure, share)
+    assert Budget.parse(str(Budget.parse(text))) == Budget(measure, share)
+
+
+@pytest.mark.parametrize("text", ["0.14", "size", "size=", "size=0", "size=1.5", "size=-0.1", "flops=0.1", "size=14%"])
+def test_what_is_no_budget_is_refused_with_what_was_given(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"budget: expected size=SHARE or bops=SHARE .*given '{re.escape(text)}'"):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_sizes_of_layers_add_up_to_packed_bytes(name: str, bits: int) -> None:
+    teacher = Teacher.capture(random_network(name), SPEC)
+    choices = layer_choices(teacher, settings("size=1"), Budget("size", 1.0))
+    assert len({choice.name for choice in choices}) == len(choices)
+    expected = packed_bytes(teacher, QuantizationSettings(weight_bits=bits))
+    assert sum(choice.costs[bits, 4] for choice in choices) == expected
+
+
+def test_bit_operations_count_weights_times_activations_and_the_input_at_its_own_bits(toy: Teacher) -> None:
+    convolution, linear = layer_choices(toy, settings("bops=1"), Budget("bops", 1.0))
+    assert convolution.costs == {(bits, 4): 72 * 36 * bits * 8 for bits in range(2, 9)}  # reads 8-bit pixels
+    assert linear.costs == {(w, a): 864 * w * a for w in range(2, 9) for a in range(2, 9)}
+    assert Budget("bops", 1.0).full(toy) == (72 * 36 + 864) * 32 * 32
+    assert Budget("bops", 0.5).limit(toy) == (72 * 36 + 864) * 32 * 16
+
+
+def test_a_layer_with_a_rule_keeps_its_bits_and_counts(toy: Teacher) -> None:
+    convolution, linear = layer_choices(toy, settings("size=1", ("3", 7, 5)), Budget("size", 1.0))
+    assert (convolution.is_fixed, linear.is_fixed) == (False, True)
+    assert linear.costs == {(7, 5): 864 * 7 // 8 + 3 * 8}
+
+
+def test_a_budget_below_two_bits_or_above_eight_is_refused_with_what_can_be_reached(toy: Teacher) -> None:
+    full = float_bytes(toy)
+    lowest, highest = (packed_bytes(toy, QuantizationSettings(weight_bits=bits)) / full for bits in (2, 8))
+    for budget, message in (("size=0.01", "cannot be met: at 2 bits"), ("size=0.9", "leaves nothing to decide")):
+        with pytest.raises(ConfigError, match=f"budget: {budget} {message}") as refused:
+            check_budget(toy, settings(budget))
+        found = re.search(r"give size=([\d.]+) to ([\d.]+)", str(refused.value))
+        assert found is not None
+        assert float(found[1]) == pytest.approx(lowest, abs=1e-4)
+        assert float(found[2].rstrip(".")) == pytest.approx(highest, abs=1e-4)
+        for reachable in found.groups():
+            check_budget(toy, settings(f"size={reachable.rstrip('.')}"))
+
+
+def test_bits_that_are_all_given_may_take_less_than_the_budget_but_not_more(toy: Teacher) -> None:
+    rules = (("0", 4, 4), ("3", 4, 4))
+    check_budget(toy, settings("size=0.9", *rules))
+    with pytest.raises(ConfigError, match=r"budget: size=0.1 cannot be met: at the bits of layer_bits"):
+        check_budget(toy, settings("size=0.1", *rules))
+
+
+def test_a_budget_for_the_scheme_of_the_paper_is_refused(toy: Teacher) -> None:
+    with pytest.raises(ConfigError, match="budget: needs scheme hardware, given paper"):
+        check_budget(toy, settings("size=0.2", scheme="paper"))

@@ -1,0 +1,128 @@
+import pytest
+import torch
+from qimera.quantization.halting_run import HaltingRun
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qimera.distillation import kl_loss
+from qimera.graph import fold_batch_norms, with_outputs
+from qimera.progress import Progress
+from qimera.sensitivity import Sensitivity, measure_sensitivity
+from qimera.settings import SynthesisSettings
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+from tests.networks import SPEC, random_network
+
+
+@pytest.fixture(scope="module")
+def measured(teacher: Teacher, bank: SampleBank) -> Sensitivity:
+    return measure_sensitivity(teacher, bank, seed=3)
+
+
+def test_every_layer_has_a_loss_for_every_width_of_its_weight_and_of_its_input(
+    measured: Sensitivity, teacher: Teacher
+) -> None:
+    names = [layer.name for layer in teacher.layers]
+    assert list(measured.weights) == names
+    assert list(measured.activations) == names[1:]  # the first reads the network's input, whose bits are fixed
+    for losses in (*measured.weights.values(), *measured.activations.values()):
+        assert len(losses) == 7
+        assert min(losses) >= 0
+
+
+def test_fewer_bits_do_more_harm_by_far(measured: Sensitivity) -> None:
+    for losses in (*measured.weights.values(), *measured.activations.values()):
+        assert losses[0] > 3 * losses[3] > 9 * losses[6]  # 2, 5 and 8 bits
+
+
+def test_the_loss_of_bits_is_that_of_the_weight_plus_that_of_the_input(measured: Sensitivity) -> None:
+    weight, entering = measured.weights["conv2"], measured.activations["conv2"]
+    assert measured.loss("conv2", 3) == weight[1]
+    assert measured.loss("conv2", 3, 5) == weight[1] + entering[3]
+
+
+def test_the_loss_at_eight_bits_of_the_last_layers_input_is_the_divergence_of_the_logits(
+    teacher: Teacher, bank: SampleBank, measured: Sensitivity
+) -> None:
+    """Nothing follows that could make up for it, so that it can be computed without the machinery."""
+    generator = torch.Generator().manual_seed(3)
+    fit_on, judge_on = next(bank.batches(128, generator)).images.chunk(2)
+    module = fold_batch_norms(teacher.module)
+    entering = str(module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[0].args[0])
+    with torch.no_grad():
+        logits, (seen,) = with_outputs(module, [entering])(judge_on)
+        _, (fitted,) = with_outputs(module, [entering])(fit_on)
+        parameters = dict(teacher.module.named_parameters())
+        low, high = float(fitted.min().clamp(max=0)), float(fitted.max())
+        losses = []
+        for shrink in torch.linspace(0.9, 1, 11).tolist():  # the search may clip a little
+            scale = (high - low) * shrink / 255
+            grid = (seen / scale).round().clamp(0, 255) * scale
+            answers = F.linear(grid, parameters["fc.weight"], parameters["fc.bias"])
+            losses.append(float(kl_loss(answers, logits, 1.0)))
+    assert 0.5 * min(losses) < measured.activations["fc"][6] < 2 * max(losses)
+
+
+def test_the_same_seed_gives_the_same_losses_and_every_layer_is_reported(
+    teacher: Teacher, bank: SampleBank, measured: Sensitivity
+) -> None:
+    reports: list[Progress] = []
+    again = measure_sensitivity(teacher, bank, activations=False, seed=3, progress=reports.append)
+    assert again.weights == measured.weights
+    assert again.activations == {}
+    assert [(each.stage, each.step, each.total) for each in reports] == [("sensitivity", i, 6) for i in range(1, 7)]
+
+
+@pytest.mark.parametrize("name", ["transposed convolution", "shared convolution", "norms before convolutions"])
+def test_layers_of_every_kind_are_measured(name: str) -> None:
+    teacher = Teacher.capture(random_network(name), SPEC)
+    images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.full((16, teacher.num_classes), 1 / teacher.num_classes)
+    samples = SampleBank.from_images(images, labels, teacher, SynthesisSettings(), 0)
+    found = measure_sensitivity(teacher, samples)
+    assert set(found.weights) == {layer.name for layer in teacher.layers}
+    assert all(max(losses[:2]) > 10 * losses[6] > 0 for losses in found.weights.values())
+
+
+def test_a_branch_of_a_run_leaves_the_run_where_it_was(teacher: Teacher, toy_images: torch.Tensor) -> None:
+    module, images = with_outputs(fold_batch_norms(teacher.module), []), toy_images[:4]
+    run = HaltingRun(module, images)
+    layer = next(node for node in module.graph.nodes if node.target is torch.ops.aten.linear.default)
+    run.advance_before(layer.name)
+    branch = run.branch()
+    branch.put(torch.zeros(4, teacher.num_classes))
+    ended = branch.finish()
+    assert isinstance(ended, tuple)
+    assert not ended[0].any()
+    straight = run.finish()
+    assert isinstance(straight, tuple)
+    assert torch.equal(straight[0], module(images)[0])
+
+
+class Doubled(nn.Module):
+    """A convolution whose channels come in pairs of nearly the same, and one that reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 6, 1)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.second(F.relu(self.norm(self.first(x)) + 4)))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def test_an_error_that_the_next_layer_can_undo_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Always positive, the eight channels are linear in three: the second layer can take any error of the first out."""
+    torch.manual_seed(0)
+    teacher = Teacher.capture(Doubled(), SPEC)
+    images = torch.randn(128, *SPEC.shape, generator=torch.Generator().manual_seed(0)).clamp(SPEC.low, SPEC.high)
+    bank = SampleBank.from_images(images, torch.full((128, 4), 0.25), teacher, SynthesisSettings(), 0)
+    undone = measure_sensitivity(teacher, bank, activations=False)
+    monkeypatch.setattr("qimera.sensitivity._NUM_FOLLOWERS", 0)
+    alone = measure_sensitivity(teacher, bank, activations=False)
+    assert max(undone.weights["first"]) < 0.2 * max(alone.weights["first"])
+    assert undone.weights["head"] == alone.weights["head"]
