@@ -125,7 +125,7 @@ def test_its_lines_name_every_layer_once_under_its_bits(
 ) -> None:
     allocation = allocate_bits(teacher, bank, "bops=0.02", layer_bits="fc=8", sensitivity=sensitivity)
     lines = allocation.lines()
-    assert re.match(r"bops=0.02: 0\.0\d+ of full precision, of which layer_bits gives fc=w8a8", lines[0])
+    assert re.match(r"bops=0.02: 0\.0\d+ of full precision, fc=w8a8 as given", lines[0])
     text = "\n".join(lines[2:])
     for layer in allocation.layers:
         (line,) = [each for each in lines[2:] if re.search(rf"\b{layer.name} [\d.]+", each)]

@@ -75,7 +75,7 @@ def test_the_settings_of_the_run_name_the_bits_of_every_layer_and_the_budget(fin
 def test_the_summary_lists_the_layers_under_their_bits(finished_run: Path) -> None:
     text = (finished_run / "summary.txt").read_text()
     assert re.search(r"^bits +w4a4, scheme hardware", text, re.MULTILINE)
-    assert re.search(r"^budget +size=0.2: 0\.1\d+ of full precision, of which layer_bits gives 11=w8a6", text, re.M)
+    assert re.search(r"^budget +size=0.2: 0\.1\d+ of full precision, 11=w8a6 as given", text, re.M)
     for layer in Allocation.load(finished_run / "allocation.json").layers:
         assert re.search(rf"\b{re.escape(layer.name)} {layer.loss:.4f}\b", text)
 

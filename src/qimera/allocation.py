@@ -74,7 +74,7 @@ class Allocation(Settings):
         """Return what was decided, for a person: a line for each width, its layers by falling loss."""
         if not self.layers:
             return ()
-        given = f", of which layer_bits gives {spell_layer_bits(self.rules)}" if self.rules else ""
+        given = f", {spell_layer_bits(self.rules)} as given" if self.rules else ""
         lines = [
             f"{self.budget}: {self.cost / self.full:.4f} of full precision{given}",
             f"divergence of each layer alone, {self.loss:.4f} together:",
