@@ -83,10 +83,17 @@ def _bank(
     seed: int,
     progress: ProgressCallback,
 ) -> tuple[SampleBank, float]:
-    """Return the bank of this seed and the seconds that it took, from disk if it was made before."""
+    """Return the bank of this seed, or what stands in its place, and the seconds that it took."""
     if options.samples != "bank":
         return _other_samples(options, teacher, settings, seed), 0.0
     path = options.banks / f"{options.network}-{options.recipe}{_variant(options)}-{seed}"
+    return kept_bank(path, teacher, settings, seed, progress)
+
+
+def kept_bank(
+    path: Path, teacher: Teacher, settings: SynthesisSettings, seed: int, progress: ProgressCallback
+) -> tuple[SampleBank, float]:
+    """Return the bank in ``path`` and the seconds that it took; it is made if it is not there."""
     timing = path.with_suffix(".json")
     if timing.exists():
         bank = SampleBank.load(path, teacher)
@@ -97,7 +104,7 @@ def _bank(
     bank = synthesize(teacher, settings=settings, seed=seed, progress=progress)
     seconds = time.perf_counter() - start
     bank.save(path)
-    timing.write_text(json.dumps({"seconds": seconds, "threads": options.threads}) + "\n")
+    timing.write_text(json.dumps({"seconds": seconds, "threads": torch.get_num_threads()}) + "\n")
     return bank, seconds
 
 

@@ -11,17 +11,22 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from estimation_tables import ESTIMATION, STEPS, estimation_tables
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 INFERENCE = RESULTS / "inference"
 EXPORT = RESULTS / "export"
+PARETO = RESULTS / "pareto"
 PEERS = RESULTS / "peers"
 README = ROOT / "README.md"
-ESTIMATION = RESULTS / "estimation"
-STEPS = RESULTS / "steps"
 ESTIMATION_PAGE = ROOT / "docs" / "estimation.md"
 EXPORT_TARGETS = ROOT / "docs" / "export-targets.md"
+MIXED_PRECISION = ROOT / "docs" / "mixed-precision.md"
 INGREDIENTS = ROOT / "docs" / "ingredients.md"
+
+_OTHERS = (INFERENCE, EXPORT, PARETO, PEERS, ESTIMATION, STEPS)
+"""Folders of results that are no accuracies of a network."""
 
 _ORDER = ["w8a8", "w4a8", "w4a4", "w3a3"]
 
@@ -35,8 +40,8 @@ def main() -> None:
     check = parser.parse_args().check
     update(README, {"drops": drops(), "superposition": superposition()}, check=check)
     update(INGREDIENTS, {"peers": peers()}, check=check)
-    made = {"estimation": estimation(), "estimators": estimators(), "estimates": estimates(), "choices": choices()}
-    update(ESTIMATION_PAGE, {**made, "steps": steps()}, check=check)
+    update(ESTIMATION_PAGE, estimation_tables(), check=check)
+    update(MIXED_PRECISION, {"pareto": pareto()}, check=check)
     update(EXPORT_TARGETS, {"inference": inference(), "agreement": agreement()}, check=check)
 
 
@@ -130,6 +135,32 @@ def peers() -> str:
     return "".join(rows)
 
 
+def pareto() -> str:
+    """Uniform bits against bits per layer that cost no more."""
+    rows = [
+        "| network | cost | of full precision | recipe | drop at uniform bits | drop by budget | gained "
+        "| divergence predicted, uniform and by budget | seeds |\n",
+        "|---|---|---|---|---|---|---|---|---|\n",
+    ]
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for each in (json.loads(path.read_text()) for path in sorted(PARETO.glob("*.json"))):
+        drops = {
+            "uniform": each["full_precision"] - each["uniform_top1"],
+            "drop": each["full_precision"] - each["top1"],
+        }
+        values = each | drops | {"gain": each["top1"] - each["uniform_top1"]}
+        groups.setdefault(tuple(each[key] for key in ("network", "measure", "bits", "recipe")), []).append(values)
+    for (network, measure, bits, recipe), found in groups.items():
+        name = {"size": "size", "bops": "bit operations"}[measure]
+        losses = [statistics.mean(each[key] for each in found) for key in ("uniform_loss", "loss")]
+        rows.append(
+            f"| {network} | {name} of {bits.upper()} | {measure}={found[0]['uniform_share']:.4f} | {recipe} "
+            f"| {_mean(found, 'uniform')} | **{_mean(found, 'drop')}** | {_mean(found, 'gain')} "
+            f"| {losses[0]:.3f}, {losses[1]:.3f} | {_seeds(found)} |\n"
+        )
+    return "".join(rows)
+
+
 def inference() -> str:
     """Size and integer layers of each exported file, its speed on each runtime, and where that was measured."""
     found = [json.loads(path.read_text()) for path in sorted(INFERENCE.glob("*.json"))]
@@ -201,136 +232,9 @@ def agreement() -> str:
     return "".join(rows)
 
 
-def estimation() -> str:
-    """Estimates against real drops, network by network and over all."""
-    head = (
-        "| network | runs | held out | real drops | mean error | of drops below 10 | rank correlation "
-        "| within the interval |\n"
-    )
-    rows = [head, "|---|---|---|---|---|---|---|---|\n"]
-    found = _estimation()
-    photographs = [run for network, each in found.items() if network != "mnist_cnn" for run in each]
-    groups = [*found.items(), ("all", [*photographs, *found["mnist_cnn"]]), ("all but mnist_cnn", photographs)]
-    for network, runs in groups:
-        drops = [run["drop"] for run in runs]
-        errors = [abs(run["estimate"] - run["drop"]) for run in runs]
-        small = [error for error, drop in zip(errors, drops, strict=True) if drop < SMALL_DROP]
-        inside = sum(run["low"] <= run["drop"] <= run["high"] for run in runs)
-        held_out = sorted({run["num_held_out"] for run in runs})
-        rows.append(
-            f"| {network} | {len(runs)} | {' to '.join(map(str, {held_out[0], held_out[-1]}))} "
-            f"| {min(drops):.1f} to {max(drops):.1f} | {statistics.mean(errors):.2f} | {statistics.mean(small):.2f} "
-            f"| {_rank_correlation([run['estimate'] for run in runs], drops):.3f} | {inside} of {len(runs)} |\n"
-        )
-    return "".join(rows)
-
-
-ENOUGH_RUNS = 6
-"""For a rank correlation."""
-
-SMALL_DROP = 10
-"""Points; a larger drop is of interest to nobody but as a warning."""
-
-
-def estimators() -> str:
-    """What else could be looked at, each with a power law fitted on other networks."""
-    looked_at = {
-        "total variation on held-out samples (this is it)": "estimate",
-        "agreement on held-out samples": "from_agreement",
-        "agreement on the samples that the student was made from": "from_trained_agreement",
-        "agreement on the real images, for comparison": "from_real_agreement",
-    }
-    head = (
-        "| from | mean error | of drops below 10 | rank correlation, all | within networks of 6 runs and more, mean |\n"
-    )
-    rows = [head, "|---|---|---|---|---|\n"]
-    found = _estimation()
-    runs = [run for runs in found.values() for run in runs]
-    for name, key in looked_at.items():
-        errors = [abs(run[key] - run["drop"]) for run in runs]
-        small = [error for error, run in zip(errors, runs, strict=True) if run["drop"] < SMALL_DROP]
-        within = [
-            _rank_correlation([run[key] for run in each], [run["drop"] for run in each])
-            for each in found.values()
-            if len(each) >= ENOUGH_RUNS
-        ]
-        over_all = _rank_correlation([run[key] for run in runs], [run["drop"] for run in runs])
-        rows.append(
-            f"| {name} | {statistics.mean(errors):.2f} | {statistics.mean(small):.2f} | {over_all:.3f} "
-            f"| {statistics.mean(within):.3f} |\n"
-        )
-    return "".join(rows)
-
-
-def estimates() -> str:
-    """Every run."""
-    head = (
-        "| network | bits | student | real drop | estimate | interval | distance | agreement: held out | trained on "
-        "| real |\n"
-    )
-    rows = [head, "|---|---|---|---|---|---|---|---|---|---|\n"]
-    for network, runs in _estimation().items():
-        for run in sorted(runs, key=lambda run: run["drop"]):
-            shares = (run[key] for key in ("agreement", "trained_agreement", "real_agreement"))
-            rows.append(
-                f"| {network} | {run['bits'].upper()} | {_student(run)} | {run['drop']:.2f} "
-                f"| {run['estimate']:.2f} | {run['low']:.1f} to {run['high']:.1f} | {run['distance']:.2f} "
-                f"| {' | '.join(f'{share:.2f}' for share in shares)} |\n"
-            )
-    return "".join(rows)
-
-
-def choices() -> str:
-    """What choosing among students of the same network and bits comes to."""
-    rows = ["| network | bits | students | chosen | best | worst |\n", "|---|---|---|---|---|---|\n"]
-    for network, runs in _estimation().items():
-        for bits in sorted({run["bits"] for run in runs}, reverse=True):
-            same = [run for run in runs if run["bits"] == bits]
-            if len(same) > 1:
-                drops = [run["drop"] for run in same]
-                chosen = min(same, key=lambda run: run["estimate"])["drop"]
-                rows.append(
-                    f"| {network} | {bits.upper()} | {'; '.join(map(_student, same))} | **{chosen:.2f}** "
-                    f"| {min(drops):.2f} | {max(drops):.2f} |\n"
-                )
-    return "".join(rows)
-
-
-def steps() -> str:
-    """Estimate and real drop in the course of trainings."""
-    found = [json.loads(path.read_text()) for path in sorted(STEPS.glob("*.json"))]
-    rows = ["| network | bits | step | estimate | real drop |\n", "|---|---|---|---|---|\n"]
-    for each in found:
-        for seen in each["seen"]:
-            rows.append(
-                f"| {each['network']} | {each['bits'].upper()} | {seen['step']} | {seen['estimate']:.2f} "
-                f"| {seen['drop']:.2f} |\n"
-            )
-    return "".join(rows)
-
-
-def _student(run: Result) -> str:
-    """Return how a student was made."""
-    return f"{run['start']}, {run['num_steps']} steps" if run["num_steps"] else f"{run['start']}"
-
-
-def _estimation() -> dict[str, list[Result]]:
-    """Return the runs of each network."""
-    found = [json.loads(path.read_text()) for path in sorted(ESTIMATION.glob("*.json"))]
-    return {each["network"]: [run | {"num_held_out": each["num_held_out"]} for run in each["runs"]] for each in found}
-
-
-def _rank_correlation(one: list[float], other: list[float]) -> float:
-    """Return Spearman's coefficient; equal values share the mean of their ranks, and a constant has none: 0."""
-    ranks = [[sum(b < a for b in values) + sum(b == a for b in values) / 2 for a in values] for values in (one, other)]
-    return 0.0 if any(len(set(each)) == 1 for each in ranks) else statistics.correlation(*ranks)
-
-
 def _results() -> list[Result]:
     """Return the accuracies."""
-    paths = sorted(
-        path for path in RESULTS.glob("*/*.json") if path.parent not in (INFERENCE, EXPORT, ESTIMATION, STEPS)
-    )
+    paths = sorted(path for path in RESULTS.glob("*/*.json") if path.parent not in _OTHERS)
     return [{"samples": "bank", **json.loads(path.read_text())} for path in paths]
 
 
