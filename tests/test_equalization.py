@@ -161,7 +161,7 @@ def test_quiet_channels_survive_few_levels(uneven: Teacher, bits: int) -> None:
             mine, theirs = student_of(uneven, bits, equalize=equalize)(images), uneven(images)
         return float((mine - theirs).square().mean())
 
-    assert error(equalize=True) < 0.5 * error(equalize=False)
+    assert error(equalize=True) < 0.7 * error(equalize=False)
 
 
 def test_the_integers_of_the_scaled_layer_stay_as_they_are(uneven: Teacher) -> None:

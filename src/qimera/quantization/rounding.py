@@ -22,8 +22,12 @@ from qimera.quantization.equalization import (
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, round_to_grid
 from qimera.quantization.walk import Walk
 
-_DAMPING = 0.01
-"""Share of the mean input power that is added to every input's own, as in GPTQ."""
+_DAMPING = 0.1
+"""Share of the mean input power that is added to every input's own: ten times that of GPTQ, whose samples are real.
+
+Weights then suit synthetic samples less, and real images more: MobileNetV1 at W4A4 is 0.86 nats from its teacher with
+0.01, 0.78 with 0.1 and 0.89 with 0.5.
+"""
 
 _MIN_POSITIONS = 8192
 _POSITIONS_PER_INPUT = 20
