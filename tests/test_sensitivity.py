@@ -1,6 +1,5 @@
 import pytest
 import torch
-from qimera.quantization.halting_run import HaltingRun
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -82,21 +81,6 @@ def test_layers_of_every_kind_are_measured(name: str) -> None:
     found = measure_sensitivity(teacher, samples)
     assert set(found.weights) == {layer.name for layer in teacher.layers}
     assert all(max(losses[:2]) > 10 * losses[6] > 0 for losses in found.weights.values())
-
-
-def test_a_branch_of_a_run_leaves_the_run_where_it_was(teacher: Teacher, toy_images: torch.Tensor) -> None:
-    module, images = with_outputs(fold_batch_norms(teacher.module), []), toy_images[:4]
-    run = HaltingRun(module, images)
-    layer = next(node for node in module.graph.nodes if node.target is torch.ops.aten.linear.default)
-    run.advance_before(layer.name)
-    branch = run.branch()
-    branch.put(torch.zeros(4, teacher.num_classes))
-    ended = branch.finish()
-    assert isinstance(ended, tuple)
-    assert not ended[0].any()
-    straight = run.finish()
-    assert isinstance(straight, tuple)
-    assert torch.equal(straight[0], module(images)[0])
 
 
 class Doubled(nn.Module):
