@@ -145,7 +145,7 @@ def test_a_network_without_batch_norms_is_taken_when_asked_for(tmp_path: Path) -
     assert "--without-batch-norms" in refused.stderr
     done(qimera("quantize", model, *INPUT, "--without-batch-norms", "--recipe", "ptq", "--output", run))
     again = done(qimera("quantize", "--settings", run / "settings.json", "--output", tmp_path / "again"))
-    assert "agreement" in again.stdout
+    assert "estimate" in again.stdout
 
 
 def done(result: Result) -> Result:
