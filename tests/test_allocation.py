@@ -7,9 +7,10 @@ from torch import nn
 from qimera.allocation import Allocation, allocate_bits
 from qimera.bits import parse_layer_bits
 from qimera.errors import ConfigError
+from qimera.input_spec import InputSpec
 from qimera.pipeline import quantize, quantize_with
 from qimera.sensitivity import Sensitivity, measure_sensitivity
-from qimera.settings import DistillationSettings, InputSpec, LayerBits, QuantizationSettings, SynthesisSettings
+from qimera.settings import DistillationSettings, LayerBits, QuantizationSettings, SynthesisSettings
 from qimera.summary import float_bytes, packed_bytes
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher

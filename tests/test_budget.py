@@ -5,7 +5,8 @@ from torch import nn
 
 from qimera.budget import Budget, check_budget, layer_choices
 from qimera.errors import ConfigError
-from qimera.settings import InputSpec, LayerBits, QuantizationSettings
+from qimera.input_spec import InputSpec
+from qimera.settings import LayerBits, QuantizationSettings
 from qimera.summary import float_bytes, packed_bytes
 from qimera.teacher import Teacher
 from tests.networks import NETWORKS, SPEC, random_network

@@ -8,11 +8,12 @@ import pytest
 from safetensors.torch import load_file
 
 from qimera.allocation import Allocation
+from qimera.input_spec import InputSpec
 from qimera.options import ModelOptions, RunOptions, read_settings
 from qimera.progress import Progress
 from qimera.run import carry_out, load_student
 from qimera.run_directory import RunDirectory
-from qimera.settings import InputSpec, LayerBits, QuantizationSettings, RunSettings
+from qimera.settings import LayerBits, QuantizationSettings, RunSettings
 from qimera.summary import float_bytes, packed_bytes
 from tests.command_line import qimera, said, tiny_settings
 

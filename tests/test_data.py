@@ -9,7 +9,7 @@ from PIL import Image
 
 from qimera.data import ImageFiles, LabelledImages, load_labelled_images
 from qimera.errors import ConfigError
-from qimera.settings import InputSpec
+from qimera.input_spec import InputSpec
 
 GRAY = InputSpec(shape=(1, 8, 10), mean=(0.5,), std=(0.5,))
 COLOUR = InputSpec(shape=(3, 8, 10), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qimera.data import LabelledImages
 from qimera.errors import ConfigError, DivergenceError, UnsupportedModelError
 from qimera.evaluation import evaluate
-from qimera.settings import InputSpec
+from qimera.input_spec import InputSpec
 
 SPEC = InputSpec(shape=(1, 8, 8), mean=(0.0,), std=(1.0,))
 

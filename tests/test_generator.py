@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from qimera.settings import InputSpec
+from qimera.input_spec import InputSpec
 from qimera.synthesis.generator import ClassConditionalBatchNorm, Generator
 from qimera.synthesis.superposition import soft_labels
 from tests import reference

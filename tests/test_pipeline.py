@@ -8,18 +8,12 @@ from torch import Tensor
 
 from qimera import pipeline
 from qimera.errors import ConfigError
+from qimera.input_spec import InputSpec
 from qimera.pipeline import quantize, synthesize
 from qimera.progress import Progress
 from qimera.quantization.student import Student
 from qimera.recipes import recipe
-from qimera.settings import (
-    DirectSettings,
-    DistillationSettings,
-    GeneratorSettings,
-    InputSpec,
-    LabelSettings,
-    SynthesisSettings,
-)
+from qimera.settings import DirectSettings, DistillationSettings, GeneratorSettings, LabelSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
 from tests.networks import NUM_CLASSES, SPEC, TinyNet

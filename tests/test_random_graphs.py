@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera.export.onnx import export_onnx
+from qimera.input_spec import InputSpec
 from qimera.quantization.student import Student
-from qimera.settings import InputSpec, LayerBits, QuantizationSettings
+from qimera.settings import LayerBits, QuantizationSettings
 from qimera.teacher import Teacher
 
 SPEC = InputSpec(shape=(3, 13, 12), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))

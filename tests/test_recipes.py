@@ -3,9 +3,10 @@ import torch
 
 from qimera.distillation import kl_loss
 from qimera.errors import ConfigError
+from qimera.input_spec import InputSpec
 from qimera.pipeline import quantize, synthesize
 from qimera.recipes import RECIPE_NAMES, recipe
-from qimera.settings import InputSpec, LabelSettings
+from qimera.settings import LabelSettings
 from qimera.teacher import Teacher
 from tests.networks import SPEC
 

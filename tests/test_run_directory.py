@@ -6,15 +6,10 @@ from torch import nn
 
 from qimera.errors import ConfigError
 from qimera.estimation import Estimate
+from qimera.input_spec import InputSpec
 from qimera.progress import Progress, silent
 from qimera.run_directory import RunDirectory, refuse_other_content, replacing
-from qimera.settings import (
-    DistillationSettings,
-    InputSpec,
-    QuantizationSettings,
-    RunSettings,
-    SynthesisSettings,
-)
+from qimera.settings import DistillationSettings, QuantizationSettings, RunSettings, SynthesisSettings
 from qimera.summary import Summary, packed_bytes, readable_bytes
 from qimera.teacher import Teacher
 

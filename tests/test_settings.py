@@ -10,11 +10,11 @@ from pydantic import BaseModel, ValidationError
 from qimera import settings as module
 from qimera.bits import parse_bits, parse_layer_bits
 from qimera.errors import ConfigError
+from qimera.input_spec import InputSpec
 from qimera.settings import (
     DirectSettings,
     DistillationSettings,
     GeneratorSettings,
-    InputSpec,
     LabelSettings,
     QuantizationSettings,
     RunSettings,

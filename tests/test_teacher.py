@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera.errors import ConfigError, UnsupportedModelError
-from qimera.settings import InputSpec
+from qimera.input_spec import InputSpec
 from qimera.teacher import Teacher
 from tests.networks import NUM_CLASSES, SPEC, TinyNet, random_network
 

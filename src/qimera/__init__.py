@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from qimera.export.onnx import export_onnx
     from qimera.export.program import export_aotinductor, export_pt2
     from qimera.export.verification import Comparison, Verification
+    from qimera.input_spec import InputSpec
     from qimera.pipeline import quantize, synthesize
     from qimera.progress import Progress
     from qimera.quantization.student import Student
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
         DirectSettings,
         DistillationSettings,
         GeneratorSettings,
-        InputSpec,
         LabelSettings,
         LayerBits,
         QuantizationSettings,
@@ -85,6 +85,7 @@ _NAMES = {
     "qimera.export.program": ("export_aotinductor", "export_pt2"),
     "qimera.export.verification": ("Comparison", "Verification"),
     "qimera.pipeline": ("quantize", "synthesize"),
+    "qimera.input_spec": ("InputSpec",),
     "qimera.progress": ("Progress",),
     "qimera.quantization.student": ("Student",),
     "qimera.recipes": ("RECIPE_NAMES", "Recipe", "recipe"),
@@ -94,7 +95,6 @@ _NAMES = {
         "DirectSettings",
         "DistillationSettings",
         "GeneratorSettings",
-        "InputSpec",
         "LabelSettings",
         "LayerBits",
         "QuantizationSettings",

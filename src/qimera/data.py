@@ -15,7 +15,7 @@ from numpy.lib.npyio import NpzFile
 from PIL import Image
 
 from qimera.errors import ConfigError
-from qimera.settings import InputSpec
+from qimera.input_spec import InputSpec
 
 logger = logging.getLogger(__name__)
 

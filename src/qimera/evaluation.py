@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qimera.data import LabelledImages
 from qimera.errors import ConfigError, DivergenceError, UnsupportedModelError
-from qimera.settings import InputSpec
+from qimera.input_spec import InputSpec
 
 Classifier = nn.Module | Callable[[Tensor], Tensor]
 """Normalised images (batch, channel, height, width) -> logits (batch, num_classes)."""

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from qimera import libraries, programs
 from qimera.embedded import MnistCnn
 from qimera.errors import ConfigError, describe_value, enumerate_names, suggest
-from qimera.settings import InputSpec
+from qimera.input_spec import InputSpec
 from qimera.state_dicts import load_state_dict_, read_state_dict
 
 logger = logging.getLogger(__name__)

@@ -9,9 +9,10 @@ from torch import nn
 
 from qimera.bits import parse_bits, parse_layer_bits
 from qimera.errors import ConfigError
+from qimera.input_spec import InputSpec
 from qimera.models import absolute_source, known_input, load_model
 from qimera.recipes import Recipe, recipe
-from qimera.settings import InputSpec, QuantizationSettings, RunSettings
+from qimera.settings import QuantizationSettings, RunSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
 

@@ -9,15 +9,11 @@ from torch import Tensor, nn
 from qimera.bits import parse_bits, parse_layer_bits
 from qimera.distillation import distill_
 from qimera.errors import ConfigError
+from qimera.input_spec import InputSpec
 from qimera.progress import Progress, ProgressCallback, silent
 from qimera.quantization.student import Student
 from qimera.recipes import recipe
-from qimera.settings import (
-    DistillationSettings,
-    InputSpec,
-    QuantizationSettings,
-    SynthesisSettings,
-)
+from qimera.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.superposition import draw_mixtures, soft_labels

@@ -4,14 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qimera.errors import ConfigError
-from qimera.settings import (
-    DirectSettings,
-    DistillationSettings,
-    GeneratorSettings,
-    InputSpec,
-    LabelSettings,
-    SynthesisSettings,
-)
+from qimera.input_spec import InputSpec
+from qimera.settings import DirectSettings, DistillationSettings, GeneratorSettings, LabelSettings, SynthesisSettings
 
 RECIPE_NAMES = ("ptq", "fast", "best", "paper", "gdfq")
 

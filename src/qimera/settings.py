@@ -3,66 +3,11 @@
 from fnmatch import fnmatchcase
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from qimera.acceleration import Compile, Precision
+from qimera.input_spec import InputSpec
 from qimera.validated import Settings
-
-
-class InputSpec(Settings):
-    """What the classifier expects: one image's shape and how its pixels were normalised in training."""
-
-    shape: tuple[int, int, int]
-    """Channels (1 to 4), height and width (8 or more) of one image."""
-
-    mean: tuple[float, ...]
-    """Per-channel mean subtracted from pixels, in the unit of ``pixel_range``."""
-
-    std: tuple[float, ...]
-    """Per-channel divisor after the mean, in the unit of ``pixel_range``."""
-
-    pixel_range: tuple[float, float] = (0.0, 1.0)
-    """Darkest and brightest value that a pixel can take before normalisation."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "InputSpec":
-        channels, height, width = self.shape
-        if not 1 <= channels <= 4 or min(height, width) < 8:
-            raise ValueError(f"shape must be channels (1 to 4), height and width (at least 8), given {self.shape}")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != channels:
-                raise ValueError(f"{name} must have one value per channel ({channels}), given {len(values)}: {values}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be positive, given {self.std}")
-        if self.pixel_range[0] >= self.pixel_range[1]:
-            raise ValueError(f"pixel_range must be (low, high) with low < high, given {self.pixel_range}")
-        return self
-
-    @property
-    def low(self) -> Tensor:
-        """Normalised value of the darkest pixel, shape (channel, 1, 1)."""
-        return (self.pixel_range[0] - _column(self.mean)) / _column(self.std)
-
-    @property
-    def high(self) -> Tensor:
-        """Normalised value of the brightest pixel, shape (channel, 1, 1)."""
-        return (self.pixel_range[1] - _column(self.mean)) / _column(self.std)
-
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels (batch, channel, height, width), 0 darkest and 255 brightest -> normalised float32."""
-        low, high = self.low.to(pixels.device), self.high.to(pixels.device)
-        return low + pixels.float() * ((high - low) / 255)
-
-    def to_pixels(self, images: Tensor) -> Tensor:
-        """Normalised images (batch, channel, height, width) -> the nearest uint8 pixels."""
-        low, high = self.low.to(images.device), self.high.to(images.device)
-        return ((images - low) * (255 / (high - low))).round().clamp(0, 255).to(torch.uint8)
-
-
-def _column(values: tuple[float, ...]) -> Tensor:
-    return torch.tensor(values).view(-1, 1, 1)
 
 
 class LabelSettings(Settings):

@@ -7,9 +7,10 @@ from rich.table import Table
 
 from qimera.evaluation import Evaluation
 from qimera.graph import batch_norms, fold_batch_norms
+from qimera.input_spec import InputSpec
 from qimera.quantization.scheme import float_operations
 from qimera.recipes import RECIPE_NAMES, recipe
-from qimera.settings import InputSpec, QuantizationSettings
+from qimera.settings import QuantizationSettings
 from qimera.summary import float_bytes, packed_bytes, readable_bytes
 from qimera.teacher import Layer, Teacher
 

@@ -28,9 +28,9 @@ from qimera.graph import (
     to_channels_last_,
     with_outputs,
 )
+from qimera.input_spec import InputSpec
 from qimera.outputs import choose_logits
 from qimera.programs import read_program
-from qimera.settings import InputSpec
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qimera.errors import ConfigError
-from qimera.settings import InputSpec, SynthesisSettings
+from qimera.input_spec import InputSpec
+from qimera.settings import SynthesisSettings
 from qimera.synthesis.synthesizer import Synthesizer
 from qimera.teacher import Teacher
 

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera.settings import InputSpec
+from qimera.input_spec import InputSpec
 
 
 class ClassConditionalBatchNorm(nn.Module):
