@@ -19,14 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mnist import load_mnist_split
 from torch import Tensor
 from zoo import load_subject
 
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Teacher, recipe, synthesize
 from qimera.bits import parse_bits
 from qimera.estimation import Calibration, distance, estimate_from, lifelike, standard_error, views_of
-from qimera.models import EMBEDDED_MODELS, load_model
 from qimera.pipeline import quantize_with
 
 RESULTS = Path(__file__).parent / "results" / "estimation"
@@ -89,7 +87,7 @@ SUBJECTS = {
 def measure(network: str, work: Path) -> None:
     """Keep what every student of the network answers, and what its teacher does."""
     subject = SUBJECTS[network]
-    teacher, data = subject_of(network)
+    teacher, data = load_subject(network)
     bank = bank_of(network, subject, teacher, work)
     images, labels = test_images(data, subject, teacher)
     views = views_of(bank.held_out.images) | {"train": bank.take(slice(bank.num_training)).images}
@@ -111,13 +109,6 @@ def measure(network: str, work: Path) -> None:
             answers = {name: logits_of(student, view) for name, view in views.items()}
             _keep(path, test=logits_of(student, images).argmax(1), **answers)
             print(f"{network} {run.name}: {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def subject_of(network: str) -> tuple[Teacher, LabelledImages]:
-    """Return a network of the zoo, or the embedded one, and its real images."""
-    if network not in EMBEDDED_MODELS:
-        return load_subject(network)
-    return Teacher.capture(load_model(network), EMBEDDED_MODELS[network].input_spec), load_mnist_split().held_out
 
 
 def bank_of(network: str, subject: Subject, teacher: Teacher, work: Path) -> SampleBank:

@@ -1,6 +1,7 @@
 """What each ingredient is worth: peers of the field as settings of our own stages, all else equal.
 
     python benchmarks/peers.py resnet20_cifar10 --bits w4a4 w3a3 --seeds 0 1 2
+    python benchmarks/peers.py mnist_cnn --bits w3a3 w2a2                        # the embedded network, in minutes
 
 Every row gets the same student training (recipe fast's, at ``--steps``) and its samples from the stages of this
 package; only how the samples come about differs. The first row is Gaussian noise, the last the recipe fast. Rows that

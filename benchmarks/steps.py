@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from estimation import SUBJECTS, WORK, bank_of, logits_of, subject_of, test_images
+from estimation import SUBJECTS, WORK, bank_of, logits_of, test_images
+from zoo import load_subject
 
 from qimera import QuantizationSettings, Student, estimate_drop, recipe
 from qimera.bits import parse_bits
@@ -49,7 +50,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> list[dict[str, float]]:
     """Return step, estimate and real drop, every ``options.every`` steps, before the first and after the last."""
-    teacher, data = subject_of(options.network)
+    teacher, data = load_subject(options.network)
     subject = SUBJECTS[options.network]
     bank = bank_of(options.network, subject, teacher, options.work)
     images, labels = test_images(data, subject, teacher)

@@ -11,8 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from mnist import load_mnist_split
 
 from qimera import InputSpec, LabelledImages, Teacher
+from qimera.models import EMBEDDED_MODELS, load_model
 
 FOLDER = Path(os.environ.get("QIMERA_ZOO", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -32,7 +34,9 @@ def load_zoo() -> ModuleType | None:
 
 
 def load_subject(name: str) -> tuple[Teacher, LabelledImages]:
-    """Return the teacher called ``name`` and the images that score it."""
+    """Return the teacher called ``name``, of the zoo or embedded in the package, and the images that score it."""
+    if name in EMBEDDED_MODELS:
+        return Teacher.capture(load_model(name), EMBEDDED_MODELS[name].input_spec), load_mnist_split().held_out
     zoo = load_zoo()
     if zoo is None:
         raise SystemExit(f"no zoo.py in {FOLDER}; set QIMERA_ZOO to the folder of trained models")
