@@ -11,7 +11,6 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from mnist import load_mnist_split
 
 from qimera import InputSpec, LabelledImages, Teacher
 from qimera.models import EMBEDDED_MODELS, load_model
@@ -36,6 +35,8 @@ def load_zoo() -> ModuleType | None:
 def load_subject(name: str) -> tuple[Teacher, LabelledImages]:
     """Return the teacher called ``name``, of the zoo or embedded in the package, and the images that score it."""
     if name in EMBEDDED_MODELS:
+        from mnist import load_mnist_split  # beside this file, which tests import from elsewhere
+
         return Teacher.capture(load_model(name), EMBEDDED_MODELS[name].input_spec), load_mnist_split().held_out
     zoo = load_zoo()
     if zoo is None:
