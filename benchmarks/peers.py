@@ -70,25 +70,30 @@ def peers() -> dict[str, Peer]:
     random = {"extracted_embeddings": False, "disentanglement_mapping": False}
     mixed = LabelSettings()
     return {
-        "noise": Peer("Gaussian noise, the same training", None),
-        "gdfq": Peer("generator: random embeddings, one class a sample", generated(PLAIN_LABELS, **random)),
+        "noise": Peer("Gaussian noise", None),
+        "gdfq": Peer("generator, random embeddings, one class a sample (GDFQ)", generated(PLAIN_LABELS, **random)),
         "adversarial": Peer(
-            "the same, also against the student, beside it (ZAQ)",
+            "generator of one class a sample, trained beside the student and against it (ZAQ)",
             generated(PLAIN_LABELS, **random, adversarial_weight=0.1),
             beside_student=True,
         ),
-        "qimera": Peer("Qimera: superposition, mapping, extracted embeddings", generated(mixed)),
+        "qimera": Peer("generator with superposition, mapping and extracted embeddings (Qimera)", generated(mixed)),
         "qimera-no-se": Peer("Qimera without superposition", generated(PLAIN_LABELS)),
         "qimera-no-dm": Peer("Qimera without mapping", generated(mixed, disentanglement_mapping=False)),
         "qimera-no-eei": Peer("Qimera with random embeddings", generated(mixed, extracted_embeddings=False)),
         "qimera-beside": Peer("Qimera, generator trained beside the student", generated(mixed), beside_student=True),
         "zeroq": Peer(
-            "images optimised for batch-norm statistics alone (ZeroQ)",
+            "images optimised for batch-norm statistics (ZeroQ)",
             optimized(PLAIN_LABELS, num_scales=1, ce_weight=0.0, tv_weight=0.0, max_shift=0),
         ),
-        "zeroq-ce": Peer("the same with classes", optimized(PLAIN_LABELS, num_scales=1, tv_weight=0.0, max_shift=0)),
-        "scales": Peer("the same as a sum of scales, shifted", optimized(PLAIN_LABELS)),
-        "fast": Peer("the same with superposed labels: ours", optimized(mixed)),
+        "zeroq-ce": Peer(
+            "images optimised for batch-norm statistics and one class each",
+            optimized(PLAIN_LABELS, num_scales=1, tv_weight=0.0, max_shift=0),
+        ),
+        "scales": Peer(
+            "images as sums of scales, shifted, one class each (ours without superposition)", optimized(PLAIN_LABELS)
+        ),
+        "fast": Peer("images as sums of scales, shifted, superposed (ours)", optimized(mixed)),
     }
 
 
