@@ -12,16 +12,12 @@ were trained on it.
 
 import argparse
 import json
-import platform
-import shlex
-import sys
 import time
-import warnings
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from zoo import load_subject, load_training_images
+from measurement import RESULTS, keep, prepare
+from zoo import load_training_images
 
 from qimera import Evaluation, LabelledImages, QuantizationSettings, SampleBank, Teacher, evaluate, recipe, synthesize
 from qimera.bits import parse_bits
@@ -30,16 +26,11 @@ from qimera.pipeline import quantize_with
 from qimera.progress import ProgressCallback
 from qimera.settings import SynthesisSettings
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def main() -> None:
     """Compute what is missing."""
     options = _options()
-    torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    teacher, images = load_subject(options.network)
-    full = full_precision(options.network, teacher, images)
+    teacher, images, full = prepare(options)
     for seed in options.seeds:
         missing = [bits for bits in options.bits if not _path(options, bits, seed).exists()]
         if missing:
@@ -153,26 +144,8 @@ def _write(
         "num_samples": len(bank),
         "bank_seconds": round(seconds[0], 1),
         "student_seconds": round(seconds[1], 1),
-        "threads": options.threads,
-        "machine": f"{platform.machine()}, {platform.system()}",
-        "torch": torch.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
     }
-    path = _path(options, bits, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n")
-    print(f"{path.name}: top-1 {result.top1:.2f}, drop {full - result.top1:.2f}", flush=True)
-
-
-def full_precision(network: str, teacher: Teacher, images: LabelledImages) -> float:
-    """Return the teacher's top-1, measured once and kept."""
-    path = RESULTS / f"{network}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        top1 = evaluate(teacher, images, teacher.input_spec).top1
-        path.write_text(json.dumps({"network": network, "full_precision": top1, "num_images": len(images)}) + "\n")
-    return float(json.loads(path.read_text())["full_precision"])
+    keep(_path(options, bits, seed), values, f"top-1 {result.top1:.2f}, drop {full - result.top1:.2f}")
 
 
 def _path(options: argparse.Namespace, bits: str, seed: int) -> Path:

@@ -8,18 +8,12 @@ measured are not made again, nor are banks. benchmarks/tables.py writes the tabl
 
 import argparse
 import json
-import platform
-import shlex
-import sys
 import time
-import warnings
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-from accuracy import RESULTS, full_precision, kept_bank
-from zoo import load_subject
+from accuracy import kept_bank
+from measurement import RESULTS, keep, prepare
 
 from qimera import (
     Allocation,
@@ -45,10 +39,7 @@ PARETO = RESULTS / "pareto"
 def main() -> None:
     """Compute what is missing."""
     options = _options()
-    torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    teacher, images = load_subject(options.network)
-    full = full_precision(options.network, teacher, images)
+    teacher, images, full = prepare(options)
     chosen = recipe(options.recipe, teacher.input_spec, teacher.num_classes)
     for seed in options.seeds:
         missing = [point for point in options.points if not _path(options, point, seed).exists()]
@@ -158,16 +149,8 @@ def _write(
         "widths": {f"w{w}a{a}": counts[w, a] for w, a in sorted(counts)},
         "layer_bits": allocation.layer_bits,
         "sensitivity_seconds": seconds,
-        "threads": options.threads,
-        "machine": f"{platform.machine()}, {platform.system()}",
-        "torch": torch.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
     }
-    path = _path(options, point, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n")
-    print(f"{path.name}: uniform {top1['uniform']:.2f}, allocated {top1['allocated']:.2f}", flush=True)
+    keep(_path(options, point, seed), values, f"uniform {top1['uniform']:.2f}, allocated {top1['allocated']:.2f}")
 
 
 def _bits(point: str) -> str:

@@ -11,19 +11,13 @@ Results are kept one file each in benchmarks/results/peers, and benchmarks/table
 """
 
 import argparse
-import json
-import shlex
-import sys
 import time
-import warnings
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from accuracy import RESULTS, full_precision, noise_bank
-from zoo import load_subject
+from accuracy import noise_bank
+from measurement import RESULTS, keep, prepare
 
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Teacher, evaluate, recipe, synthesize
 from qimera.bits import parse_bits
@@ -100,10 +94,7 @@ def peers() -> dict[str, Peer]:
 def main() -> None:
     """Compute what is missing."""
     options = _options()
-    torch.set_num_threads(options.threads)
-    warnings.simplefilter("ignore")
-    teacher, images = load_subject(options.network)
-    full = full_precision(options.network, teacher, images)
+    teacher, images, full = prepare(options)
     for seed in options.seeds:
         for name in options.peers:
             missing = [bits for bits in options.bits if not _path(options, name, bits, seed).exists()]
@@ -147,14 +138,8 @@ def _run(
                 "agreement": result.agreement,
                 "bank_seconds": round(bank_seconds, 1),
                 "student_seconds": round(seconds, 1),
-                "torch": torch.__version__,
-                "date": datetime.now(UTC).date().isoformat(),
-                "command": shlex.join(["python", *sys.argv]),
             }
-            path = _path(options, name, bits, seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(values, indent=2) + "\n")
-            print(f"{path.name}: drop {full - result.top1:.2f}", flush=True)
+            keep(_path(options, name, bits, seed), values, f"drop {full - result.top1:.2f}")
 
 
 def _bank(teacher: Teacher, peer: Peer, seed: int, progress: ProgressCallback) -> SampleBank:

@@ -11,10 +11,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from estimation_tables import ESTIMATION, STEPS, estimation_tables
+from estimation_tables import ESTIMATION, RESULTS, STEPS, Result, estimation_tables
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 INFERENCE = RESULTS / "inference"
 EXPORT = RESULTS / "export"
 PARETO = RESULTS / "pareto"
@@ -29,8 +28,6 @@ _OTHERS = (INFERENCE, EXPORT, PARETO, PEERS, ESTIMATION, STEPS)
 """Folders of results that are no accuracies of a network."""
 
 _ORDER = ["w8a8", "w4a8", "w4a4", "w3a3"]
-
-Result = dict[str, Any]
 
 
 def main() -> None:

@@ -1,0 +1,52 @@
+"""What every benchmark of accuracy shares: its subject, and how a result is kept."""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from zoo import load_subject
+
+from qimera import LabelledImages, Teacher, evaluate
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def prepare(options: argparse.Namespace) -> tuple[Teacher, LabelledImages, float]:
+    """Return ``options.network``, the images that score it, and its top-1 in full precision.
+
+    From here on torch has ``options.threads`` threads, and libraries keep their warnings to themselves.
+    """
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    teacher, images = load_subject(options.network)
+    return teacher, images, _full_precision(options.network, teacher, images)
+
+
+def _full_precision(network: str, teacher: Teacher, images: LabelledImages) -> float:
+    """Return the teacher's top-1, measured once and kept."""
+    path = RESULTS / f"{network}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        top1 = evaluate(teacher, images, teacher.input_spec).top1
+        path.write_text(json.dumps({"network": network, "full_precision": top1, "num_images": len(images)}) + "\n")
+    return float(json.loads(path.read_text())["full_precision"])
+
+
+def keep(path: Path, values: dict[str, object], said: str) -> None:
+    """Write a result with where, when and by which command it was made, and say what it came to."""
+    made = {
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values | made, indent=2) + "\n")
+    print(f"{path.name}: {said}", flush=True)
