@@ -116,6 +116,7 @@ def noise_bank(teacher: Teacher, settings: SynthesisSettings, seed: int) -> Samp
 
 def _unlabelled(images: torch.Tensor, teacher: Teacher, settings: SynthesisSettings, seed: int) -> SampleBank:
     labels = torch.full((len(images), teacher.num_classes), 1 / teacher.num_classes)
+    settings = settings.model_copy(update={"num_held_out": 0})  # the student sees all of them
     return SampleBank.from_images(images, labels, teacher, settings, seed)
 
 
