@@ -104,7 +104,7 @@ def errors_as_messages(debug: bool, if_interrupted: str = "") -> Iterator[None]:
     try:
         with _log_to_stderr(logging.DEBUG if debug else logging.WARNING), warnings.catch_warnings():
             if not debug:
-                _hide_remarks_of_libraries()
+                warnings.simplefilter("ignore")  # what torch and torchao say to developers
             yield
     except QimeraError as error:
         _fail(str(error), error.exit_code, debug)
@@ -133,13 +133,6 @@ def _log_to_stderr(level: int) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level_before)
-
-
-def _hide_remarks_of_libraries() -> None:
-    """Keep what torch and torchao say to developers away from users, who cannot act on it."""
-    warnings.simplefilter("ignore")
-    for name in ("torchao", "torch.utils._pytree"):  # CUDA kernels that a CPU build lacks; a deprecation in torchao
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def print_table(table: Table) -> None:
