@@ -1,4 +1,4 @@
-"""A program: the training step of a small student, plain and compiled -> how far losses and gradients are apart.
+"""A program: the training step of a small student, plain and compiled -> how far apart, and whether it is one graph.
 
 A program of its own because the type checks of the test run cannot be compiled.
 """
@@ -7,6 +7,7 @@ import json
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from qimera.acceleration import Compile, compiled
 from qimera.distillation import Lesson
@@ -17,7 +18,7 @@ from tests.networks import NUM_CLASSES, SPEC, toy_pixels, trained_tiny_net
 
 
 def main() -> None:
-    """Print both losses, and the relative distance between the gradients."""
+    """Print both losses, the relative distance between the gradients, and why a compiled step fell into parts."""
     torch.set_num_threads(1)
     teacher = Teacher.capture(trained_tiny_net(), SPEC)
     plain, gradients = loss_and_gradients(teacher, "never")
@@ -29,7 +30,8 @@ def main() -> None:
             for found in (gradients, fused_gradients)
         )
         distances[kind] = float((one - other).norm() / one.norm())
-    print(json.dumps({"plain": plain, "fused": fused, "distances": distances}))  # noqa: T201
+    breaks = list(counters["graph_break"])
+    print(json.dumps({"plain": plain, "fused": fused, "distances": distances, "breaks": breaks}))  # noqa: T201
 
 
 def loss_and_gradients(teacher: Teacher, mode: Compile) -> tuple[float, dict[str, Tensor]]:
@@ -37,11 +39,11 @@ def loss_and_gradients(teacher: Teacher, mode: Compile) -> tuple[float, dict[str
     student = Student(teacher, QuantizationSettings(weight_bits=3, activation_bits=3))
     images = SPEC.normalize(toy_pixels(32, seed=3)[0])
     student.initialize_ranges_([images])
-    lesson = Lesson(student, DistillationSettings(precision="float32"))
-    losses = compiled(lesson.losses, mode, 1)
-    total, _ = losses(images, torch.full((32, NUM_CLASSES), 1 / NUM_CLASSES), *lesson.teach(images))
+    lesson = Lesson(student, DistillationSettings())
+    teach, losses = compiled(lesson.teach, mode, 1), compiled(lesson.losses, mode, 1)
+    total, _ = losses(images, torch.full((32, NUM_CLASSES), 1 / NUM_CLASSES), *teach(images))
     total.backward()
-    return float(total), {name: p.grad for name, p in student.module.named_parameters() if p.grad is not None}
+    return float(total.detach()), {name: p.grad for name, p in student.module.named_parameters() if p.grad is not None}
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def _quiet() -> Iterator[None]:
 
 
 @cache
+@torch.compiler.assume_constant_result  # to trace it would break the graph there, and compile every step anew
 def has_fast_bfloat16(device_type: str) -> bool:
     """Whether matrix units of this device multiply bfloat16 faster than float32."""
     if device_type == "cuda":
