@@ -214,13 +214,16 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path: Path) -> No
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
-def test_progress_without_a_terminal_is_a_line_at_the_end_of_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_without_a_terminal_is_a_line_at_both_ends_of_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressDisplay() as display:
+        display(Progress("direct", 0, 100))
         for step in range(1, 101):
             display(Progress("direct", step, 100, {"ce": 0.5}))
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines()[-1] == "optimise images: 100/100  ce 0.5"
+    first, *_, last = captured.err.splitlines()
+    assert first == "optimise images: 0/100  the first step can take a minute"
+    assert last == "optimise images: 100/100  ce 0.5"
     assert len(captured.err.splitlines()) <= 3
 
 

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_steps_of_held_out_samples_are_reported_with_the_others(teacher: Teacher
     steps: list[tuple[int, int]] = []
     settings = short_synthesis(0, 12, num_held_out=5)
     synthesize(teacher, settings=settings, progress=lambda each: steps.append((each.step, each.total)))
-    assert steps == [(step, 6) for step in range(1, 7)]
+    assert steps == [(step, 6) for step in range(7)]
 
 
 @given(total=st.integers(2, 2000), size=st.integers(2, 256))
@@ -253,7 +254,7 @@ def test_every_stage_reports_up_to_its_total(teacher: Teacher) -> None:
         assert steps == sorted(steps), stage
         assert found[-1].step == found[-1].total, stage
     assert set(by_stage["generator"][0].metrics) == {"generator_ce", "generator_bns"}
-    assert set(by_stage["direct"][0].metrics) == {"direct_ce", "direct_bns", "direct_tv"}
+    assert set(by_stage["direct"][1].metrics) == {"direct_ce", "direct_bns", "direct_tv"}
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -268,6 +269,12 @@ def test_a_bank_of_another_teacher_is_refused(bank: SampleBank) -> None:
     torch.manual_seed(3)
     with pytest.raises(ConfigError, match=r"bank: made for another teacher .*synthesise a bank for this model"):
         quantize(TinyNet(), bank, settings=SHORT)
+
+
+def test_an_adversarial_generator_without_a_student_beside_is_refused(teacher: Teacher, bank: SampleBank) -> None:
+    adversarial = bank.settings.model_copy(update={"generator": GeneratorSettings(adversarial_weight=0.1)})
+    with pytest.raises(ConfigError, match=r"adversarial_weight.*generator_steps_per_step"):
+        quantize(teacher, replace(bank, settings=adversarial), settings=SHORT)
 
 
 def test_a_bank_for_other_images_is_refused(tiny_model: TinyNet, bank: SampleBank) -> None:

@@ -82,8 +82,8 @@ class ProgressDisplay:
         now = time.monotonic()
         if progress.stage != self._stage:  # also when a stage comes again, for the next student
             self._stage, self._start, self._first_step = progress.stage, now, progress.step
-        is_last = progress.step >= progress.total
-        if not is_last and now - self._last_line < _SECONDS_BETWEEN_LINES:
+        is_last, is_first = progress.step >= progress.total, progress.step == 0
+        if not is_last and not is_first and now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
         facts = [f"{_title(progress)}: {progress.step}/{progress.total}"]
@@ -146,4 +146,6 @@ def _title(progress: Progress) -> str:
 
 
 def _metrics(progress: Progress) -> str:
+    if progress.step == 0:
+        return "the first step can take a minute"  # since it is compiled
     return "  ".join(f"{name} {value:.3g}" for name, value in progress.metrics.items())

@@ -46,7 +46,7 @@ def distill_(
         settings: Schedule, rates and loss weights.
         generator: Draws batches and augmentation.
         training: The generator's training, when it continues beside the student's.
-        progress: Called every ``REPORT_EVERY`` steps.
+        progress: Called at the start and every ``REPORT_EVERY`` steps.
 
     Raises:
         ConfigError: fresh samples are asked for and there is no generator, or selection and no held-out samples.
@@ -59,6 +59,8 @@ def distill_(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     batches = _batches(bank, settings, generator, training)
     best = BestState(student, teacher, bank, settings)
+    if settings.num_steps:
+        progress(Progress("distillation", 0, settings.num_steps))
     for step in range(1, settings.num_steps + 1):
         for _ in range(settings.generator_steps_per_step if training else 0):
             assert training is not None

@@ -54,6 +54,8 @@ def synthesize(
         drawn, soft_label = _generate(synthesizer, part, generator)
         images.append(drawn)
         labels.append(soft_label)
+    if optimized:
+        progress(Progress("direct", 0, len(optimized) * settings.direct.num_steps))
     for number, part in enumerate(optimized):
         report = _report(progress, "direct", number, len(optimized), settings.direct.num_steps)
         num_alike = optimized.count(part)
@@ -117,6 +119,8 @@ def quantize_with(
 ) -> Student:
     """``quantize`` with every setting spelled out."""
     check_bank(bank, teacher)
+    if bank.settings.generator.adversarial_weight and not distillation.generator_steps_per_step:
+        raise ConfigError("adversarial_weight: works against a student; set generator_steps_per_step to 1 or more")
     if quantization.budget and not all(quantization.has_rule_for(layer.name) for layer in teacher.layers):
         raise ConfigError("budget: bits are not found yet; give the layer_bits that allocate_bits returns")
     generator = torch.Generator().manual_seed(seed)
