@@ -48,9 +48,9 @@ def test_at_bfloat16_the_teacher_answers_nearly_the_same_and_the_student_the_ver
 
 
 def test_few_steps_are_not_compiled() -> None:
-    assert compiled(torch.relu, "auto", 100) is torch.relu
+    assert compiled(torch.relu, "auto", 10**6) is torch.relu
     assert compiled(torch.relu, "never", 10**6) is torch.relu
-    assert compiled(torch.relu, "auto", 10**6) is not torch.relu
+    assert compiled(torch.relu, "auto", 10**8) is not torch.relu
 
 
 def test_without_a_compiler_steps_go_on_uncompiled_and_say_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -53,8 +53,9 @@ def distill_(
         DivergenceError: a loss term is NaN or infinite.
     """
     lesson = Lesson(student, settings)
-    teach = compiled(lesson.teach, settings.compile, settings.num_steps)
-    learn = compiled(lesson.losses, settings.compile, settings.num_steps)
+    num_pixels = settings.num_steps * settings.batch_size * math.prod(bank.input_spec.shape[1:])
+    teach = compiled(lesson.teach, settings.compile, num_pixels)
+    learn = compiled(lesson.losses, settings.compile, num_pixels)
     optimizer = _optimizer(student, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
     batches = _batches(bank, settings, generator, training)

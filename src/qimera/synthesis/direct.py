@@ -48,7 +48,8 @@ def optimize_images(
     scales = _scales(start, settings.num_scales)
     optimizer = torch.optim.Adam(scales, settings.learning_rate, betas=(0.5, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.num_steps)
-    judge = compiled(_losses, settings.compile, num_calls or settings.num_steps)
+    num_pixels = (num_calls or settings.num_steps) * start[:, 0].numel()
+    judge = compiled(_losses, settings.compile, num_pixels)
     for step in range(settings.num_steps):
         images = _compose(scales, low, high)
         seen = flip_at_random(images, generator) if settings.flip else images
