@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qimera.acceleration import autocast, compiled, has_fast_bfloat16
+from qimera.acceleration import Precision, autocast, compiled, has_fast_bfloat16, narrow_gradients_
 from qimera.distillation import Lesson
 from qimera.quantization.student import Student
 from qimera.settings import DistillationSettings, QuantizationSettings
@@ -77,3 +77,26 @@ def test_products_have_the_precision_that_was_asked_for(precision: str) -> None:
     with autocast(precision, CPU):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == (torch.bfloat16 if narrow else torch.float32)
+
+
+@pytest.mark.parametrize(("groups", "stride"), [(1, 1), (1, 2), (4, 2)])
+def test_narrow_gradients_are_nearly_those_of_float32_and_what_is_computed_the_very_same(
+    groups: int, stride: int
+) -> None:
+    gradients = []
+    outputs = []
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    for precision in precisions:
+        torch.manual_seed(0)
+        layer = nn.Conv2d(4, 8, 3, stride=stride, padding=1, groups=groups)
+        x = torch.randn(2, 4, 9, 9, requires_grad=True)
+        program = torch.export.export(nn.Sequential(layer), (x,)).module()
+        assert isinstance(program, torch.fx.GraphModule)
+        y = narrow_gradients_(program, precision)(x)
+        (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        outputs.append(y)
+        gradients.append([each.grad for each in (x, *program.parameters())])
+    assert torch.equal(*outputs)
+    for exact, narrow in zip(*gradients, strict=True):
+        assert float((exact - narrow).norm() / exact.norm()) < 0.01
+    assert any(not torch.equal(exact, narrow) for exact, narrow in zip(*gradients, strict=True))

@@ -1,17 +1,20 @@
 """What makes a training step fast here: bfloat16 where it is multiplied natively, fused loops where they pay.
 
-Both change the last bits of a result, never what is computed: weights, steps, losses and the optimiser stay float32.
+Both change the last bits of a result, never what is computed: weights, steps, losses and the optimiser stay float32,
+and so does what the student answers.
 """
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.fx import GraphModule
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +50,53 @@ def has_fast_bfloat16(device_type: str) -> bool:
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """Return the context in which convolutions and matrix products are computed at this precision."""
-    narrow = precision == "bfloat16" or (precision == "auto" and has_fast_bfloat16(device.type))
-    return torch.autocast(device.type, torch.bfloat16, enabled=narrow)
+    return torch.autocast(device.type, torch.bfloat16, enabled=_is_narrow(precision, device))
+
+
+def _is_narrow(precision: Precision, device: torch.device) -> bool:
+    return precision == "bfloat16" or (precision == "auto" and has_fast_bfloat16(device.type))
+
+
+def narrow_gradients_(module: GraphModule, precision: Precision) -> GraphModule:
+    """Let convolutions compute in float32, and their gradients at this precision; return ``module``."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    if _is_narrow(precision, device):
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default):
+            node.target = _conv2d_with_narrow_gradients
+        module.recompile()
+    return module
+
+
+def _conv2d_with_narrow_gradients(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    y = _NarrowConv2d.apply(x, weight, bias, list(stride), list(padding), list(dilation), groups)  # type: ignore[no-untyped-call]
+    assert isinstance(y, Tensor)
+    return y
+
+
+class _NarrowConv2d(Function):
+    """A convolution in float32 whose two backward ones are in bfloat16, and which keeps its input as such."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x.bfloat16(), weight.bfloat16())
+        ctx.geometry, ctx.has_bias = (stride, padding, dilation, False, [0, 0], groups), bias is not None
+        return torch.ops.aten.conv2d.default(x, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        backward = torch.ops.aten.convolution_backward.default
+        dx, dweight, _ = backward(dy.bfloat16(), x, weight, None, *ctx.geometry, [True, True, False])
+        dbias = dy.sum([0, 2, 3]) if ctx.has_bias else None
+        return dx.float(), dweight.float(), dbias, None, None, None, None
 
 
 def at_least_float32(x: Tensor) -> Tensor:

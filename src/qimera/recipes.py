@@ -64,7 +64,7 @@ def _fast(large: bool, num_classes: int) -> Recipe:
     return Recipe(
         "fast",
         "minutes on two CPU cores: directly optimised samples, logits and block outputs",
-        _optimized(large, *((96, 80) if large else (2048, 40))),
+        _optimized(large, *((96, 80) if large else (2048, 80))),
         _distilled(large, num_classes, 0 if large else 4000, "compensated" if large else "nearest"),
     )
 
@@ -74,7 +74,7 @@ def _best(large: bool, num_classes: int) -> Recipe:
     return Recipe(
         "best",
         "half an hour or more: four times the samples and the steps of fast",
-        _optimized(large, *((384, 160) if large else (8192, 40))),
+        _optimized(large, *((384, 160) if large else (8192, 80))),
         _distilled(large, num_classes, 1000 if large else 16000, "compensated" if large else "nearest"),
     )
 

@@ -252,8 +252,8 @@ class DistillationSettings(Settings):
     """Mirror bank samples at random."""
 
     precision: Precision = "auto"
-    """Of the teacher's convolutions and matrix products; ``auto``: ``bfloat16`` where the processor multiplies it fast.
-    The student's are float32 always."""
+    """Of the teacher's convolutions and matrix products, and of the gradients of the student's convolutions; ``auto``:
+    ``bfloat16`` where the processor multiplies it fast. What the student answers is float32 always."""
 
     compile: Compile = "auto"
     """Fuse the step with ``torch.compile``, which takes a minute; ``auto``: where there are steps enough to earn it."""
