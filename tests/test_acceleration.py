@@ -99,4 +99,5 @@ def test_narrow_gradients_are_nearly_those_of_float32_and_what_is_computed_the_v
     assert torch.equal(*outputs)
     for exact, narrow in zip(*gradients, strict=True):
         assert float((exact - narrow).norm() / exact.norm()) < 0.01
-    assert any(not torch.equal(exact, narrow) for exact, narrow in zip(*gradients, strict=True))
+    differ = any(not torch.equal(exact, narrow) for exact, narrow in zip(*gradients, strict=True))
+    assert differ == (groups == 1)  # depthwise convolutions are slower in bfloat16
