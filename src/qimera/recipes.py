@@ -64,8 +64,8 @@ def _fast(large: bool, num_classes: int) -> Recipe:
     return Recipe(
         "fast",
         "minutes on two CPU cores: directly optimised samples, logits and block outputs",
-        _optimized(large, *((96, 80) if large else (2048, 80))),
-        _distilled(large, num_classes, 0 if large else 4000, "compensated" if large else "nearest"),
+        _optimized(large, *((96, 80) if large else (1024, 160))),
+        _distilled(large, num_classes, 0 if large else 8000, "compensated" if large else "nearest"),
     )
 
 
@@ -73,7 +73,7 @@ def _best(large: bool, num_classes: int) -> Recipe:
     """The same with more of everything."""
     return Recipe(
         "best",
-        "half an hour or more: four times the samples and the steps of fast",
+        "half an hour or more: more samples than fast, and twice the student steps",
         _optimized(large, *((384, 160) if large else (8192, 80))),
         _distilled(large, num_classes, 1000 if large else 16000, "compensated" if large else "nearest"),
     )
