@@ -227,6 +227,18 @@ def test_progress_without_a_terminal_is_a_line_at_both_ends_of_each_stage(capsys
     assert len(captured.err.splitlines()) <= 3
 
 
+def test_the_time_left_is_that_of_the_steps_after_the_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([0.0, 60.0, 66.0, 72.0])
+    monkeypatch.setattr("qimera.console.time.monotonic", lambda: next(now))
+    with ProgressDisplay() as display:
+        for step in (0, 1, 3, 5):
+            display(Progress("direct", step, 105))
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == "optimise images: 5/105  300 s left"
+
+
 def interrupt_training(progress: Progress) -> None:
     if progress.stage == "distillation":
         raise KeyboardInterrupt

@@ -80,7 +80,8 @@ class ProgressDisplay:
 
     def _write(self, progress: Progress) -> None:
         now = time.monotonic()
-        if progress.stage != self._stage:  # also when a stage comes again, for the next student
+        # Also when a stage comes again, for the next student; the first step, often compiled, says nothing of the others.
+        if progress.stage != self._stage or self._first_step == 0:
             self._stage, self._start, self._first_step = progress.stage, now, progress.step
         is_last, is_first = progress.step >= progress.total, progress.step == 0
         if not is_last and not is_first and now - self._last_line < _SECONDS_BETWEEN_LINES:
