@@ -80,7 +80,7 @@ class ProgressDisplay:
 
     def _write(self, progress: Progress) -> None:
         now = time.monotonic()
-        # Also when a stage comes again, for the next student; the first step, often compiled, says nothing of the others.
+        # Anew when a stage comes again, and after the first step: often compiled, it says nothing of the others.
         if progress.stage != self._stage or self._first_step == 0:
             self._stage, self._start, self._first_step = progress.stage, now, progress.step
         is_last, is_first = progress.step >= progress.total, progress.step == 0
