@@ -86,7 +86,7 @@ class DirectSettings(Settings):
     scale_decay: float = Field(1.0, gt=0, le=1)
     """Learning rate of each resolution over that of the next coarser one.
 
-    Rates that suit coarse shapes leave a large image full of noise that Adam then cannot settle: MobileNetV1 at 224 x 224,
+    Rates that suit coarse shapes fill a large image with noise that Adam then cannot settle: MobileNetV1 at 224 x 224,
     80 steps, statistics loss 0.060 at 1.0, 0.018 at 0.7, 0.051 at 0.5 (deviation D13)."""
 
     num_scales: int = Field(5, ge=1)
