@@ -81,14 +81,8 @@ def _best(large: bool, num_classes: int) -> Recipe:
 
 def _optimized(large: bool, num_samples: int, num_steps: int) -> SynthesisSettings:
     """Five halvings take 32 pixels down to 2, seven take 224 down to 4."""
-    batch_size, num_scales, scale_decay, max_shift = (32, 7, 0.7, 8) if large else (128, 5, 1.0, 2)
-    direct = DirectSettings(
-        num_steps=num_steps,
-        batch_size=batch_size,
-        num_scales=num_scales,
-        scale_decay=scale_decay,
-        max_shift=max_shift,
-    )
+    batch_size, num_scales, max_shift = (32, 7, 8) if large else (128, 5, 2)
+    direct = DirectSettings(num_steps=num_steps, batch_size=batch_size, num_scales=num_scales, max_shift=max_shift)
     return SynthesisSettings(num_optimized=num_samples, num_held_out=_held_out(large), direct=direct)
 
 

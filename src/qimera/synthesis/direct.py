@@ -1,7 +1,6 @@
 """Images optimised directly: pixels that the teacher gives the wanted soft label and batch-norm statistics."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -47,7 +46,7 @@ def optimize_images(
     """
     low, high = teacher.input_spec.low.to(start.device), teacher.input_spec.high.to(start.device)
     scales = _scales(start, settings.num_scales)
-    optimizer = torch.optim.Adam(_groups(scales, settings), betas=(0.5, 0.99))
+    optimizer = torch.optim.Adam(scales, settings.learning_rate, betas=(0.5, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.num_steps)
     num_pixels = (num_calls or settings.num_steps) * start[:, 0].numel()
     judge = compiled(_losses, settings.compile, num_pixels)
@@ -106,13 +105,6 @@ def _scales(start: Tensor, num_scales: int) -> list[Tensor]:
     batch, channels, height, width = start.shape
     coarse = [start.new_zeros(batch, channels, *size) for size in _sizes(height, width, num_scales)[1:]]
     return [each.requires_grad_(True) for each in (start.detach().clone(), *coarse)]
-
-
-def _groups(scales: list[Tensor], settings: DirectSettings) -> list[dict[str, Any]]:
-    """Return every scale, finest first, with its learning rate."""
-    coarser = range(len(scales) - 1, -1, -1)
-    rates = (settings.learning_rate * settings.scale_decay**number for number in coarser)
-    return [{"params": [scale], "lr": rate} for scale, rate in zip(scales, rates, strict=True)]
 
 
 def _compose(scales: list[Tensor], low: Tensor, high: Tensor) -> Tensor:
