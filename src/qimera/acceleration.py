@@ -100,7 +100,7 @@ class _NarrowConv2d(Function):
         backward = torch.ops.aten.convolution_backward.default
         dx, dweight, _ = backward(dy.bfloat16(), x, weight, None, *ctx.geometry, [True, True, False])
         dbias = dy.sum([0, 2, 3]) if ctx.has_bias else None
-        return dx.float(), dweight.float(), dbias, None, None, None
+        return dx.to(dy.dtype), dweight.to(dy.dtype), dbias, None, None, None
 
 
 def at_least_float32(x: Tensor) -> Tensor:
