@@ -26,7 +26,7 @@ def test_a_compiled_step_is_one_graph_with_the_losses_and_gradients_of_the_plain
     output = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stdout
     found = json.loads(output.splitlines()[-1])
     assert found["breaks"] == []  # a step in parts is compiled anew every time, and slower than one that is not
-    assert found["fused"] == pytest.approx(found["plain"], rel=1e-3)  # sums in another order
+    assert found["fused"] == pytest.approx(found["plain"], rel=1e-4)  # sums in another order
     # Another order of summation moves some value over the edge between two levels.
     assert max(found["distances"].values()) < 0.05
 
