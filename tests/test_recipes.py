@@ -102,8 +102,10 @@ def test_best_does_more_of_everything_than_fast() -> None:
     for spec, num_classes in SETTINGS:
         fast, best = recipe("fast", spec, num_classes), recipe("best", spec, num_classes)
         assert best.synthesis.num_optimized > fast.synthesis.num_optimized
-        steps, fewer = best.distillation.num_steps, fast.distillation.num_steps
-        assert steps > fewer or steps == fewer == 0  # large images: neither trains
+        if spec is CIFAR:
+            assert best.distillation.num_steps > fast.distillation.num_steps
+        else:  # training students of large images makes them worse
+            assert best.distillation.num_steps == fast.distillation.num_steps == 0
 
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)

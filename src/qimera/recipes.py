@@ -1,7 +1,6 @@
 """Named recipes: rows of the papers' tables, and ours."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
@@ -55,7 +54,7 @@ def _ptq(large: bool, num_classes: int) -> Recipe:
         "ptq",
         "a minute or two, for W4A8 and more: ranges and integers found layer by layer, and no training",
         _optimized(large, 32 if large else 128, 30 if large else 60),
-        _distilled(large, num_classes, 0, "compensated"),
+        _distilled(large, num_classes, 0),
     )
 
 
@@ -65,17 +64,17 @@ def _fast(large: bool, num_classes: int) -> Recipe:
         "fast",
         "minutes on two CPU cores: directly optimised samples, logits and block outputs",
         _optimized(large, *((96, 80) if large else (1024, 160))),
-        _distilled(large, num_classes, 0 if large else 8000, "compensated" if large else "nearest"),
+        _distilled(large, num_classes, 0 if large else 8000),
     )
 
 
 def _best(large: bool, num_classes: int) -> Recipe:
-    """The same with more of everything; large images are too far from real ones for a student to be trained on."""
+    """The same with more of everything; students of large images lose by training (docs/recipes.md)."""
     return Recipe(
         "best",
-        "half an hour or more: more samples than fast, and twice the student steps",
+        "half an hour or more: more samples than fast and, where it trains, twice the student steps",
         _optimized(large, *((512, 80) if large else (8192, 80))),
-        _distilled(large, num_classes, 0 if large else 16000, "compensated" if large else "nearest"),
+        _distilled(large, num_classes, 0 if large else 16000),
     )
 
 
@@ -90,14 +89,12 @@ def _held_out(large: bool) -> int:
     return 32 if large else 128
 
 
-def _distilled(
-    large: bool, num_classes: int, num_steps: int, start: Literal["compensated", "nearest"]
-) -> DistillationSettings:
-    """A temperature that lets the teacher's second thoughts be heard: 100 classes have more than 10."""
+def _distilled(large: bool, num_classes: int, num_steps: int) -> DistillationSettings:
+    """The start suits the steps, the temperature the teacher's second thoughts: 100 classes have more than 10."""
     batch_size, max_shift = (8, 16) if large else (16, 4)
     return DistillationSettings(
         num_steps=num_steps,
-        start=start,
+        start="nearest" if num_steps else "compensated",
         batch_size=batch_size,
         max_shift=max_shift,
         temperature=2.0 if num_classes < 50 else 3.0,
