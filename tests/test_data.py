@@ -46,7 +46,7 @@ def test_arrays_come_back_as_they_were_saved(tmp_path: Path) -> None:
 def test_gray_images_may_leave_out_the_channel_axis(tmp_path: Path) -> None:
     images = pixels(4, 8, 10)
     path = write_npz(tmp_path, images=images, labels=np.arange(4))
-    np.testing.assert_array_equal(load_labelled_images(path, GRAY, 4).images[:], images[..., None])
+    np.testing.assert_array_equal(load_labelled_images(str(path), GRAY, 4).images[:], images[..., None])
 
 
 @settings(max_examples=30, deadline=None)

@@ -143,7 +143,7 @@ def run_settings() -> RunSettings:
 def test_settings_come_back_as_they_were_saved(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     run_settings().save(path)
-    assert RunSettings.load(path) == run_settings()
+    assert RunSettings.load(str(path)) == run_settings()
 
 
 def test_every_default_is_written(tmp_path: Path) -> None:

@@ -218,8 +218,8 @@ def test_a_student_comes_back_with_the_same_logits(
 ) -> None:
     student = student_of(teacher, toy_images[:64], "w3a5", scheme, "fc=8")
     disturb_(student)
-    student.save(tmp_path / "student.safetensors")
-    loaded = Student.load(tmp_path / "student.safetensors", teacher, student.settings)
+    student.save(str(tmp_path / "student.safetensors"))
+    loaded = Student.load(str(tmp_path / "student.safetensors"), teacher, student.settings)
     with torch.no_grad():
         assert torch.equal(loaded(toy_images), student(toy_images))
         assert torch.equal(loaded.converted()(toy_images), student.converted()(toy_images))

@@ -132,8 +132,8 @@ def test_the_hash_depends_on_weights_and_statistics_alone(tiny_model: TinyNet, t
 
 
 def test_a_teacher_comes_back_as_it_was_saved(teacher: Teacher, tmp_path: Path) -> None:
-    teacher.save(tmp_path / "teacher.pt2")
-    loaded = Teacher.load(tmp_path / "teacher.pt2", SPEC)
+    teacher.save(str(tmp_path / "teacher.pt2"))
+    loaded = Teacher.load(str(tmp_path / "teacher.pt2"), SPEC)
     assert loaded.hash == teacher.hash
     assert [tap.name for tap in loaded.batch_norms] == [tap.name for tap in teacher.batch_norms]
     assert loaded.num_classes == teacher.num_classes

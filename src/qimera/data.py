@@ -82,7 +82,7 @@ class LabelledImages:
             yield self.images[part], self.labels[part]
 
 
-def load_labelled_images(path: Path, input_spec: InputSpec, num_classes: int) -> LabelledImages:
+def load_labelled_images(path: Path | str, input_spec: InputSpec, num_classes: int) -> LabelledImages:
     """Return the labelled images that ``path`` holds, in the shape that the model expects.
 
     Args:
@@ -96,6 +96,7 @@ def load_labelled_images(path: Path, input_spec: InputSpec, num_classes: int) ->
     Raises:
         ConfigError: nothing readable is there, or it does not fit the model.
     """
+    path = Path(path)
     if path.is_dir():
         return _load_folder(path, input_spec, num_classes)
     if not path.exists():

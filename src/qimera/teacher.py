@@ -118,20 +118,20 @@ class Teacher(nn.Module):
         return cls(program, input_spec)
 
     @classmethod
-    def load(cls, path: Path, input_spec: InputSpec) -> "Teacher":
+    def load(cls, path: Path | str, input_spec: InputSpec) -> "Teacher":
         """Read a teacher written by ``save``."""
         try:
-            return cls(read_program(path), input_spec)
+            return cls(read_program(Path(path)), input_spec)
         except ConfigError:
             raise
         except Exception as error:
             raise ConfigError(f"{path}: not a teacher saved by qimera: {first_line(error)}") from error
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the exported program (.pt2)."""
         buffer = io.BytesIO()
         torch.export.save(self.program, buffer)
-        path.write_bytes(buffer.getvalue())
+        Path(path).write_bytes(buffer.getvalue())
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch num_classes"]:
         """Return the logits."""

@@ -22,18 +22,18 @@ class Settings(BaseModel):
             raise ConfigError(_explain(type(self).__name__, error)) from None
 
     @classmethod
-    def load(cls: type[_S], path: Path) -> _S:
+    def load(cls: type[_S], path: Path | str) -> _S:
         """Read settings from a JSON file written by ``save``."""
         try:
-            return cls.model_validate_json(path.read_text())
+            return cls.model_validate_json(Path(path).read_text())
         except ValidationError as error:
             raise ConfigError(f"{path}: {_explain(cls.__name__, error)}") from None
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write every field, defaults too, as indented JSON."""
-        path.write_text(self.model_dump_json(indent=2) + "\n")
+        Path(path).write_text(self.model_dump_json(indent=2) + "\n")
 
 
 def _explain(name: str, error: ValidationError) -> str:

@@ -63,7 +63,7 @@ class Student(nn.Module):
         self._reference = (fold_batch_norms(teacher.module),)
 
     @classmethod
-    def load(cls, path: Path, teacher: Teacher, settings: QuantizationSettings) -> "Student":
+    def load(cls, path: Path | str, teacher: Teacher, settings: QuantizationSettings) -> "Student":
         """Rebuild a student from its teacher, its settings and the file that ``save`` wrote."""
         student = cls(teacher, settings)
         try:
@@ -72,7 +72,7 @@ class Student(nn.Module):
             raise ConfigError(f"{path}: does not hold the student of these settings: {error}") from error
         return student
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write weights, steps and zero points (safetensors)."""
         save_file({name: value.contiguous() for name, value in self.module.state_dict().items()}, path)
 

@@ -105,12 +105,13 @@ class SampleBank:
             yield self.take(order[:batch_size])
             order = order[batch_size:]
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path | str) -> None:
         """Write shards, generator and manifest; the directory appears complete or not at all.
 
         Raises:
             ConfigError: it exists already.
         """
+        directory = Path(directory)
         if directory.exists():
             raise ConfigError(f"bank {directory}: exists already; choose another place or remove it")
         partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
@@ -145,12 +146,13 @@ class SampleBank:
         (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
     @classmethod
-    def load(cls, directory: Path, teacher: Teacher) -> "SampleBank":
+    def load(cls, directory: Path | str, teacher: Teacher) -> "SampleBank":
         """Read a bank that ``save`` wrote for this teacher.
 
         Raises:
             ConfigError: no bank there, a damaged one, or one of another teacher.
         """
+        directory = Path(directory)
         try:
             manifest = json.loads((directory / "manifest.json").read_text())
             version, owner, seed = manifest["format_version"], manifest["teacher"], manifest["seed"]
