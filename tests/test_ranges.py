@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qimera.quantization.ranges import affine_parameters, integer_range, search_affine_parameters
+from qimera.quantization.ranges import affine_parameters, integer_range, search_affine_parameters, spread_positions
 from tests import reference
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -138,6 +138,31 @@ def test_the_search_looks_at_a_part_of_a_large_tensor_and_finds_the_same() -> No
     scale, _ = search_affine_parameters(x, 0, 15, symmetric=False)
     part, _ = search_affine_parameters(x[:20_000], 0, 15, symmetric=False)
     assert scale.item() == pytest.approx(part.item(), rel=0.15)  # two draws of one distribution
+
+
+@pytest.mark.parametrize("side", [8, 16, 32, 112])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_search_sees_all_of_a_map_and_not_its_border_alone(side: int, memory_format: torch.memory_format) -> None:
+    maps = torch.rand(8, 48, side, side, generator=seeded(0)).to(memory_format=memory_format)
+    maps[:, :, :, 0] *= 0.1
+    maps[:, ::2] *= 3.0
+    scale, _ = search_affine_parameters(maps, 0, 255, symmetric=False)
+    assert 255 * float(scale) == pytest.approx(3.0, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("num_values", "wanted"), [(1, 4), (100, 100), (1 << 11, 1 << 10), (1 << 20, 4096), (7**6, 4096)]
+)
+def test_positions_are_spread_over_all_columns_of_any_width_evenly(num_values: int, wanted: int) -> None:
+    positions = spread_positions(num_values, wanted)
+    assert len(positions) == min(num_values, wanted)
+    assert len(positions.unique()) > 0.99 * len(positions)  # hardly any twice
+    assert int(positions.min()) >= 0
+    assert int(positions.max()) < num_values
+    for width in (2, 7, 16, 64):
+        seen = (positions % width).bincount(minlength=width) / len(positions)
+        if len(positions) >= 4096:
+            assert float((seen * width - 1).abs().max()) < 0.1, width
 
 
 def test_the_tensor_is_left_alone() -> None:

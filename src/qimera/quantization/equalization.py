@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from qimera.graph import aten, node_at, tensor_of
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
+from qimera.quantization.ranges import spread_positions
 from qimera.quantization.scheme import RELUS, is_move
 
 _QUANTILE = 0.999
@@ -131,7 +132,7 @@ def candidate_scales(
         values: What ``edge.end`` returns.
     """
     rows = values.abs().movedim(1, 0).flatten(1)
-    rows = rows[:, :: max(1, rows.shape[1] // _NUM_POSITIONS)]
+    rows = rows[:, spread_positions(rows.shape[1], _NUM_POSITIONS).to(rows.device)]
     extent = rows.kthvalue(math.ceil(_QUANTILE * rows.shape[1]), dim=1).values
     top = extent.amax() if edge.limit == math.inf else torch.tensor(edge.limit, device=extent.device)
     full = (top / extent.clamp(min=torch.finfo(extent.dtype).tiny)).clamp(1.0, _MAX_SCALE)

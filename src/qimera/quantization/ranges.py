@@ -10,8 +10,10 @@ RangeMethod = Literal["mse", "minmax"]
 
 _SCALE_OF_ZEROS = 2.0**-12
 _NUM_CANDIDATES = 80
-_MAX_VALUES = 1 << 15
+_MAX_VALUES = 1 << 17
 """Values of an activation tensor that the search looks at; enough for the third digit of the error."""
+
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 def integer_range(bits: int, *, signed: bool) -> tuple[int, int]:
@@ -38,8 +40,8 @@ def search_affine_parameters(
     Both ends shrink together where the range is symmetric or starts at zero, else each end on its own.
     """
     rows = _rows(x, axis)
-    if axis is None and rows.shape[1] > _MAX_VALUES:
-        rows = rows[:, :: rows.shape[1] // _MAX_VALUES]
+    if axis is None:
+        rows = rows[:, spread_positions(rows.shape[1], _MAX_VALUES).to(rows.device)]
     low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
     both = not symmetric and bool((low < 0).any())
     ratios = torch.linspace(1, 1 / _NUM_CANDIDATES, _NUM_CANDIDATES // (4 if both else 1)).tolist()
@@ -53,6 +55,18 @@ def search_affine_parameters(
             least = torch.where(better, error, least)
             best = torch.where(better, candidate[0], best[0]), torch.where(better, candidate[1], best[1])
     return best
+
+
+def spread_positions(num_values: int, wanted: int) -> Int[Tensor, " position"]:
+    """Return at most ``wanted`` positions among ``num_values``, spread over them evenly but in no period.
+
+    A fixed stride would fall in step with the rows of a map and see nothing but its border; multiples of the golden
+    ratio fall in step with nothing.
+    """
+    if num_values <= wanted:
+        return torch.arange(num_values)
+    turns = torch.arange(wanted, dtype=torch.float64) * _GOLDEN
+    return ((turns - turns.floor()) * num_values).long()
 
 
 def _rows(x: Tensor, axis: int | None) -> Float[Tensor, "channel value"]:
