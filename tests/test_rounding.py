@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qimera import InputSpec, QuantizationSettings, Student, Teacher
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
-from qimera.quantization.rounding import _round_rows
+from qimera.quantization.rounding import _DAMPINGS, _round_rows, _suiting_damping
 
 SPEC = InputSpec(shape=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
 
@@ -83,6 +83,22 @@ def test_the_same_generator_gives_the_same_integers(mixed: Teacher) -> None:
         student.initialize_layers_(images_of(0), torch.Generator().manual_seed(7))
     first, second = (student.module.state_dict() for student in students)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("num_positions", "least", "most"), [(20_000, 0.0, 0.1), (48, 1.0, 10.0)])
+def test_layers_seen_at_few_positions_are_damped_more(num_positions: int, least: float, most: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(64, 64, generator=generator)
+    inputs = torch.randn(1, num_positions, 64, generator=generator) @ mixing
+    missing = 0.1 * inputs @ torch.randn(64, 8, generator=generator)
+    missing += missing.std() * torch.randn(missing.shape, generator=generator)
+    damping = _suiting_damping(inputs, missing)
+    assert damping in _DAMPINGS
+    assert least <= damping <= most
+
+
+def test_a_layer_that_misses_nothing_and_sees_nothing_is_damped_too() -> None:
+    assert _suiting_damping(torch.zeros(2, 1, 3), torch.zeros(2, 1, 4)) in _DAMPINGS
 
 
 @torch.no_grad()
