@@ -63,7 +63,7 @@ def _fast(large: bool, num_classes: int) -> Recipe:
     return Recipe(
         "fast",
         "minutes on two CPU cores: directly optimised samples, logits and block outputs",
-        _optimized(large, *((96, 80) if large else (1024, 160))),
+        _optimized(large, *((128, 320) if large else (1024, 160))),
         _distilled(large, num_classes, 0 if large else 8000),
     )
 
@@ -72,8 +72,8 @@ def _best(large: bool, num_classes: int) -> Recipe:
     """The same with more of everything; students of large images lose by training (docs/recipes.md)."""
     return Recipe(
         "best",
-        "half an hour or more: more samples than fast and, where it trains, twice the student steps",
-        _optimized(large, *((512, 80) if large else (8192, 80))),
+        "an hour or more: more samples than fast and, where it trains, twice the student steps",
+        _optimized(large, *((256, 320) if large else (8192, 80))),
         _distilled(large, num_classes, 0 if large else 16000),
     )
 
