@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from qimera.graph import aten, node_at, tensor_of
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
-from qimera.quantization.ranges import spread_positions
+from qimera.quantization.ranges import thinned
 from qimera.quantization.scheme import RELUS, is_move
 
 _QUANTILE = 0.999
@@ -131,8 +131,7 @@ def candidate_scales(
         edge: Where the scales would be put.
         values: What ``edge.end`` returns.
     """
-    rows = values.abs().movedim(1, 0).flatten(1)
-    rows = rows[:, spread_positions(rows.shape[1], _NUM_POSITIONS).to(rows.device)]
+    rows = thinned(values.abs().movedim(1, 0).flatten(1), _NUM_POSITIONS)
     extent = rows.kthvalue(math.ceil(_QUANTILE * rows.shape[1]), dim=1).values
     top = extent.amax() if edge.limit == math.inf else torch.tensor(edge.limit, device=extent.device)
     full = (top / extent.clamp(min=torch.finfo(extent.dtype).tiny)).clamp(1.0, _MAX_SCALE)

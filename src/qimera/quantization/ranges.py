@@ -41,7 +41,7 @@ def search_affine_parameters(
     """
     rows = _rows(x, axis)
     if axis is None:
-        rows = rows[:, spread_positions(rows.shape[1], _MAX_VALUES).to(rows.device)]
+        rows = thinned(rows, _MAX_VALUES)
     low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
     both = not symmetric and bool((low < 0).any())
     ratios = torch.linspace(1, 1 / _NUM_CANDIDATES, _NUM_CANDIDATES // (4 if both else 1)).tolist()
@@ -57,16 +57,17 @@ def search_affine_parameters(
     return best
 
 
-def spread_positions(num_values: int, wanted: int) -> Int[Tensor, " position"]:
-    """Return at most ``wanted`` positions among ``num_values``, spread over them evenly but in no period.
+def thinned(rows: Float[Tensor, "row value"], num_values: int) -> Float[Tensor, "row kept"]:
+    """Return at most ``num_values`` of each row, spread over it evenly but in no period.
 
     A fixed stride would fall in step with the rows of a map and see nothing but its border; multiples of the golden
     ratio fall in step with nothing.
     """
-    if num_values <= wanted:
-        return torch.arange(num_values)
-    turns = torch.arange(wanted, dtype=torch.float64) * _GOLDEN
-    return ((turns - turns.floor()) * num_values).long()
+    if rows.shape[1] <= num_values:
+        return rows
+    turns = torch.arange(num_values, dtype=torch.float64) * _GOLDEN
+    positions = ((turns - turns.floor()) * rows.shape[1]).long()
+    return rows[:, positions.to(rows.device)]
 
 
 def _rows(x: Tensor, axis: int | None) -> Float[Tensor, "channel value"]:
