@@ -182,6 +182,23 @@ def test_with_probability_one_samples_of_both_producers_are_superposed(
     assert float(superposed) > 0.75  # three draws of one class out of five: 1 in 25
 
 
+@pytest.mark.parametrize(("generated", "optimized"), [(22, 0), (0, 22), (11, 11)])
+def test_classes_are_equally_frequent_even_where_a_batch_holds_but_some(
+    teacher: Teacher, generated: int, optimized: int
+) -> None:
+    few = GeneratorSettings(num_steps=1, batch_size=3, base_channels=8, mapping_dim=4)
+    settings = short_synthesis(
+        generated,
+        optimized,
+        labels=LabelSettings(superposition=False),
+        generator=few,
+        direct=DirectSettings(num_steps=1, batch_size=3),
+    )
+    counts = synthesize(teacher, settings=settings).soft_labels.argmax(1).bincount(minlength=NUM_CLASSES)
+    assert counts.tolist() == [4 + int(count > 4) for count in counts]
+    assert int(counts.sum()) == 22
+
+
 def test_every_class_appears_in_a_small_bank(teacher: Teacher) -> None:
     bank = synthesize(teacher, settings=short_synthesis(0, 5, labels=LabelSettings(superposition=False)))
     assert sorted(bank.soft_labels.argmax(1).tolist()) == list(range(NUM_CLASSES))

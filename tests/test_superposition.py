@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from qimera.settings import LabelSettings
-from qimera.synthesis.superposition import draw_mixtures, soft_labels, superpose
+from qimera.synthesis.superposition import draw_mixtures, soft_labels, superpose, take_turns
 from tests import reference
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -18,7 +18,8 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def mixtures(count: int, num_classes: int, seed: int = 0, **labels: object) -> tuple[Tensor, Tensor]:
-    return draw_mixtures(count, num_classes, LabelSettings(**labels), seeded(seed))
+    generator = seeded(seed)
+    return draw_mixtures(take_turns(count, num_classes, generator), num_classes, LabelSettings(**labels), generator)
 
 
 # --- superposition ----------------------------------------------------------------------------------------------------
@@ -160,6 +161,13 @@ def test_first_classes_take_turns(seed: int, count: int, num_classes: int) -> No
 def test_the_order_of_first_classes_is_random() -> None:
     label, _ = mixtures(100, 10)
     assert not torch.equal(label[:, 0], torch.arange(100) % 10)
+
+
+def test_few_samples_may_show_any_of_many_classes_first() -> None:
+    """Not always the first of them."""
+    seen = torch.cat([take_turns(32, 1000, seeded(seed)) for seed in range(200)])
+    assert len(seen.unique()) > 950  # 6,400 draws leave out two of 1,000 classes
+    assert all(len(take_turns(32, 1000, seeded(seed)).unique()) == 32 for seed in range(20))
 
 
 def test_other_classes_are_drawn_from_all() -> None:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from qimera.bits import parse_bits, parse_layer_bits
@@ -16,7 +17,7 @@ from qimera.recipes import recipe
 from qimera.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images, optimize_images
-from qimera.synthesis.superposition import draw_mixtures, soft_labels
+from qimera.synthesis.superposition import draw_mixtures, soft_labels, take_turns
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
 from qimera.teacher import Teacher
 
@@ -48,17 +49,19 @@ def synthesize(
     generator = torch.Generator().manual_seed(seed)
     synthesizer = _train_generator(teacher, settings, generator, progress)
     generated, optimized = _parts_of(settings)
+    first = take_turns(sum(generated + optimized), teacher.num_classes, torch.Generator().manual_seed(seed))
+    turns = first.split(generated + optimized)
     images, labels = [], []
-    for part in generated:
+    for part in turns[: len(generated)]:
         assert synthesizer is not None
         drawn, soft_label = _generate(synthesizer, part, generator)
         images.append(drawn)
         labels.append(soft_label)
     if optimized:
         progress(Progress("direct", 0, len(optimized) * settings.direct.num_steps))
-    for number, part in enumerate(optimized):
+    for number, part in enumerate(turns[len(generated) :]):
         report = _report(progress, "direct", number, len(optimized), settings.direct.num_steps)
-        num_alike = optimized.count(part)
+        num_alike = optimized.count(len(part))
         drawn, soft_label = _optimize(part, num_alike, teacher, settings, synthesizer, generator, report)
         images.append(drawn)
         labels.append(soft_label)
@@ -196,14 +199,16 @@ def _parts(total: int, size: int) -> list[int]:
 
 
 @torch.no_grad()
-def _generate(synthesizer: Synthesizer, num_samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _generate(
+    synthesizer: Synthesizer, first: Int[Tensor, " batch"], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Draw samples from the generator; return them with their soft labels."""
-    images, soft_label = synthesizer(synthesizer.draw(num_samples, generator))
+    images, soft_label = synthesizer(synthesizer.draw(len(first), generator, first))
     return images, soft_label
 
 
 def _optimize(
-    num_samples: int,
+    first: Int[Tensor, " batch"],
     num_alike: int,
     teacher: Teacher,
     settings: SynthesisSettings,
@@ -214,11 +219,11 @@ def _optimize(
     """Optimise one batch of images directly, of ``num_alike``; return them with their soft labels."""
     direct = settings.direct
     if direct.start == "generator" and synthesizer is not None:
-        start, soft_label = _generate(synthesizer, num_samples, generator)
+        start, soft_label = _generate(synthesizer, first, generator)
     else:
-        label, weight = draw_mixtures(num_samples, teacher.num_classes, settings.labels, generator)
+        label, weight = draw_mixtures(first, teacher.num_classes, settings.labels, generator)
         soft_label = soft_labels(label, weight, teacher.num_classes)
-        start = noise_images(num_samples, teacher.input_spec.shape, direct.num_scales, generator)
+        start = noise_images(len(first), teacher.input_spec.shape, direct.num_scales, generator)
     num_calls = num_alike * direct.num_steps
     return optimize_images(start, soft_label, teacher, direct, generator, report, num_calls), soft_label
 

@@ -12,7 +12,7 @@ from qimera.settings import SynthesisSettings
 from qimera.synthesis.embeddings import ClassEmbedding, DisentanglementMapping
 from qimera.synthesis.generator import Generator
 from qimera.synthesis.losses import bns_loss, soft_cross_entropy
-from qimera.synthesis.superposition import draw_mixtures, soft_labels, superpose
+from qimera.synthesis.superposition import draw_mixtures, soft_labels, superpose, take_turns
 from qimera.teacher import Teacher
 
 
@@ -45,9 +45,10 @@ class Synthesizer(nn.Module):
                 latent_dim, teacher.input_spec, spec.base_channels, num_classes, conditional=conditional
             )
 
-    def draw(self, num_samples: int, generator: torch.Generator) -> Draw:
-        """Draw what ``num_samples`` images are made from."""
-        label, weight = draw_mixtures(num_samples, self.num_classes, self.labels, generator)
+    def draw(self, num_samples: int, generator: torch.Generator, first: Int[Tensor, " batch"] | None = None) -> Draw:
+        """Draw what ``num_samples`` images are made from; their first classes take turns where they are not given."""
+        first = take_turns(num_samples, self.num_classes, generator) if first is None else first
+        label, weight = draw_mixtures(first, self.num_classes, self.labels, generator)
         noise = torch.randn(*label.shape, self.embedding.latent_dim, generator=generator)
         return Draw(label, weight, noise)
 
