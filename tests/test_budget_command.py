@@ -14,7 +14,7 @@ from qimera.progress import Progress
 from qimera.run import carry_out, load_student
 from qimera.run_directory import RunDirectory
 from qimera.settings import LayerBits, QuantizationSettings, RunSettings
-from qimera.summary import float_bytes, packed_bytes
+from qimera.summary import float_bytes, layer_bytes, packed_bytes
 from tests.command_line import qimera, said, tiny_settings
 
 MODEL = """
@@ -23,7 +23,7 @@ from torch import nn
 
 
 def build():
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     layers = []
     for channels in ((1, 8), (8, 12), (12, 16)):
         layers += [nn.Conv2d(*channels, 3, padding=1), nn.BatchNorm2d(channels[1]), nn.ReLU()]
@@ -61,6 +61,19 @@ def test_the_student_keeps_within_the_budget_and_the_bits_that_were_given(finish
     assert student.settings.bits_of("11") == (8, 6)
     widths = {student.settings.bits_of(layer.name)[0] for layer in teacher.layers}
     assert len(widths) > 2
+
+
+def test_no_layer_could_lose_less_with_what_the_budget_leaves(finished_run: Path) -> None:
+    """Of these untrained weights a wider layer may lose more, so that some of the budget is left."""
+    run = RunDirectory.open(finished_run)
+    student, teacher = load_student(run)
+    allocation, layers = Allocation.load(run.allocation_file), {layer.name: layer for layer in teacher.layers}
+    size, limit = packed_bytes(teacher, student.settings), 0.2 * float_bytes(teacher)
+    for given in allocation.layers:
+        for bits in range(2, 9):
+            changed = size + layer_bytes(layers[given.name], bits) - layer_bytes(layers[given.name], given.weight_bits)
+            loss = allocation.sensitivity.loss(given.name, bits, None)
+            assert changed > limit or loss >= given.loss, (given, bits)
 
 
 def test_the_settings_of_the_run_name_the_bits_of_every_layer_and_the_budget(finished_run: Path) -> None:

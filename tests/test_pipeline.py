@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qimera import pipeline
 from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
 from qimera.pipeline import quantize, synthesize
@@ -16,6 +15,7 @@ from qimera.quantization.student import Student
 from qimera.recipes import recipe
 from qimera.settings import DirectSettings, DistillationSettings, GeneratorSettings, LabelSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.parts import parts_of
 from qimera.teacher import Teacher
 from tests.networks import NUM_CLASSES, SPEC, TinyNet
 
@@ -153,7 +153,8 @@ def test_steps_of_held_out_samples_are_reported_with_the_others(teacher: Teacher
 
 @given(total=st.integers(2, 2000), size=st.integers(2, 256))
 def test_parts_add_up_and_none_is_a_single_sample(total: int, size: int) -> None:
-    parts = pipeline._parts(total, size)
+    settings = SynthesisSettings(num_optimized=total, direct=DirectSettings(batch_size=size))
+    parts = [len(part.first) for part in parts_of(settings, 10, torch.Generator())]
     assert sum(parts) == total
     assert max(parts) <= size
     assert min(parts) >= 2 or (size == 2 and total % 2)

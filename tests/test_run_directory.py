@@ -6,9 +6,10 @@ from torch import nn
 
 from qimera.errors import ConfigError
 from qimera.estimation import Estimate
+from qimera.files import replacing
 from qimera.input_spec import InputSpec
 from qimera.progress import Progress, silent
-from qimera.run_directory import RunDirectory, refuse_other_content, replacing
+from qimera.run_directory import RunDirectory, refuse_other_content
 from qimera.settings import DistillationSettings, QuantizationSettings, RunSettings, SynthesisSettings
 from qimera.summary import Summary, packed_bytes, readable_bytes
 from qimera.teacher import Teacher
@@ -124,22 +125,22 @@ def test_a_damaged_summary_is_refused_with_its_name(tmp_path: Path) -> None:
 
 
 def record(run: RunDirectory, part: str, *steps: int) -> None:
-    with run.recording(part, silent) as callback:  # type: ignore[arg-type]
+    with run.metrics.recording(part, silent) as callback:  # type: ignore[arg-type]
         for step in steps:
             callback(Progress(f"{part} stage", step, 10, {"loss": 1 / step}))
 
 
 def recorded(run: RunDirectory) -> list[tuple[str, int]]:
-    lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    lines = [json.loads(line) for line in run.metrics.path.read_text().splitlines()]
     return [(line["part"], line["step"]) for line in lines]
 
 
 def test_every_step_is_one_line_with_its_metrics(tmp_path: Path) -> None:
     run = RunDirectory.start(tmp_path, settings())
     seen: list[Progress] = []
-    with run.recording("student", seen.append) as callback:
+    with run.metrics.recording("student", seen.append) as callback:
         callback(Progress("distillation", 10, 600, {"kl": 0.25}))
-        (line,) = run.metrics_file.read_text().splitlines()  # written at once, not when the stage ends
+        (line,) = run.metrics.path.read_text().splitlines()  # written at once, not when the stage ends
     values = json.loads(line)
     assert values.pop("seconds") >= 0
     assert values == {"part": "student", "stage": "distillation", "step": 10, "total": 600, "kl": 0.25}
@@ -149,22 +150,49 @@ def test_every_step_is_one_line_with_its_metrics(tmp_path: Path) -> None:
 def test_the_seconds_of_a_part_are_those_of_its_last_step(tmp_path: Path) -> None:
     run = RunDirectory.start(tmp_path, settings())
     record(run, "bank", 1, 2)
-    last = json.loads(run.metrics_file.read_text().splitlines()[-1])
+    last = json.loads(run.metrics.path.read_text().splitlines()[-1])
     assert run.seconds("bank") == last["seconds"]
     assert run.seconds("student") is None
 
 
-@pytest.mark.parametrize("has_bank", [False, True])
-def test_taking_up_a_run_forgets_the_steps_that_are_done_again(tmp_path: Path, has_bank: bool) -> None:
+def test_a_stage_that_goes_on_takes_the_place_of_the_steps_that_it_does_again(tmp_path: Path) -> None:
     run = RunDirectory.start(tmp_path, settings())
     record(run, "bank", 1, 2)
-    if has_bank:
-        run.bank_directory.mkdir()
-        record(run, "student", 1)
-    with run.metrics_file.open("a") as file:
-        file.write('{"part": "student", "stage": "distil')  # the process was killed here
+    record(run, "student", 1, 2, 3, 4)
+    with run.metrics.path.open("a") as file:
+        file.write('{"part": "student", "stage": "student stage", "st')  # the process was killed here
     again = RunDirectory.start(tmp_path, settings())
-    assert recorded(again) == ([("bank", 1), ("bank", 2)] if has_bank else [])
+    assert len(again.metrics.lines()) == 6
+    record(again, "student", 3, 4, 5)
+    assert recorded(again) == [("bank", 1), ("bank", 2), *(("student", step) for step in range(1, 6))]
+
+
+def test_the_seconds_before_an_interruption_count(tmp_path: Path) -> None:
+    run = RunDirectory.start(tmp_path, settings())
+    run.metrics.path.write_text(json.dumps({"part": "bank", "stage": "s", "step": 1, "total": 2, "seconds": 100.0}))
+    with run.metrics.path.open("a") as file:
+        file.write("\n")
+    record(run, "bank", 2)
+    assert 100 <= (run.seconds("bank") or 0) < 110
+
+
+def test_the_seconds_of_several_students_are_added(tmp_path: Path) -> None:
+    run = RunDirectory.start(tmp_path, settings())
+    for part, seconds in (("student fast", 1.0), ("student fast", 2.0), ("student ptq", 5.0), ("bank", 50.0)):
+        line = {"part": part, "stage": "s", "step": 1, "total": 2, "seconds": seconds}
+        with run.metrics.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    assert run.seconds("student") == 7.0
+
+
+@pytest.mark.parametrize("damage", ["{}", "[1]", "null", '{"part": 1', "\x00\x00", '{"part": "bank", "step": 3}'])
+def test_a_damaged_line_of_the_metrics_is_left_out(tmp_path: Path, damage: str) -> None:
+    run = RunDirectory.start(tmp_path, settings())
+    record(run, "bank", 1)
+    with run.metrics.path.open("a") as file:
+        file.write(f"{damage}\n")
+    record(run, "bank", 2)
+    assert recorded(run) == [("bank", 1), ("bank", 2)]
 
 
 def test_a_finished_run_keeps_all_its_metrics(tmp_path: Path) -> None:

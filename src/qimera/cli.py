@@ -6,6 +6,7 @@ torch, and all that builds on it, is imported inside the commands, so that ``qim
 import json
 from importlib.metadata import version
 from pathlib import Path
+from shutil import rmtree
 from typing import Annotated, Literal
 
 import typer
@@ -127,7 +128,8 @@ def synthesize(
     debug: Debug = False,
 ) -> None:
     """Make a bank of synthetic samples: once per model, for every bit width."""
-    with errors_as_messages(debug, "no bank was written, the same command starts again"):
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    with errors_as_messages(debug, f"the same command continues with what is in {unfinished}"):
         _use_threads(threads)
         from qimera import pipeline
         from qimera.options import ModelOptions, recipes_for
@@ -139,8 +141,11 @@ def synthesize(
         ).capture()
         settings = recipes_for(teacher, recipe)[0].synthesis
         with ProgressDisplay() as progress:
-            bank = pipeline.synthesize(teacher, settings=settings, seed=seed or 0, progress=progress)
+            bank = pipeline.synthesize(
+                teacher, settings=settings, seed=seed or 0, checkpoints=unfinished, progress=progress
+            )
         bank.save(output)
+        rmtree(unfinished)
         held_out = f" and {settings.num_held_out} held out" if settings.num_held_out else ""
         typer.echo(
             f"{output}: {bank.num_training} synthetic samples{held_out} of {model} (teacher {teacher.hash[:12]})"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera.acceleration import at_least_float32, autocast, compiled, narrow_gradients_
+from qimera.checkpoint import Checkpoint, State
 from qimera.errors import ConfigError
 from qimera.graph import with_outputs
 from qimera.progress import Progress, ProgressCallback, silent
@@ -33,6 +34,7 @@ def distill_(
     generator: torch.Generator,
     *,
     training: SynthesizerTraining | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: ProgressCallback = silent,
 ) -> None:
     """Train ``student`` for ``settings.num_steps``; its state after the last step is the result (deviation D14).
@@ -46,38 +48,99 @@ def distill_(
         settings: Schedule, rates and loss weights.
         generator: Draws batches and augmentation.
         training: The generator's training, when it continues beside the student's.
+        checkpoint: Keeps the state between steps; from one of the same call the training goes on.
         progress: Called at the start and every ``REPORT_EVERY`` steps.
 
     Raises:
         ConfigError: fresh samples are asked for and there is no generator, or selection and no held-out samples.
         DivergenceError: a loss term is NaN or infinite.
     """
-    lesson = Lesson(student, settings)
-    num_pixels = settings.num_steps * settings.batch_size * math.prod(bank.input_spec.shape[1:])
-    teach = compiled(lesson.teach, settings.compile, num_pixels)
-    learn = compiled(lesson.losses, settings.compile, num_pixels)
-    optimizer = _optimizer(student, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))
-    batches = _batches(bank, settings, generator, training)
-    best = BestState(student, teacher, bank, settings)
+    course = Course(student, teacher, bank, settings, generator, training)
+    checkpoint = checkpoint or Checkpoint()
+    if saved := checkpoint.load():
+        course.load_state_dict(saved)
     if settings.num_steps:
-        progress(Progress("distillation", 0, settings.num_steps))
-    for step in range(1, settings.num_steps + 1):
-        for _ in range(settings.generator_steps_per_step if training else 0):
-            assert training is not None
-            training.step()
-        images, soft_label = next(batches)
-        total, losses = learn(images, soft_label, *teach(images))
-        optimizer.zero_grad(set_to_none=True)
+        progress(Progress("distillation", course.num_steps, settings.num_steps))
+    with checkpoint.guarding():
+        while course.num_steps < settings.num_steps:
+            losses = course.step()
+            if course.num_steps % REPORT_EVERY == 0 or course.num_steps == settings.num_steps:
+                metrics = {name: float(value) for name, value in losses.items()}
+                progress(Progress("distillation", course.num_steps, settings.num_steps, metrics))
+            checkpoint.after_step(course.state_dict)
+    checkpoint.save(course.state_dict())
+    course.best.restore_()
+
+
+class Course:
+    """The student's training: all that a step changes."""
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        bank: SampleBank,
+        settings: DistillationSettings,
+        generator: torch.Generator,
+        training: SynthesizerTraining | None = None,
+    ) -> None:
+        self.student, self.settings, self.generator, self.training = student, settings, generator, training
+        lesson = Lesson(student, settings)
+        num_pixels = settings.num_steps * settings.batch_size * math.prod(bank.input_spec.shape[1:])
+        self._teach = compiled(lesson.teach, settings.compile, num_pixels)
+        self._learn = compiled(lesson.losses, settings.compile, num_pixels)
+        self._optimizer = _optimizer(student, settings)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: _rate(step, settings))
+        self._batches = _Batches(bank, settings, generator, training)
+        self.best = BestState(student, teacher, bank, settings)
+        self.num_steps = 0
+
+    def step(self) -> dict[str, Tensor]:
+        """Train on one batch, after the generator if it trains too; return the loss terms.
+
+        Raises:
+            DivergenceError: a term is NaN or infinite.
+        """
+        for _ in range(self.settings.generator_steps_per_step if self.training else 0):
+            assert self.training is not None
+            self.training.step()
+        images, soft_label = next(self._batches)
+        total, losses = self._learn(images, soft_label, *self._teach(images))
+        self._optimizer.zero_grad(set_to_none=True)
         total.backward()
-        optimizer.step()
-        schedule.step()
-        check_finite(losses, step)
-        best.consider(step)
-        if step % REPORT_EVERY == 0 or step == settings.num_steps:
-            metrics = {name: float(value) for name, value in losses.items()}
-            progress(Progress("distillation", step, settings.num_steps, metrics))
-    best.restore_()
+        self._optimizer.step()
+        self._schedule.step()
+        self.num_steps += 1
+        check_finite(losses, self.num_steps)
+        self.best.consider(self.num_steps)
+        return losses
+
+    def state_dict(self) -> State:
+        """Return what ``load_state_dict`` needs to go on, random generator and teacher's scaled channels included."""
+        return {
+            "num_steps": self.num_steps,
+            "student": self.student.module.state_dict(),
+            "reference": self.student.reference.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "order": self._batches.order,
+            "generator": self.generator.get_state(),
+            "best": self.best.state_dict(),
+            "training": self.training.state_dict() if self.training else None,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go back to a state that ``state_dict`` returned."""
+        self.num_steps = int(state["num_steps"])
+        self.student.module.load_state_dict(state["student"])
+        self.student.reference.load_state_dict(state["reference"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._batches.order = state["order"]
+        self.generator.set_state(state["generator"])
+        self.best.load_state_dict(state["best"])
+        if self.training:
+            self.training.load_state_dict(state["training"])
 
 
 class Lesson:
@@ -152,6 +215,15 @@ class StepwiseAdam(torch.optim.Adam):
         self.weights: list[Tensor] = [weight for weight, _ in units]
         self.units = [unit for _, unit in units]
 
+    def state_dict(self) -> State:
+        """Return moments, rates and the units."""
+        return super().state_dict() | {"units": self.units}
+
+    def load_state_dict(self, state_dict: State) -> None:
+        """Go back to a state that ``state_dict`` returned."""
+        self.units = state_dict["units"]
+        super().load_state_dict(state_dict)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Make one step."""
@@ -189,27 +261,45 @@ def _rate(step: int, settings: DistillationSettings) -> float:
     return 0.1 ** sum(step >= milestone for milestone in settings.milestones)
 
 
-def _batches(
-    bank: SampleBank, settings: DistillationSettings, generator: torch.Generator, training: SynthesizerTraining | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (images, soft labels): augmented bank samples and, in their share, fresh ones."""
-    num_fresh = round(settings.fresh_share * settings.batch_size)
-    synthesizer = training.synthesizer if training else bank.synthesizer
-    if num_fresh and synthesizer is None:
-        raise ConfigError(f"fresh_share is {settings.fresh_share}, but the bank has no generator; set it to 0")
-    stored = bank.batches(settings.batch_size - num_fresh, generator) if num_fresh < settings.batch_size else None
-    while True:
+class _Batches(Iterator[tuple[Tensor, Tensor]]):
+    """Yields (images, soft labels) without end: augmented bank samples and, in their share, fresh ones."""
+
+    def __init__(
+        self,
+        bank: SampleBank,
+        settings: DistillationSettings,
+        generator: torch.Generator,
+        training: SynthesizerTraining | None,
+    ) -> None:
+        self._settings, self._generator = settings, generator
+        self._num_fresh = round(settings.fresh_share * settings.batch_size)
+        self._synthesizer = training.synthesizer if training else bank.synthesizer
+        if self._num_fresh and self._synthesizer is None:
+            raise ConfigError(f"fresh_share is {settings.fresh_share}, but the bank has no generator; set it to 0")
+        self._num_stored = settings.batch_size - self._num_fresh
+        self._stored = bank.batches(self._num_stored, generator)
+
+    @property
+    def order(self) -> Tensor:
+        """Positions in the bank that are drawn already and not yet used."""
+        return self._stored.order
+
+    @order.setter
+    def order(self, order: Tensor) -> None:
+        self._stored.order = order
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
         images, labels = [], []
-        if stored is not None:
-            seen, soft_label = _augment(next(stored), settings, generator)
+        if self._num_stored:
+            seen, soft_label = _augment(next(self._stored), self._settings, self._generator)
             images.append(seen)
             labels.append(soft_label)
-        if num_fresh and synthesizer is not None:
+        if self._num_fresh and self._synthesizer is not None:
             with torch.no_grad():
-                fresh, soft_label = synthesizer(synthesizer.draw(num_fresh, generator))
+                fresh, soft_label = self._synthesizer(self._synthesizer.draw(self._num_fresh, self._generator))
             images.append(fresh)
             labels.append(soft_label)
-        yield torch.cat(images).contiguous(memory_format=torch.channels_last), torch.cat(labels)
+        return torch.cat(images).contiguous(memory_format=torch.channels_last), torch.cat(labels)
 
 
 def _augment(

@@ -1,13 +1,13 @@
 """The whole method in the paper's order: teacher -> samples -> bank -> student -> distillation."""
 
 import copy
-from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from qimera.bits import parse_bits, parse_layer_bits
+from qimera.checkpoint import Checkpoint, Checkpoints, State
 from qimera.distillation import distill_
 from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
@@ -16,8 +16,7 @@ from qimera.quantization.student import Student
 from qimera.recipes import recipe
 from qimera.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
-from qimera.synthesis.direct import noise_images, optimize_images
-from qimera.synthesis.superposition import draw_mixtures, soft_labels, take_turns
+from qimera.synthesis.parts import Part, Report, generator_for, make_part, parts_of
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
 from qimera.teacher import Teacher
 
@@ -28,6 +27,7 @@ def synthesize(
     settings: SynthesisSettings | None = None,
     *,
     seed: int = 0,
+    checkpoints: Path | str | None = None,
     progress: ProgressCallback = silent,
 ) -> SampleBank:
     """Make a bank of synthetic samples of ``model``, enough for every bit width.
@@ -37,6 +37,8 @@ def synthesize(
         input_spec: What its images look like; a ``Teacher`` knows already.
         settings: How to make the samples; the recipe ``fast`` when absent.
         seed: Same seed, settings and machine: same bank, bit for bit, on the CPU.
+        checkpoints: Directory in which to keep what is done, so that the same call goes on there after an
+            interruption; it may be removed once the bank is saved.
         progress: Called after every step.
 
     Raises:
@@ -46,26 +48,12 @@ def synthesize(
     """
     teacher = as_teacher(model, input_spec)
     settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).synthesis
-    generator = torch.Generator().manual_seed(seed)
-    synthesizer = _train_generator(teacher, settings, generator, progress)
-    generated, optimized = _parts_of(settings)
-    first = take_turns(sum(generated + optimized), teacher.num_classes, torch.Generator().manual_seed(seed))
-    turns = first.split(generated + optimized)
-    images, labels = [], []
-    for part in turns[: len(generated)]:
-        assert synthesizer is not None
-        drawn, soft_label = _generate(synthesizer, part, generator)
-        images.append(drawn)
-        labels.append(soft_label)
-    if optimized:
-        progress(Progress("direct", 0, len(optimized) * settings.direct.num_steps))
-    for number, part in enumerate(turns[len(generated) :]):
-        report = _report(progress, "direct", number, len(optimized), settings.direct.num_steps)
-        num_alike = optimized.count(len(part))
-        drawn, soft_label = _optimize(part, num_alike, teacher, settings, synthesizer, generator, report)
-        images.append(drawn)
-        labels.append(soft_label)
-    return SampleBank.from_images(torch.cat(images), torch.cat(labels), teacher, settings, seed, synthesizer)
+    kept = Checkpoints(checkpoints, "bank", teacher.hash, teacher.input_spec, settings, seed)
+    trained = _train_generator(teacher, settings, generator_for(seed, _GENERATOR), kept.of("generator"), progress)
+    parts = parts_of(settings, teacher.num_classes, generator_for(seed, _CLASSES))
+    made = _make_parts(parts, teacher, settings, trained, seed, kept, progress)
+    pixels, soft_labels = (torch.cat([part[name] for part in made]) for name in ("pixels", "soft_labels"))
+    return SampleBank.from_pixels(pixels, soft_labels, teacher, settings, seed, trained)
 
 
 def quantize(
@@ -78,6 +66,7 @@ def quantize(
     layer_bits: str = "",
     settings: DistillationSettings | None = None,
     seed: int = 0,
+    checkpoints: Path | str | None = None,
     progress: ProgressCallback = silent,
 ) -> Student:
     """Return a quantized student of ``model``, trained on ``bank``.
@@ -92,6 +81,8 @@ def quantize(
         layer_bits: Exceptions by layer name, such as ``conv1=8,*fc*=w8a4``.
         settings: How to train; the recipe ``fast`` when absent.
         seed: Same seed, settings, bank and machine: same student, bit for bit, on the CPU.
+        checkpoints: Directory in which to keep what is done, so that the same call goes on there after an
+            interruption; it may be removed once the student is saved.
         progress: Called every few steps.
 
     Raises:
@@ -108,7 +99,7 @@ def quantize(
     )
     teacher = as_teacher(model, bank.input_spec)
     settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).distillation
-    return quantize_with(teacher, bank, quantization, settings, seed=seed, progress=progress)
+    return quantize_with(teacher, bank, quantization, settings, seed=seed, checkpoints=checkpoints, progress=progress)
 
 
 def quantize_with(
@@ -118,6 +109,7 @@ def quantize_with(
     distillation: DistillationSettings,
     *,
     seed: int = 0,
+    checkpoints: Path | str | None = None,
     progress: ProgressCallback = silent,
 ) -> Student:
     """``quantize`` with every setting spelled out."""
@@ -127,9 +119,13 @@ def quantize_with(
     if quantization.budget and not all(quantization.has_rule_for(layer.name) for layer in teacher.layers):
         raise ConfigError("budget: bits are not found yet; give the layer_bits that allocate_bits returns")
     generator = torch.Generator().manual_seed(seed)
+    bank_hash = bank.hash if checkpoints else ""  # takes a moment
+    kept = Checkpoints(checkpoints, "student", teacher.hash, bank_hash, quantization, distillation, seed).of("student")
     student = Student(teacher, quantization)
     batches = bank.batches(quantization.num_range_samples, generator)
-    if quantization.scheme == "hardware" and distillation.start == "compensated":
+    if kept.load():
+        pass  # the training reads it
+    elif quantization.scheme == "hardware" and distillation.start == "compensated":
         student.initialize_layers_(next(batches).images, generator, equalize=distillation.equalize)
     else:
         student.initialize_ranges_(next(batches).images for _ in range(NUM_RANGE_BATCHES))
@@ -138,7 +134,7 @@ def quantize_with(
     if distillation.generator_steps_per_step and bank.synthesizer is not None:
         synthesizer = copy.deepcopy(bank.synthesizer)  # the bank serves other runs as it is
         training = SynthesizerTraining(synthesizer, teacher, bank.settings, generator, student)
-    distill_(student, teacher, bank, distillation, generator, training=training, progress=progress)
+    distill_(student, teacher, bank, distillation, generator, training=training, checkpoint=kept, progress=progress)
     return student
 
 
@@ -167,72 +163,69 @@ NUM_RANGE_BATCHES = 4
 
 
 def _train_generator(
-    teacher: Teacher, settings: SynthesisSettings, generator: torch.Generator, progress: ProgressCallback
+    teacher: Teacher,
+    settings: SynthesisSettings,
+    generator: torch.Generator,
+    checkpoint: Checkpoint,
+    progress: ProgressCallback,
 ) -> Synthesizer | None:
     """Train the generator if any sample needs it."""
     if not settings.num_generated and (settings.direct.start != "generator" or not settings.num_optimized):
         return None
     synthesizer = Synthesizer(teacher, settings, generator)
     training = SynthesizerTraining(synthesizer, teacher, settings, generator)
-    for step in range(1, settings.generator.num_steps + 1):
-        _tell(progress, "generator", step, settings.generator.num_steps, training.step())
+    if saved := checkpoint.load():
+        training.load_state_dict(saved["training"])
+        generator.set_state(saved["generator"])
+
+    def state() -> State:
+        return {"training": training.state_dict(), "generator": generator.get_state()}
+
+    with checkpoint.guarding():
+        for step in range(training.num_steps + 1, settings.generator.num_steps + 1):
+            _tell(progress, "generator", step, settings.generator.num_steps, training.step())
+            checkpoint.after_step(state)
+    checkpoint.save(state())
     return synthesizer.eval()
 
 
-def _parts_of(settings: SynthesisSettings) -> tuple[list[int], list[int]]:
-    """Return the sizes of the batches that are drawn from the generator, and of those that are optimised.
-
-    Held-out samples are made as the samples before them, in batches of their own, so that those before do not depend
-    on how many there are.
-    """
-    generated = _parts(settings.num_generated, settings.generator.batch_size)
-    optimized = _parts(settings.num_optimized, settings.direct.batch_size)
-    if optimized:
-        return generated, optimized + _parts(settings.num_held_out, settings.direct.batch_size)
-    return generated + _parts(settings.num_held_out, settings.generator.batch_size), []
-
-
-def _parts(total: int, size: int) -> list[int]:
-    """Return the sizes of the parts of at most ``size`` that ``total`` splits into; no part is a single sample."""
-    count = -(-total // size)
-    return [total // count + (index < total % count) for index in range(count)]
-
-
-@torch.no_grad()
-def _generate(
-    synthesizer: Synthesizer, first: Int[Tensor, " batch"], generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Draw samples from the generator; return them with their soft labels."""
-    images, soft_label = synthesizer(synthesizer.draw(len(first), generator, first))
-    return images, soft_label
-
-
-def _optimize(
-    first: Int[Tensor, " batch"],
-    num_alike: int,
+def _make_parts(
+    parts: list[Part],
     teacher: Teacher,
     settings: SynthesisSettings,
     synthesizer: Synthesizer | None,
-    generator: torch.Generator,
-    report: Callable[[int, dict[str, Tensor]], None],
-) -> tuple[Tensor, Tensor]:
-    """Optimise one batch of images directly, of ``num_alike``; return them with their soft labels."""
-    direct = settings.direct
-    if direct.start == "generator" and synthesizer is not None:
-        start, soft_label = _generate(synthesizer, first, generator)
-    else:
-        label, weight = draw_mixtures(first, teacher.num_classes, settings.labels, generator)
-        soft_label = soft_labels(label, weight, teacher.num_classes)
-        start = noise_images(len(first), teacher.input_spec.shape, direct.num_scales, generator)
-    num_calls = num_alike * direct.num_steps
-    return optimize_images(start, soft_label, teacher, direct, generator, report, num_calls), soft_label
+    seed: int,
+    checkpoints: Checkpoints,
+    progress: ProgressCallback,
+) -> list[State]:
+    """Return pixels and soft labels of every part, those that are finished already from their checkpoints."""
+    each = settings.direct.num_steps
+    total, before, is_first = each * sum(part.is_optimized for part in parts), 0, True
+    made = []
+    for part in parts:
+        checkpoint = checkpoints.of(f"part-{part.number:05}")
+        saved = checkpoint.load()
+        if "pixels" not in saved:
+            if part.is_optimized and is_first:
+                progress(Progress("direct", before + saved.get("step", 0), total))
+                is_first = False
+            report = _report(progress, "direct", before, total)
+            generator = generator_for(seed, _PARTS, part.number)
+            images, soft_labels = make_part(part, teacher, settings, synthesizer, generator, report, checkpoint)
+            saved = {"pixels": teacher.input_spec.to_pixels(images).contiguous(), "soft_labels": soft_labels}
+            checkpoint.save(saved)
+        before += each * part.is_optimized
+        made.append(saved)
+    return made
 
 
-def _report(
-    progress: ProgressCallback, stage: str, part: int, num_parts: int, num_steps: int
-) -> Callable[[int, dict[str, Tensor]], None]:
+_CLASSES, _GENERATOR, _PARTS = range(3)
+"""Places in the making of a bank that have random generators of their own."""
+
+
+def _report(progress: ProgressCallback, stage: str, before: int, total: int) -> Report:
     """Return a callback that counts the steps of one part among those of all parts."""
-    return lambda step, losses: _tell(progress, stage, part * num_steps + step, num_parts * num_steps, losses)
+    return lambda step, losses: _tell(progress, stage, before + step, total, losses)
 
 
 def _tell(progress: ProgressCallback, stage: str, step: int, total: int, losses: dict[str, Tensor]) -> None:

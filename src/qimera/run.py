@@ -1,5 +1,6 @@
 """Resolved settings and a directory -> a finished run, from wherever the directory stands."""
 
+import shutil
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -8,9 +9,10 @@ from qimera.allocation import allocate
 from qimera.budget import check_budget
 from qimera.errors import ConfigError
 from qimera.estimation import estimate_drop
+from qimera.files import replacing
 from qimera.progress import ProgressCallback
 from qimera.quantization.student import Student
-from qimera.run_directory import RunDirectory, replacing
+from qimera.run_directory import ALLOCATION, BANK, STUDENT, RunDirectory
 from qimera.selection import choose
 from qimera.settings import RunSettings
 from qimera.summary import Summary
@@ -69,9 +71,7 @@ def carry_out(run: RunDirectory, teacher: Teacher, bank: SampleBank | None, prog
     samples = bank if bank is not None else _own_bank(run, teacher, progress)
     if run.settings.quantization.budget:
         _find_bits(run, teacher, samples, progress)
-    settings = run.settings
-    with run.recording("student", progress) as record:
-        student, chosen = _make_student(settings, teacher, samples, record)
+    student, chosen = _make_student(run, teacher, samples, progress)
     with replacing(run.student_file) as temporary:
         student.save(temporary)
     summary = Summary.of_run(
@@ -80,8 +80,8 @@ def carry_out(run: RunDirectory, teacher: Teacher, bank: SampleBank | None, prog
         bank=samples,
         estimate=estimate_drop(student, teacher, samples) if samples.settings.num_held_out else None,
         allocation=run.allocation.lines() if run.allocation else (),
-        bank_seconds=run.seconds("bank"),
-        student_seconds=run.seconds("student"),
+        bank_seconds=run.seconds(BANK),
+        student_seconds=run.seconds(STUDENT),
     )
     run.finish(summary)
     return summary
@@ -106,9 +106,13 @@ def _summary_of(run: RunDirectory, teacher: Teacher) -> Summary:
 def _own_bank(run: RunDirectory, teacher: Teacher, progress: ProgressCallback) -> SampleBank:
     if run.has_bank:
         return SampleBank.load(run.bank_directory, teacher)
-    with run.recording("bank", progress) as record:
-        bank = pipeline.synthesize(teacher, settings=run.settings.synthesis, seed=run.settings.seed, progress=record)
+    settings, checkpoints = run.settings, run.checkpoints_directory / BANK
+    with run.metrics.recording(BANK, progress) as record:
+        bank = pipeline.synthesize(
+            teacher, settings=settings.synthesis, seed=settings.seed, checkpoints=checkpoints, progress=record
+        )
     bank.save(run.bank_directory)
+    shutil.rmtree(checkpoints)
     # Read back: a run that is interrupted here and continued must see the same samples.
     return SampleBank.load(run.bank_directory, teacher)
 
@@ -118,22 +122,32 @@ def _find_bits(run: RunDirectory, teacher: Teacher, bank: SampleBank, progress: 
     allocation = run.allocation
     if allocation is None:
         settings = run.settings
-        with run.recording("allocation", progress) as record:
+        with run.metrics.recording(ALLOCATION, progress) as record:
             allocation = allocate(teacher, bank, settings.quantization, seed=settings.seed, progress=record)
     run.settle(allocation)
 
 
 def _make_student(
-    settings: RunSettings, teacher: Teacher, bank: SampleBank, progress: ProgressCallback
+    run: RunDirectory, teacher: Teacher, bank: SampleBank, progress: ProgressCallback
 ) -> tuple[Student, RunSettings]:
     """Return the student, of several the one with the lowest estimated drop, and the settings of it alone."""
-    ways = (settings.distillation, *settings.alternatives)
-    students = [
-        pipeline.quantize_with(teacher, bank, settings.quantization, way, seed=settings.seed, progress=progress)
-        for way in ways
-    ]
+    settings, students = run.settings, []
+    ways, names = (settings.distillation, *settings.alternatives), settings.recipe.split(",")
+    for number, way in enumerate(ways):
+        part = f"{STUDENT} {names[number]}" if len(ways) > 1 else STUDENT
+        with run.metrics.recording(part, progress) as record:
+            student = pipeline.quantize_with(
+                teacher,
+                bank,
+                settings.quantization,
+                way,
+                seed=settings.seed,
+                checkpoints=run.checkpoints_directory / f"{STUDENT}-{number}",
+                progress=record,
+            )
+        students.append(student)
     best = choose(students, teacher, bank) if len(students) > 1 else 0
-    alone = {"recipe": settings.recipe.split(",")[best], "distillation": ways[best], "alternatives": ()}
+    alone = {"recipe": names[best], "distillation": ways[best], "alternatives": ()}
     return students[best], settings.model_copy(update=alone)
 
 

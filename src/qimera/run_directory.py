@@ -1,22 +1,19 @@
 """One run on disk: the settings that start it again, metrics, bank, bits, student, summary; each whole or absent."""
 
-import json
-import os
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from qimera.allocation import Allocation
 from qimera.errors import ConfigError
-from qimera.progress import Progress, ProgressCallback
+from qimera.files import replacing
+from qimera.metrics import Metrics
 from qimera.settings import LayerBits, RunSettings
 from qimera.summary import Summary
 
-Part = Literal["bank", "allocation", "student"]
-"""What a run does, in this order; a run that was interrupted continues at the first part that is not there."""
+BANK, ALLOCATION, STUDENT = "bank", "allocation", "student"
+"""The parts of a run, in this order; of several students each is a part, ``student NAME``. A run that was interrupted
+continues within the first part that is not there."""
 
 _MAX_LISTED = 4
 
@@ -31,9 +28,10 @@ class RunDirectory:
     def __init__(self, path: Path, settings: RunSettings) -> None:
         self.path = path
         self.settings = settings
-        self.metrics_file = path / "metrics.jsonl"
+        self.metrics = Metrics(path / "metrics.jsonl")
         self.teacher_file = path / "teacher.pt2"
         self.bank_directory = path / "bank"
+        self.checkpoints_directory = path / "checkpoints"
         self.allocation_file = path / "allocation.json"
         self.student_file = path / "student.safetensors"
         self.report_file = path / "summary.txt"
@@ -59,7 +57,7 @@ class RunDirectory:
             listed = "; ".join(differences[:_MAX_LISTED])
             rest = f"; and {len(differences) - _MAX_LISTED} more" if len(differences) > _MAX_LISTED else ""
             raise ConfigError(f"{path}: holds a run with other settings ({listed}{rest}); choose another --output")
-        run._forget_unfinished_part()
+        run._forget_unfinished_files()
         return run
 
     @classmethod
@@ -104,30 +102,11 @@ class RunDirectory:
         allocation = self.allocation
         return self.settings if allocation is None else _with_rules(self.settings, allocation.rules)
 
-    @contextmanager
-    def recording(self, part: Part, also: ProgressCallback) -> Iterator[ProgressCallback]:
-        """Yield a callback that appends one line per step to ``metrics.jsonl`` and then calls ``also``."""
-        start = time.monotonic()
-        with self.metrics_file.open("a", encoding="utf-8", buffering=1) as file:
-
-            def record(progress: Progress) -> None:
-                line = {
-                    "part": part,
-                    "stage": progress.stage,
-                    "step": progress.step,
-                    "total": progress.total,
-                    "seconds": round(time.monotonic() - start, 3),
-                    **progress.metrics,
-                }
-                file.write(json.dumps(line) + "\n")
-                also(progress)
-
-            yield record
-
-    def seconds(self, part: Part) -> float | None:
-        """Return how long a part took, to its last recorded step; None if this run did without it."""
-        lines = [json.loads(line) for line in self._metrics_of(part)]
-        return float(lines[-1]["seconds"]) if lines else None
+    def seconds(self, part: str) -> float | None:
+        """Return how long a part took, or all parts called ``part NAME``; None if this run did without."""
+        parts = {line["part"] for line in self.metrics.lines()}
+        found = [self.metrics.seconds(each) or 0.0 for each in parts if each.partition(" ")[0] == part]
+        return sum(found) if found else None
 
     def finish(self, summary: Summary) -> None:
         """Write the summary; from then on the run is finished."""
@@ -135,30 +114,19 @@ class RunDirectory:
             temporary.write_text(summary.text(), encoding="utf-8")
         with replacing(self._summary_file) as temporary:
             summary.save(temporary)
+        shutil.rmtree(self.checkpoints_directory, ignore_errors=True)
 
     def summary(self) -> Summary:
         """Read the summary of a finished run."""
         return Summary.load(self._summary_file)
 
-    def _forget_unfinished_part(self) -> None:
-        """Drop the metrics of what will be done again, and files that were being written when the run ended."""
+    def _forget_unfinished_files(self) -> None:
+        """Remove files that were being written when the process ended."""
         for left_over in self.path.glob(".*.partial*"):
             if left_over.is_dir():
                 shutil.rmtree(left_over)
             else:
                 left_over.unlink()
-        if self.metrics_file.exists() and not self.is_finished:
-            kept = self._metrics_of("bank") if self.has_bank else []
-            kept += self._metrics_of("allocation") if self.allocation_file.exists() else []
-            with replacing(self.metrics_file) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def _metrics_of(self, part: Part) -> list[str]:
-        if not self.metrics_file.exists():
-            return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        # A line that does not end in "}" was cut off when the process was killed.
-        return [line for line in lines if line.startswith(f'{{"part": "{part}"') and line.endswith("}")]
 
 
 def refuse_other_content(path: Path) -> None:
@@ -167,19 +135,6 @@ def refuse_other_content(path: Path) -> None:
         raise ConfigError(f"{path}: is a file; --output names a directory")
     if path.is_dir() and any(path.iterdir()) and not _settings_file(path).is_file():
         raise ConfigError(f"{path}: is not empty and holds no run; choose another --output")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; what is written there becomes ``path`` when the block ends without an error."""
-    temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _settings_file(path: Path) -> Path:

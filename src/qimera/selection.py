@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from qimera.checkpoint import State
 from qimera.estimation import estimate_drop
 from qimera.quantization.student import Student
 from qimera.settings import DistillationSettings
@@ -50,6 +51,14 @@ class BestState:
         if now < self.lowest:
             self.lowest, self.step = now, step
             self.state = {name: value.clone() for name, value in self.student.module.state_dict().items()}
+
+    def state_dict(self) -> State:
+        """Return what ``load_state_dict`` needs to go on."""
+        return {"lowest": self.lowest, "step": self.step, "state": self.state}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go back to what ``state_dict`` returned."""
+        self.lowest, self.step, self.state = state["lowest"], state["step"], state["state"]
 
     def restore_(self) -> None:
         """Give the student its best state."""

@@ -22,9 +22,9 @@ from qimera.export.program import (
     verify_program,
 )
 from qimera.export.verification import Verification
+from qimera.files import replacing
 from qimera.graph import node_at
 from qimera.quantization.student import Student
-from qimera.run_directory import replacing
 from qimera.synthesis.bank import SampleBank
 
 _OFFSET = 128

@@ -20,9 +20,9 @@ from qimera.errors import ConfigError, UnsupportedModelError
 from qimera.export.integer_graph import deploy_
 from qimera.export.packing import shared_constant
 from qimera.export.verification import Verification, verify_onnx
+from qimera.files import replacing
 from qimera.graph import aten
 from qimera.quantization.student import Student
-from qimera.run_directory import replacing
 from qimera.synthesis.bank import SampleBank
 
 OPSET = 21

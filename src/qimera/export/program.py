@@ -17,10 +17,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
 from qimera.export.verification import Verification, compare, sample_pixels
+from qimera.files import replacing
 from qimera.graph import WEIGHTED, aten, node_at, tensor_of
 from qimera.quantization.scheme import RELUS, before_moves
 from qimera.quantization.student import Student
-from qimera.run_directory import replacing
 from qimera.synthesis.bank import SampleBank
 
 MIN_AGREEMENT = 99.0

@@ -10,8 +10,9 @@ from qimera.export.executorch import export_executorch
 from qimera.export.onnx import MIN_AGREEMENT, export_onnx
 from qimera.export.program import export_aotinductor, export_pt2
 from qimera.export.verification import Verification
+from qimera.files import replacing
 from qimera.run import load_student
-from qimera.run_directory import RunDirectory, replacing
+from qimera.run_directory import RunDirectory
 from qimera.synthesis.bank import SampleBank
 
 Format = Literal["onnx", "pt2", "aotinductor", "executorch"]

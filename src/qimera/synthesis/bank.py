@@ -3,6 +3,7 @@
 GDFQ and Qimera train a generator anew for every bit width (deviation D17).
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -66,6 +67,19 @@ class SampleBank:
     ) -> "SampleBank":
         """Round normalised images to pixels and ask the teacher what it makes of them."""
         pixels = teacher.input_spec.to_pixels(images).contiguous()
+        return cls.from_pixels(pixels, soft_labels, teacher, settings, seed, synthesizer)
+
+    @classmethod
+    def from_pixels(
+        cls,
+        pixels: UInt8[Tensor, "sample channel height width"],
+        soft_labels: Float[Tensor, "sample num_classes"],
+        teacher: Teacher,
+        settings: SynthesisSettings,
+        seed: int,
+        synthesizer: Synthesizer | None = None,
+    ) -> "SampleBank":
+        """Ask the teacher what it makes of these pixels."""
         with torch.no_grad():
             logits = torch.cat([teacher(teacher.input_spec.normalize(part)) for part in pixels.split(64)])
         return cls(pixels, soft_labels, logits, teacher.input_spec, settings, seed, teacher.hash, synthesizer)
@@ -95,15 +109,16 @@ class SampleBank:
         """Return the samples at these positions."""
         return Samples(self.input_spec.normalize(self.pixels[index]), self.soft_labels[index], self.logits[index])
 
-    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Samples]:
+    def batches(self, batch_size: int, generator: torch.Generator) -> "Batches":
         """Yield batches without end, each training sample once before any comes again, in random order."""
-        batch_size = min(batch_size, self.num_training)
-        order = torch.empty(0, dtype=torch.int64)
-        while True:
-            if len(order) < batch_size:
-                order = torch.cat([order, torch.randperm(self.num_training, generator=generator)])
-            yield self.take(order[:batch_size])
-            order = order[batch_size:]
+        return Batches(self, min(batch_size, self.num_training), generator)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over pixels and soft labels."""
+        digest = hashlib.sha256(self.pixels.numpy().tobytes())
+        digest.update(self.soft_labels.numpy().tobytes())
+        return digest.hexdigest()
 
     def save(self, directory: Path | str) -> None:
         """Write shards, generator and manifest; the directory appears complete or not at all.
@@ -185,6 +200,21 @@ class SampleBank:
             )
         synthesizer = _load_synthesizer(directory / "generator.safetensors", teacher, settings)
         return cls(parts[0], parts[1], parts[2], teacher.input_spec, settings, seed, owner, synthesizer)
+
+
+class Batches(Iterator[Samples]):
+    """Batches of a bank's training samples without end; with the random generator, ``order`` says which come next."""
+
+    def __init__(self, bank: SampleBank, batch_size: int, generator: torch.Generator) -> None:
+        self._bank, self._batch_size, self._generator = bank, batch_size, generator
+        self.order = torch.empty(0, dtype=torch.int64)
+        """Positions of samples that are drawn already and not yet used."""
+
+    def __next__(self) -> Samples:
+        if len(self.order) < self._batch_size:
+            self.order = torch.cat([self.order, torch.randperm(self._bank.num_training, generator=self._generator)])
+        chosen, self.order = self.order[: self._batch_size], self.order[self._batch_size :]
+        return self._bank.take(chosen)
 
 
 def _read_settings(directory: Path, settings: object, input_spec: object) -> tuple[SynthesisSettings, InputSpec]:

@@ -1,6 +1,7 @@
 """Images optimised directly: pixels that the teacher gives the wanted soft label and batch-norm statistics."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qimera.acceleration import autocast, compiled
+from qimera.checkpoint import Checkpoint, State
 from qimera.settings import DirectSettings
 from qimera.synthesis.augmentation import flip_at_random, shift_batch
 from qimera.synthesis.losses import bns_loss, soft_cross_entropy, total_variation
@@ -26,6 +28,7 @@ def optimize_images(
     generator: torch.Generator,
     report: Callable[[int, dict[str, Tensor]], None] = lambda step, losses: None,
     num_calls: int = 0,
+    checkpoint: Checkpoint | None = None,
 ) -> Float[Tensor, "batch channel height width"]:
     """Return ``start`` after ``settings.num_steps`` Adam steps, every pixel within the valid range.
 
@@ -40,6 +43,7 @@ def optimize_images(
         generator: Draws shifts and mirrors.
         report: Called after every step.
         num_calls: Steps of all batches of this size together, by which compiling is decided; 0 if this is the only one.
+        checkpoint: Keeps the state between steps; from one of the same call the steps go on.
 
     Raises:
         DivergenceError: a term is NaN or infinite.
@@ -50,17 +54,56 @@ def optimize_images(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.num_steps)
     num_pixels = (num_calls or settings.num_steps) * start[:, 0].numel()
     judge = compiled(_losses, settings.compile, num_pixels)
-    for step in range(settings.num_steps):
-        images = _compose(scales, low, high)
-        seen = flip_at_random(images, generator) if settings.flip else images
-        seen = shift_batch(seen, settings.max_shift, generator) if settings.max_shift else seen
-        loss, losses = judge(seen, soft_label, teacher, settings)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        report(step + 1, check_finite(losses, step + 1))
+    checkpoint = checkpoint or Checkpoint()
+    done = _restore_(scales, optimizer, schedule, generator, checkpoint.load())
+    with checkpoint.guarding():
+        for step in range(done + 1, settings.num_steps + 1):
+            images = _compose(scales, low, high)
+            seen = flip_at_random(images, generator) if settings.flip else images
+            seen = shift_batch(seen, settings.max_shift, generator) if settings.max_shift else seen
+            loss, losses = judge(seen, soft_label, teacher, settings)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            report(step, check_finite(losses, step))
+            checkpoint.after_step(partial(_state, step, scales, optimizer, schedule, generator))
     return _compose(scales, low, high).detach()
+
+
+def _state(
+    step: int,
+    scales: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    generator: torch.Generator,
+) -> State:
+    return {
+        "step": step,
+        "scales": scales,
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "generator": generator.get_state(),
+    }
+
+
+@torch.no_grad()
+def _restore_(
+    scales: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    generator: torch.Generator,
+    state: State,
+) -> int:
+    """Bring all of them to ``state``; return the steps that were done by then."""
+    if not state:
+        return 0
+    for scale, kept in zip(scales, state["scales"], strict=True):
+        scale.copy_(kept)
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    generator.set_state(state["generator"])
+    return int(state["step"])
 
 
 def _losses(

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qimera.checkpoint import State
 from qimera.errors import DivergenceError
 from qimera.settings import SynthesisSettings
 from qimera.synthesis.embeddings import ClassEmbedding, DisentanglementMapping
@@ -105,6 +106,22 @@ class SynthesizerTraining:
         self.schedule.step()
         self.num_steps += 1
         return check_finite({name: term.detach() for name, term in terms.items()}, self.num_steps)
+
+    def state_dict(self) -> State:
+        """Return what ``load_state_dict`` needs to go on, but for the random generator, which others draw from too."""
+        return {
+            "synthesizer": self.synthesizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "num_steps": self.num_steps,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go back to a state that ``state_dict`` returned."""
+        self.synthesizer.load_state_dict(state["synthesizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.num_steps = int(state["num_steps"])
 
 
 def check_finite(losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:

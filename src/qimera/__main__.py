@@ -1,0 +1,5 @@
+"""``python -m qimera``, as ``torchrun`` and other launchers start it."""
+
+from qimera.cli import main
+
+main()

@@ -1,0 +1,165 @@
+"""Runs that are interrupted or killed and go on: bit for bit what they would have been."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qimera import checkpoint
+from qimera.models import load_model
+from qimera.pipeline import quantize, synthesize
+from qimera.progress import Progress, silent
+from qimera.run import carry_out
+from qimera.run_directory import RunDirectory
+from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+from tests.command_line import tiny_settings
+from tests.killed_runs import BEST_STEP, PLAIN, SYNTHESIS, WAYS, result, settings
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def digits() -> Teacher:
+    return Teacher.capture(load_model("mnist_cnn"), tiny_settings().input)
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def ways(request: pytest.FixtureRequest) -> tuple[DistillationSettings, ...]:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, digits: Teacher, ways: tuple[DistillationSettings, ...]
+) -> tuple[bytes, ...]:
+    """What a run comes to that is not interrupted."""
+    run = RunDirectory.start(tmp_path_factory.mktemp("whole") / "run", settings(ways))
+    carry_out(run, digits, None, silent)
+    return result(run.path)
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0.0)
+
+
+@dataclass
+class Stop:
+    """Interrupts at one step, and remembers what it was told."""
+
+    stage: str = ""
+    step: int = 0
+    seen: list[tuple[str, int]] = field(default_factory=list)
+
+    def __call__(self, progress: Progress) -> None:
+        self.seen.append((progress.stage, progress.step))
+        if self.seen[-1] == (self.stage, self.step):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("every_step")
+def test_an_interrupted_run_goes_on_at_its_last_step_and_comes_to_the_same(
+    tmp_path: Path, digits: Teacher, ways: tuple[DistillationSettings, ...], whole: tuple[bytes, ...]
+) -> None:
+    """Interrupted again and again: while it trains the generator, makes the first and a later part, and the student."""
+    path, again = tmp_path / "run", Stop()
+    for stage, step, goes_on_at in [("generator", 4, 1), ("direct", 3, 0), ("direct", 14, 2), ("distillation", 20, 0)]:
+        stop = Stop(stage, step)
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(RunDirectory.start(path, settings(ways)), digits, None, stop)
+        assert next(number for name, number in stop.seen if name == stage) == goes_on_at
+    run = RunDirectory.start(path, settings(ways))
+    carry_out(run, digits, None, again)
+    assert again.seen[1] == ("distillation", 19)
+    assert result(path) == whole
+    assert not run.checkpoints_directory.exists()
+    recorded = [(line["part"], line["stage"], line["step"]) for line in run.metrics.lines()]
+    assert len(set(recorded)) == len(recorded)
+    assert [number for _, name, number in recorded if name == "direct"] == list(range(19))
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_student_that_is_finished_is_not_made_again(tmp_path: Path, digits: Teacher) -> None:
+    asked = settings((BEST_STEP, PLAIN))
+    carry_out(RunDirectory.start(tmp_path / "whole", asked), digits, None, silent)
+    run, first = RunDirectory.start(tmp_path / "run", asked), Stop()
+
+    def stop_in_the_second(progress: Progress) -> None:
+        first(progress)
+        if first.seen.count(("ranges", 1)) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(run, digits, None, stop_in_the_second)
+    again = Stop()
+    carry_out(RunDirectory.start(run.path, asked), digits, None, again)
+    assert [number for name, number in again.seen if name == "distillation"] == [24, 0, 10, 20, 24]
+    assert result(run.path) == result(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("every_step")
+def test_calls_from_python_go_on_too(tmp_path: Path, digits: Teacher) -> None:
+    asked = SynthesisSettings(num_optimized=32, direct=DirectSettings(num_steps=6, batch_size=16))
+    bank = synthesize(digits, settings=asked)
+    student = quantize(digits, bank, settings=PLAIN)
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(digits, settings=asked, checkpoints=tmp_path / "a", progress=Stop("direct", 9))
+    again = Stop()
+    other_bank = synthesize(digits, settings=asked, checkpoints=tmp_path / "a", progress=again)
+    assert again.seen[0] == ("direct", 8)
+    assert torch.equal(other_bank.pixels, bank.pixels)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(digits, bank, settings=PLAIN, checkpoints=tmp_path / "b", progress=Stop("distillation", 10))
+    resumed = quantize(digits, other_bank, settings=PLAIN, checkpoints=str(tmp_path / "b"))
+    assert states_equal(resumed.module, student.module)
+
+
+def states_equal(one: nn.Module, other: nn.Module) -> bool:
+    states = one.state_dict(), other.state_dict()
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+
+
+@pytest.mark.usefixtures("every_step")
+def test_nothing_of_another_seed_is_taken_up(tmp_path: Path, digits: Teacher) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(digits, settings=SYNTHESIS, seed=1, checkpoints=tmp_path, progress=Stop("direct", 8))
+    kept = synthesize(digits, settings=SYNTHESIS, seed=2, checkpoints=tmp_path)
+    assert torch.equal(kept.pixels, synthesize(digits, settings=SYNTHESIS, seed=2).pixels)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, digits: Teacher) -> None:
+    """The command itself, in a process of its own."""
+    long = tiny_settings(distillation=DistillationSettings(num_steps=100_000, batch_size=8, compile="never"))
+    long.save(tmp_path / "long.json")
+    command = [sys.executable, "-m", "qimera", "quantize", "--settings", "long.json", "--output", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"step": 20,' in metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "saving after this step" in said
+    assert "interrupted; the same command continues with what is in run" in said
+    kept = torch.load(tmp_path / "run" / "checkpoints" / "student-0" / "student.pt", weights_only=True)
+    assert kept["state"]["num_steps"] >= 20
+    SampleBank.load(tmp_path / "run" / "bank", digits)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_runs_that_are_killed_come_to_the_same(tmp_path: Path, kills: int) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.killed_runs", str(kills), "0", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["killed"] == kills
+    assert found["equal"] == found["finished"] >= 1
