@@ -289,7 +289,7 @@ def test_fresh_samples_come_from_the_generator_and_the_rest_from_the_bank(teache
 def test_the_generator_learns_beside_the_student_when_asked_to(teacher: Teacher, bank: SampleBank, steps: int) -> None:
     assert bank.synthesizer is not None
     synthesizer = copy.deepcopy(bank.synthesizer)
-    training = SynthesizerTraining(synthesizer, teacher, bank.settings, seeded(1))
+    training = SynthesizerTraining(synthesizer, teacher, bank.settings, 1)
     settings = DistillationSettings(num_steps=3, batch_size=8, fresh_share=1.0, generator_steps_per_step=steps)
     distill_(student_of(teacher, bank), teacher, bank, settings, seeded(0), training=training)
     assert training.num_steps == 3 * steps

@@ -224,13 +224,24 @@ def test_a_finished_file_replaces_the_old_one(tmp_path: Path) -> None:
     assert (files(tmp_path), path.read_text()) == (["summary.json"], "new")
 
 
-def test_taking_up_a_run_removes_what_a_killed_process_left(tmp_path: Path) -> None:
-    RunDirectory.start(tmp_path, settings())
+def test_working_in_a_run_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    run = RunDirectory.start(tmp_path, settings())
     (tmp_path / ".student.partial-123.safetensors").touch()
     (tmp_path / ".bank.partial-123").mkdir()
     (tmp_path / ".bank.partial-123" / "samples-00000.safetensors").touch()
-    RunDirectory.start(tmp_path, settings())
-    assert files(tmp_path) == ["settings.json"]
+    with run.occupied():
+        assert files(tmp_path) == ["settings.json"]
+
+
+def test_a_run_in_which_another_is_at_work_is_refused_and_left_alone(tmp_path: Path) -> None:
+    run, other = (RunDirectory.start(tmp_path, settings()) for _ in range(2))
+    with run.occupied():
+        (tmp_path / ".student.partial-123.safetensors").touch()
+        with pytest.raises(ConfigError, match="another run is at work in it; wait for its end"), other.occupied():
+            pass
+        assert files(tmp_path) == [".student.partial-123.safetensors", "settings.json"]
+    with other.occupied():
+        pass
 
 
 # --- summary ----------------------------------------------------------------------------------------------------------

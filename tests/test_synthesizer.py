@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from qimera.errors import DivergenceError
 from qimera.quantization.student import Student
+from qimera.seeds import Place, generator_for
 from qimera.settings import GeneratorSettings, LabelSettings, QuantizationSettings, SynthesisSettings
 from qimera.synthesis.losses import bns_loss
 from qimera.synthesis.synthesizer import Draw, Synthesizer, SynthesizerTraining, check_finite
@@ -135,7 +136,7 @@ def test_batch_norms_are_conditioned_from_so_many_classes_on(
 def test_the_teachers_classifier_is_copied_not_shared(teacher: Teacher) -> None:
     before = teacher.classifier.weight.clone()
     synthesizer = synthesizer_of(teacher)
-    training = SynthesizerTraining(synthesizer, teacher, settings_of(), seeded(1))
+    training = SynthesizerTraining(synthesizer, teacher, settings_of(), 1)
     for _ in range(3):
         training.step()
     assert not torch.equal(synthesizer.embedding.weight, before)
@@ -171,9 +172,9 @@ def test_a_step_follows_the_gradient_of_cross_entropy_plus_bns(
     settings = settings_of(ce_weight=ce_weight, bns_weight=bns_weight, relative_bns=relative)
     synthesizer = Synthesizer(teacher, settings, seeded(0))
     twin = copy.deepcopy(synthesizer)
-    SynthesizerTraining(synthesizer, teacher, settings, seeded(1)).step()
+    SynthesizerTraining(synthesizer, teacher, settings, 1).step()
 
-    images, soft_label = twin(twin.draw(16, seeded(1)))
+    images, soft_label = twin(twin.draw(16, generator_for(1, Place.TRAINING_ALONE, 0, 0)))
     logits, entering = teacher.forward_with_taps(images)
     loss = -ce_weight * (soft_label * logits.log_softmax(1)).sum(1).mean()
     for x, recorded in zip(entering, teacher.batch_norms, strict=True):
@@ -199,7 +200,7 @@ def test_an_adversarial_generator_seeks_samples_that_the_student_gets_wrong(teac
     for weight in (0.0, 5.0):
         settings = settings_of(adversarial_weight=weight, learning_rate=0.01)
         synthesizer = Synthesizer(teacher, settings, seeded(0))
-        training = SynthesizerTraining(synthesizer, teacher, settings, seeded(1), student)
+        training = SynthesizerTraining(synthesizer, teacher, settings, 1, student)
         for _ in range(15):
             losses = training.step()
         assert ("generator_gap" in losses) is (weight > 0)
@@ -212,7 +213,7 @@ def test_an_adversarial_generator_seeks_samples_that_the_student_gets_wrong(teac
 
 def test_a_step_is_one_of_adam_with_the_published_momenta(teacher: Teacher) -> None:
     settings = settings_of(learning_rate=0.01, milestones=(2,))
-    training = SynthesizerTraining(Synthesizer(teacher, settings, seeded(0)), teacher, settings, seeded(1))
+    training = SynthesizerTraining(Synthesizer(teacher, settings, seeded(0)), teacher, settings, 1)
     (group,) = training.optimizer.param_groups
     assert isinstance(training.optimizer, torch.optim.Adam)
     assert group["betas"] == (0.5, 0.999)
@@ -227,7 +228,7 @@ def test_a_step_is_one_of_adam_with_the_published_momenta(teacher: Teacher) -> N
 def test_training_moves_embeddings_mapping_and_generator(teacher: Teacher, part: str) -> None:
     synthesizer = synthesizer_of(teacher)
     before = dict(synthesizer.named_parameters())[part].detach().clone()
-    SynthesizerTraining(synthesizer, teacher, settings_of(), seeded(1)).step()
+    SynthesizerTraining(synthesizer, teacher, settings_of(), 1).step()
     assert not torch.equal(dict(synthesizer.named_parameters())[part], before)
 
 
@@ -245,7 +246,7 @@ def test_training_makes_the_teacher_recognise_the_samples_and_its_statistics(tea
     settings = settings_of(ce_weight=1.0, bns_weight=1.0, relative_bns=False)
     synthesizer = Synthesizer(teacher, settings, seeded(0))
     before = measured(synthesizer, teacher)
-    training = SynthesizerTraining(synthesizer, teacher, settings, seeded(1))
+    training = SynthesizerTraining(synthesizer, teacher, settings, 1)
     for _ in range(60):
         training.step()
     after = measured(synthesizer, teacher)
@@ -255,7 +256,7 @@ def test_training_makes_the_teacher_recognise_the_samples_and_its_statistics(tea
 
 def test_no_gradient_reaches_the_teacher(teacher: Teacher) -> None:
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    training = SynthesizerTraining(synthesizer_of(teacher), teacher, settings_of(), seeded(1))
+    training = SynthesizerTraining(synthesizer_of(teacher), teacher, settings_of(), 1)
     training.step()
     assert all(not each.requires_grad and each.grad is None for each in teacher.parameters())
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
@@ -264,7 +265,7 @@ def test_no_gradient_reaches_the_teacher(teacher: Teacher) -> None:
 def test_same_seed_same_training(teacher: Teacher) -> None:
     def trained(seed: int) -> dict[str, Tensor]:
         synthesizer = synthesizer_of(teacher)
-        training = SynthesizerTraining(synthesizer, teacher, settings_of(), seeded(seed))
+        training = SynthesizerTraining(synthesizer, teacher, settings_of(), seed)
         for _ in range(3):
             training.step()
         return synthesizer.state_dict()
@@ -280,7 +281,7 @@ def test_a_diverging_generator_stops_with_the_name_of_the_term(teacher: Teacher)
     with torch.no_grad():
         synthesizer.generator.linear.weight.fill_(float("nan"))
     with pytest.raises(DivergenceError, match="generator_ce became nan at step 1; lower the learning rate"):
-        SynthesizerTraining(synthesizer, teacher, settings, seeded(1)).step()
+        SynthesizerTraining(synthesizer, teacher, settings, 1).step()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from qimera.distributed import from_main, is_main
 from qimera.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,12 @@ class Checkpoints:
         self.directory = None if directory is None else Path(directory)
         self._owner = hashlib.sha256(repr(belongs_to).encode()).hexdigest()
 
-    def of(self, name: str) -> "Checkpoint":
-        """Return the checkpoint of the loop called ``name``."""
-        return Checkpoint(self.directory and self.directory / f"{name}.pt", self._owner)
+    def of(self, name: str, *, is_shared: bool = True) -> "Checkpoint":
+        """Return the checkpoint of the loop called ``name``.
+
+        One that all processes run together is shared: the main process keeps it for all of them.
+        """
+        return Checkpoint(self.directory and self.directory / f"{name}.pt", self._owner, is_shared=is_shared)
 
     def forget(self) -> None:
         """Remove them all: the result is safe."""
@@ -52,14 +56,20 @@ class Checkpoints:
 class Checkpoint:
     """The state of one loop; ``Checkpoint()`` keeps nothing."""
 
-    def __init__(self, path: Path | None = None, owner: str = "") -> None:
-        self._path, self._owner = path, owner
+    def __init__(self, path: Path | None = None, owner: str = "", *, is_shared: bool = True) -> None:
+        self._path, self._owner, self._is_shared = path, owner, is_shared
         self._saved_at = time.monotonic()
         self._interrupted = False
 
     def load(self) -> State:
         """Return the state that was saved last; empty if there is none, or one that is damaged or of something else."""
-        if self._path is None or not self._path.exists():
+        if self._path is None:
+            return {}
+        return from_main(self._read) if self._is_shared else self._read()
+
+    def _read(self) -> State:
+        assert self._path is not None
+        if not self._path.exists():
             return {}
         try:
             kept = torch.load(self._path, weights_only=True)
@@ -78,9 +88,10 @@ class Checkpoint:
         """
         if self._path is None:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self._path) as temporary:
-            torch.save({"owner": self._owner, "state": state}, temporary)
+        if is_main() or not self._is_shared:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self._path) as temporary:
+                torch.save({"owner": self._owner, "state": state}, temporary)
         self._saved_at = time.monotonic()
         if self._interrupted:
             raise KeyboardInterrupt

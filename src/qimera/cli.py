@@ -18,7 +18,8 @@ from qimera.progress import Progress
 app = typer.Typer(
     name="qimera",
     help="Quantize trained PyTorch image classifiers to low bit widths without data.",
-    epilog="Exit codes: 0 done, 2 wrong usage, 3 unsupported model, 4 diverged, 5 a check failed, 130 interrupted.",
+    epilog="Exit codes: 0 done, 2 wrong usage, 3 unsupported model, 4 diverged, 5 a check failed, "
+    "6 another process of the run ended, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -132,18 +133,20 @@ def synthesize(
     with errors_as_messages(debug, f"the same command continues with what is in {unfinished}"):
         _use_threads(threads)
         from qimera import pipeline
+        from qimera.distributed import is_main, joined
         from qimera.options import ModelOptions, recipes_for
 
         if output.exists():
             raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
-        teacher = ModelOptions(
-            model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms
-        ).capture()
+        options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
+        teacher = options.capture()
         settings = recipes_for(teacher, recipe)[0].synthesis
-        with ProgressDisplay() as progress:
+        with joined(), ProgressDisplay(is_main()) as progress:
             bank = pipeline.synthesize(
                 teacher, settings=settings, seed=seed or 0, checkpoints=unfinished, progress=progress
             )
+            if not is_main():
+                return
         bank.save(output)
         rmtree(unfinished)
         held_out = f" and {settings.num_held_out} held out" if settings.num_held_out else ""
@@ -192,21 +195,26 @@ def quantize(
     """Quantize a model without data; the result is a run directory."""
     with errors_as_messages(debug, f"the same command continues with what is in {output}"):
         _use_threads(threads)
+        from qimera.distributed import from_main, is_main, joined
         from qimera.options import ModelOptions, RunOptions, read_settings, resolve
         from qimera.run import carry_out, check_run
         from qimera.run_directory import RunDirectory, refuse_other_content
 
-        refuse_other_content(output)
         model_options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
         options = RunOptions(bits, layer_bits, scheme, target, recipe, bank, seed, budget)
-        read = resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
-        check_run(read.settings, read.teacher, read.bank)
-        run = RunDirectory.start(output, read.settings)
-        if run.is_finished:
-            typer.echo(f"{output}: finished already, this is its summary", err=True)
-        with ProgressDisplay() as progress:
-            summary = carry_out(run, read.teacher, read.bank, progress)
-        typer.echo(summary.text(), nl=False)
+        with joined():
+            from_main(lambda: refuse_other_content(output))
+            read = (
+                resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
+            )
+            check_run(read.settings, read.teacher, read.bank)
+            run = from_main(lambda: RunDirectory.start(output, read.settings))
+            if is_main() and run.is_finished:
+                typer.echo(f"{output}: finished already, this is its summary", err=True)
+            with ProgressDisplay(is_main()) as progress:
+                summary = carry_out(run, read.teacher, read.bank, progress)
+            if is_main():
+                typer.echo(summary.text(), nl=False)
 
 
 @app.command()

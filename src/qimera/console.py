@@ -37,9 +37,13 @@ class ProgressDisplay:
     """Shows each stage on stderr: a live bar in a terminal, a line every few seconds anywhere else.
 
     An instance is the ``ProgressCallback`` to pass on; use it as a context manager.
+
+    Args:
+        shown: Whether to show anything; of several processes one does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = True) -> None:
+        self._shown = shown
         self._console = Console(stderr=True)
         self._bars = Bars(
             TextColumn("{task.description:<20}"),
@@ -50,7 +54,7 @@ class ProgressDisplay:
             TimeRemainingColumn(),
             TextColumn("{task.fields[metrics]}", style="dim"),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not (self._console.is_terminal and shown),
         )
         self._tasks: dict[str, TaskID] = {}
         self._start, self._first_step = 0.0, 0
@@ -68,6 +72,8 @@ class ProgressDisplay:
 
     def __call__(self, progress: Progress) -> None:
         """Show one step."""
+        if not self._shown:
+            return
         if self._console.is_terminal:
             self._draw(progress)
         else:
@@ -108,6 +114,8 @@ def errors_as_messages(debug: bool, if_interrupted: str = "") -> Iterator[None]:
                 warnings.simplefilter("ignore")  # what torch and torchao say to developers
             yield
     except QimeraError as error:
+        if error.is_told:
+            raise typer.Exit(error.exit_code) from None
         _fail(str(error), error.exit_code, debug)
     except OSError as error:
         _fail(": ".join(filter(None, (str(error.filename or ""), error.strerror or str(error)))), USAGE, debug)

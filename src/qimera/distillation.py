@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from qimera.acceleration import at_least_float32, autocast, compiled, narrow_gradients_
 from qimera.checkpoint import Checkpoint, State
+from qimera.distributed import average_gradients_, own_share, world_size
 from qimera.errors import ConfigError
 from qimera.graph import with_outputs
 from qimera.progress import Progress, ProgressCallback, silent
@@ -98,16 +99,22 @@ class Course:
     def step(self) -> dict[str, Tensor]:
         """Train on one batch, after the generator if it trains too; return the loss terms.
 
+        All processes draw the same batch, and each of several learns from its share.
+
         Raises:
             DivergenceError: a term is NaN or infinite.
+            ConfigError: there are more processes than samples in a batch.
         """
         for _ in range(self.settings.generator_steps_per_step if self.training else 0):
             assert self.training is not None
             self.training.step()
         images, soft_label = next(self._batches)
+        num_samples, share = len(images), own_share(len(images))
+        images, soft_label = images[share].contiguous(memory_format=torch.channels_last), soft_label[share]
         total, losses = self._learn(images, soft_label, *self._teach(images))
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
+        average_gradients_(self.student.parameters(), len(images) * world_size() / num_samples)
         self._optimizer.step()
         self._schedule.step()
         self.num_steps += 1

@@ -10,6 +10,8 @@ class QimeraError(Exception):
     """Something that the user can mend; the message names the setting or layer, what was given and what to do."""
 
     exit_code = 2
+    is_told = False
+    """Whether the user has been told already, by another process."""
 
 
 class ConfigError(QimeraError):
@@ -32,6 +34,12 @@ class VerificationError(QimeraError):
     """A result failed its check (exit code 5)."""
 
     exit_code = 5
+
+
+class PeerError(QimeraError):
+    """Another process that works at the same result has ended (exit code 6)."""
+
+    exit_code = 6
 
 
 def enumerate_names(names: Sequence[str], nearest_in: Sequence[str] = ()) -> str:

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 from qimera.bits import parse_bits, parse_layer_bits
 from qimera.checkpoint import Checkpoint, Checkpoints, State
 from qimera.distillation import distill_
+from qimera.distributed import copy_from_main_, gathered, rank, world_size
 from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
 from qimera.progress import Progress, ProgressCallback, silent
 from qimera.quantization.student import Student
 from qimera.recipes import recipe
+from qimera.seeds import Place, generator_for
 from qimera.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
-from qimera.synthesis.parts import Part, Report, generator_for, make_part, parts_of
+from qimera.synthesis.parts import Part, Report, make_part, parts_of
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
 from qimera.teacher import Teacher
 
@@ -49,8 +51,8 @@ def synthesize(
     teacher = as_teacher(model, input_spec)
     settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).synthesis
     kept = Checkpoints(checkpoints, "bank", teacher.hash, teacher.input_spec, settings, seed)
-    trained = _train_generator(teacher, settings, generator_for(seed, _GENERATOR), kept.of("generator"), progress)
-    parts = parts_of(settings, teacher.num_classes, generator_for(seed, _CLASSES))
+    trained = _train_generator(teacher, settings, seed, kept.of("generator"), progress)
+    parts = parts_of(settings, teacher.num_classes, generator_for(seed, Place.CLASSES))
     made = _make_parts(parts, teacher, settings, trained, seed, kept, progress)
     pixels, soft_labels = (torch.cat([part[name] for part in made]) for name in ("pixels", "soft_labels"))
     return SampleBank.from_pixels(pixels, soft_labels, teacher, settings, seed, trained)
@@ -129,11 +131,13 @@ def quantize_with(
         student.initialize_layers_(next(batches).images, generator, equalize=distillation.equalize)
     else:
         student.initialize_ranges_(next(batches).images for _ in range(NUM_RANGE_BATCHES))
+    for part in (student.module, student.reference):
+        copy_from_main_(part.state_dict().values())
     progress(Progress("ranges", 1, 1))
     training = None
     if distillation.generator_steps_per_step and bank.synthesizer is not None:
         synthesizer = copy.deepcopy(bank.synthesizer)  # the bank serves other runs as it is
-        training = SynthesizerTraining(synthesizer, teacher, bank.settings, generator, student)
+        training = SynthesizerTraining(synthesizer, teacher, bank.settings, seed, student)
     distill_(student, teacher, bank, distillation, generator, training=training, checkpoint=kept, progress=progress)
     return student
 
@@ -165,27 +169,23 @@ NUM_RANGE_BATCHES = 4
 def _train_generator(
     teacher: Teacher,
     settings: SynthesisSettings,
-    generator: torch.Generator,
+    seed: int,
     checkpoint: Checkpoint,
     progress: ProgressCallback,
 ) -> Synthesizer | None:
     """Train the generator if any sample needs it."""
     if not settings.num_generated and (settings.direct.start != "generator" or not settings.num_optimized):
         return None
-    synthesizer = Synthesizer(teacher, settings, generator)
-    training = SynthesizerTraining(synthesizer, teacher, settings, generator)
+    synthesizer = Synthesizer(teacher, settings, generator_for(seed, Place.GENERATOR))
+    training = SynthesizerTraining(synthesizer, teacher, settings, seed)
     if saved := checkpoint.load():
-        training.load_state_dict(saved["training"])
-        generator.set_state(saved["generator"])
-
-    def state() -> State:
-        return {"training": training.state_dict(), "generator": generator.get_state()}
-
+        training.load_state_dict(saved)
     with checkpoint.guarding():
         for step in range(training.num_steps + 1, settings.generator.num_steps + 1):
             _tell(progress, "generator", step, settings.generator.num_steps, training.step())
-            checkpoint.after_step(state)
-    checkpoint.save(state())
+            checkpoint.after_step(training.state_dict)
+    copy_from_main_(synthesizer.state_dict().values())  # each process has its own batch-norm statistics
+    checkpoint.save(training.state_dict())
     return synthesizer.eval()
 
 
@@ -198,29 +198,30 @@ def _make_parts(
     checkpoints: Checkpoints,
     progress: ProgressCallback,
 ) -> list[State]:
-    """Return pixels and soft labels of every part, those that are finished already from their checkpoints."""
+    """Return pixels and soft labels of every part, those that are finished already from their checkpoints.
+
+    Several processes take turns; what each of them makes does not depend on how many there are.
+    """
+    own = parts[rank() :: world_size()]
     each = settings.direct.num_steps
-    total, before, is_first = each * sum(part.is_optimized for part in parts), 0, True
-    made = []
-    for part in parts:
-        checkpoint = checkpoints.of(f"part-{part.number:05}")
+    total, before, is_first = each * sum(part.is_optimized for part in own), 0, True
+    made: dict[int, State] = {}
+    for part in own:
+        checkpoint = checkpoints.of(f"part-{part.number:05}", is_shared=False)
         saved = checkpoint.load()
         if "pixels" not in saved:
             if part.is_optimized and is_first:
                 progress(Progress("direct", before + saved.get("step", 0), total))
                 is_first = False
             report = _report(progress, "direct", before, total)
-            generator = generator_for(seed, _PARTS, part.number)
+            generator = generator_for(seed, Place.PARTS, part.number)
             images, soft_labels = make_part(part, teacher, settings, synthesizer, generator, report, checkpoint)
             saved = {"pixels": teacher.input_spec.to_pixels(images).contiguous(), "soft_labels": soft_labels}
             checkpoint.save(saved)
         before += each * part.is_optimized
-        made.append(saved)
-    return made
-
-
-_CLASSES, _GENERATOR, _PARTS = range(3)
-"""Places in the making of a bank that have random generators of their own."""
+        made[part.number] = saved
+    everywhere = gathered(made)
+    return [everywhere[part.number] for part in parts]
 
 
 def _report(progress: ProgressCallback, stage: str, before: int, total: int) -> Report:

@@ -5,8 +5,9 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from qimera import pipeline
-from qimera.allocation import allocate
+from qimera.allocation import Allocation, allocate
 from qimera.budget import check_budget
+from qimera.distributed import from_main, is_main
 from qimera.errors import ConfigError
 from qimera.estimation import estimate_drop
 from qimera.files import replacing
@@ -61,24 +62,35 @@ def carry_out(run: RunDirectory, teacher: Teacher, bank: SampleBank | None, prog
         progress: Called after every step.
 
     Raises:
-        ConfigError: the run is finished, but its model had other weights then.
+        ConfigError: the run is finished, but its model had other weights then; or another process is at work in it.
         DivergenceError: a loss became NaN or infinite.
     """
-    if run.is_finished:
-        return _summary_of(run, teacher)
-    with replacing(run.teacher_file) as temporary:
-        teacher.save(temporary)
+    with run.occupied():
+        return _carry_out(run, teacher, bank, progress)
+
+
+def _carry_out(run: RunDirectory, teacher: Teacher, bank: SampleBank | None, progress: ProgressCallback) -> Summary:
+    if from_main(lambda: run.is_finished):
+        return from_main(lambda: _summary_of(run, teacher))
+    if is_main():
+        with replacing(run.teacher_file) as temporary:
+            teacher.save(temporary)
     samples = bank if bank is not None else _own_bank(run, teacher, progress)
     if run.settings.quantization.budget:
         _find_bits(run, teacher, samples, progress)
     student, chosen = _make_student(run, teacher, samples, progress)
+    return from_main(lambda: _finish(run, student, teacher, samples, chosen))
+
+
+def _finish(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleBank, settings: RunSettings) -> Summary:
+    """Write the student and the summary."""
     with replacing(run.student_file) as temporary:
         student.save(temporary)
     summary = Summary.of_run(
-        chosen,
+        settings,
         teacher,
-        bank=samples,
-        estimate=estimate_drop(student, teacher, samples) if samples.settings.num_held_out else None,
+        bank=bank,
+        estimate=estimate_drop(student, teacher, bank) if bank.settings.num_held_out else None,
         allocation=run.allocation.lines() if run.allocation else (),
         bank_seconds=run.seconds(BANK),
         student_seconds=run.seconds(STUDENT),
@@ -104,27 +116,28 @@ def _summary_of(run: RunDirectory, teacher: Teacher) -> Summary:
 
 
 def _own_bank(run: RunDirectory, teacher: Teacher, progress: ProgressCallback) -> SampleBank:
-    if run.has_bank:
-        return SampleBank.load(run.bank_directory, teacher)
-    settings, checkpoints = run.settings, run.checkpoints_directory / BANK
-    with run.metrics.recording(BANK, progress) as record:
-        bank = pipeline.synthesize(
-            teacher, settings=settings.synthesis, seed=settings.seed, checkpoints=checkpoints, progress=record
-        )
-    bank.save(run.bank_directory)
-    shutil.rmtree(checkpoints)
+    if not from_main(lambda: run.has_bank):
+        settings, checkpoints = run.settings, run.checkpoints_directory / BANK
+        with run.recording(BANK, progress) as record:
+            bank = pipeline.synthesize(
+                teacher, settings=settings.synthesis, seed=settings.seed, checkpoints=checkpoints, progress=record
+            )
+        if is_main():
+            bank.save(run.bank_directory)
+            shutil.rmtree(checkpoints)
     # Read back: a run that is interrupted here and continued must see the same samples.
-    return SampleBank.load(run.bank_directory, teacher)
+    return from_main(lambda: SampleBank.load(run.bank_directory, teacher))
 
 
 def _find_bits(run: RunDirectory, teacher: Teacher, bank: SampleBank, progress: ProgressCallback) -> None:
     """Let the run's settings name the bits that its budget comes to."""
-    allocation = run.allocation
-    if allocation is None:
-        settings = run.settings
-        with run.metrics.recording(ALLOCATION, progress) as record:
-            allocation = allocate(teacher, bank, settings.quantization, seed=settings.seed, progress=record)
-    run.settle(allocation)
+    settings = run.settings
+
+    def find() -> Allocation:
+        with run.recording(ALLOCATION, progress) as record:
+            return allocate(teacher, bank, settings.quantization, seed=settings.seed, progress=record)
+
+    run.settle(from_main(lambda: run.allocation or find()))
 
 
 def _make_student(
@@ -135,7 +148,7 @@ def _make_student(
     ways, names = (settings.distillation, *settings.alternatives), settings.recipe.split(",")
     for number, way in enumerate(ways):
         part = f"{STUDENT} {names[number]}" if len(ways) > 1 else STUDENT
-        with run.metrics.recording(part, progress) as record:
+        with run.recording(part, progress) as record:
             student = pipeline.quantize_with(
                 teacher,
                 bank,
@@ -146,7 +159,7 @@ def _make_student(
                 progress=record,
             )
         students.append(student)
-    best = choose(students, teacher, bank) if len(students) > 1 else 0
+    best = from_main(lambda: choose(students, teacher, bank)) if len(students) > 1 else 0
     alone = {"recipe": names[best], "distillation": ways[best], "alternatives": ()}
     return students[best], settings.model_copy(update=alone)
 

@@ -1,15 +1,25 @@
 """One run on disk: the settings that start it again, metrics, bank, bits, student, summary; each whole or absent."""
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from qimera.allocation import Allocation
+from qimera.distributed import from_main, is_main
 from qimera.errors import ConfigError
 from qimera.files import replacing
 from qimera.metrics import Metrics
+from qimera.progress import ProgressCallback, silent
 from qimera.settings import LayerBits, RunSettings
 from qimera.summary import Summary
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 BANK, ALLOCATION, STUDENT = "bank", "allocation", "student"
 """The parts of a run, in this order; of several students each is a part, ``student NAME``. A run that was interrupted
@@ -36,6 +46,7 @@ class RunDirectory:
         self.student_file = path / "student.safetensors"
         self.report_file = path / "summary.txt"
         self._summary_file = path / "summary.json"
+        self._locked: int | None = None
 
     @classmethod
     def start(cls, path: Path, settings: RunSettings) -> "RunDirectory":
@@ -57,7 +68,6 @@ class RunDirectory:
             listed = "; ".join(differences[:_MAX_LISTED])
             rest = f"; and {len(differences) - _MAX_LISTED} more" if len(differences) > _MAX_LISTED else ""
             raise ConfigError(f"{path}: holds a run with other settings ({listed}{rest}); choose another --output")
-        run._forget_unfinished_files()
         return run
 
     @classmethod
@@ -73,6 +83,37 @@ class RunDirectory:
         if not run.is_finished:
             raise ConfigError(f"{path}: the run was interrupted; give the command that started it again to continue")
         return run
+
+    @contextmanager
+    def occupied(self) -> Iterator[None]:
+        """Keep other processes out while this one works here; where the file system cannot lock, nothing is kept out.
+
+        Raises:
+            ConfigError: another process is working here.
+        """
+        try:
+            from_main(self._lock)
+            if is_main():
+                self._forget_unfinished_files()
+            yield
+        finally:
+            if self._locked is not None:
+                os.close(self._locked)
+                self._locked = None
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._locked = descriptor
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise ConfigError(
+                    f"{self.path}: another run is at work in it; wait for its end, or choose another --output"
+                ) from None
 
     @property
     def is_finished(self) -> bool:
@@ -91,16 +132,21 @@ class RunDirectory:
 
     def settle(self, allocation: Allocation) -> None:
         """Write the bits that a budget came to, and let the settings name them."""
-        with replacing(self.allocation_file) as temporary:
-            allocation.save(temporary)
         self.settings = _with_rules(self.settings, allocation.all_rules)
-        with replacing(_settings_file(self.path)) as temporary:
-            self.settings.save(temporary)
+        if is_main():
+            with replacing(self.allocation_file) as temporary:
+                allocation.save(temporary)
+            with replacing(_settings_file(self.path)) as temporary:
+                self.settings.save(temporary)
 
     def _settings_as_given(self) -> RunSettings:
         """Return the settings without the bits that were found for them."""
         allocation = self.allocation
         return self.settings if allocation is None else _with_rules(self.settings, allocation.rules)
+
+    def recording(self, part: str, also: ProgressCallback) -> AbstractContextManager[ProgressCallback]:
+        """Return what records the steps of a part and passes them on; it does nothing but in the main process."""
+        return self.metrics.recording(part, also) if is_main() else nullcontext(silent)
 
     def seconds(self, part: str) -> float | None:
         """Return how long a part took, or all parts called ``part NAME``; None if this run did without."""

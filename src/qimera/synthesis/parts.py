@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -30,12 +29,6 @@ class Part:
     """Whether they are optimised directly, or drawn from the generator."""
     num_alike: int
     """Parts of the bank that are as large and made in the same way."""
-
-
-def generator_for(seed: int, *place: int) -> torch.Generator:
-    """Return the random generator of one place in the making of a bank, independent of those of all other places."""
-    (state,) = np.random.SeedSequence([seed, *place]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state))
 
 
 def parts_of(settings: SynthesisSettings, num_classes: int, generator: torch.Generator) -> list[Part]:

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera.checkpoint import State
+from qimera.distributed import average_gradients_, rank, world_size
 from qimera.errors import DivergenceError
+from qimera.seeds import Place, generator_for
 from qimera.settings import SynthesisSettings
 from qimera.synthesis.embeddings import ClassEmbedding, DisentanglementMapping
 from qimera.synthesis.generator import Generator
@@ -70,11 +72,11 @@ class SynthesizerTraining:
         synthesizer: Synthesizer,
         teacher: Teacher,
         settings: SynthesisSettings,
-        generator: torch.Generator,
+        seed: int,
         student: nn.Module | None = None,
     ) -> None:
         self.synthesizer, self.teacher, self.student = synthesizer, teacher, student
-        self.settings, self.generator = settings.generator, generator
+        self.settings, self.seed = settings.generator, seed
         self.optimizer = torch.optim.Adam(synthesizer.parameters(), self.settings.learning_rate, betas=(0.5, 0.999))
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, list(self.settings.milestones), 0.1)
         self.num_steps = 0
@@ -83,6 +85,7 @@ class SynthesizerTraining:
         """Train on one fresh batch: L_G = CE(soft label) + weight * BNS (Choi et al. 2021, after GDFQ).
 
         With a student and ``adversarial_weight``, samples are also sought on which it differs from the teacher.
+        Each of several processes draws its share of the batch.
 
         Returns:
             The loss terms, not yet copied from the device.
@@ -91,7 +94,10 @@ class SynthesizerTraining:
             DivergenceError: a term is NaN or infinite.
         """
         self.synthesizer.train()
-        images, soft_label = self.synthesizer(self.synthesizer.draw(self.settings.batch_size, self.generator))
+        place = Place.TRAINING_ALONE if self.student is None else Place.TRAINING_BESIDE_STUDENT
+        generator = generator_for(self.seed, place, self.num_steps, rank())
+        num_samples = -(-self.settings.batch_size // world_size())
+        images, soft_label = self.synthesizer(self.synthesizer.draw(num_samples, generator))
         logits, entering = self.teacher.forward_with_taps(images.contiguous(memory_format=torch.channels_last))
         ce = soft_cross_entropy(logits, soft_label)
         bns = bns_loss(entering, self.teacher.batch_norms, relative=self.settings.relative_bns)
@@ -102,13 +108,14 @@ class SynthesizerTraining:
             loss = loss - self.settings.adversarial_weight * terms["generator_gap"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=list(self.synthesizer.parameters()))  # the student's own gradients are not touched
+        average_gradients_(self.synthesizer.parameters())
         self.optimizer.step()
         self.schedule.step()
         self.num_steps += 1
         return check_finite({name: term.detach() for name, term in terms.items()}, self.num_steps)
 
     def state_dict(self) -> State:
-        """Return what ``load_state_dict`` needs to go on, but for the random generator, which others draw from too."""
+        """Return what ``load_state_dict`` needs to go on."""
         return {
             "synthesizer": self.synthesizer.state_dict(),
             "optimizer": self.optimizer.state_dict(),

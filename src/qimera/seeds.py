@@ -1,0 +1,22 @@
+"""Random generators that depend on a seed and a place alone, so that work can be done anywhere and in any order."""
+
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Place(IntEnum):
+    """Where random numbers are drawn that must not depend on what is drawn elsewhere."""
+
+    CLASSES = 0
+    GENERATOR = 1
+    PARTS = 2
+    TRAINING_ALONE = 3
+    TRAINING_BESIDE_STUDENT = 4
+
+
+def generator_for(seed: int, *place: int) -> torch.Generator:
+    """Return the random generator of one place, independent of those of all other places and seeds."""
+    (state,) = np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state))

@@ -1,0 +1,122 @@
+"""Two processes beside each other, as torchrun starts them, against one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from qimera.run_directory import RunDirectory
+from qimera.settings import DirectSettings, DistillationSettings, RunSettings, SynthesisSettings
+from tests.command_line import tiny_settings
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+
+Results = dict[str, dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results, Results]:
+    """What one process comes to, and each of two."""
+    alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
+    program = ["-m", "tests.two_processes"]
+    subprocess.run([sys.executable, *program, str(alone)], cwd=ROOT, env=ENVIRONMENT, check=True)
+    subprocess.run([*TORCHRUN, *program, str(together)], cwd=ROOT, env=ENVIRONMENT, check=True)
+    files = (alone / "0.pt", together / "0.pt", together / "1.pt")
+    one, two, three = (torch.load(file, weights_only=True) for file in files)
+    return one, two, three
+
+
+def test_every_process_has_the_same_bank_and_the_same_students(results: tuple[Results, Results, Results]) -> None:
+    _, main, other = results
+    for name, tensors in main.items():
+        assert all(torch.equal(value, other[name][key]) for key, value in tensors.items()), name
+
+
+def test_optimised_samples_are_those_of_one_process(results: tuple[Results, Results, Results]) -> None:
+    alone, main, _ = results
+    assert torch.equal(main["bank"]["pixels"], alone["bank"]["pixels"])
+    assert torch.equal(main["bank"]["soft_labels"], alone["bank"]["soft_labels"])
+
+
+# Gradients are summed in another order, and of Adam's first steps those of small gradients may turn by that. Of block
+# outputs each process knows the variance in its own share of the batch.
+@pytest.mark.parametrize(("student", "tolerance"), [("plain", 1e-3), ("features", 0.1)])
+def test_a_student_learns_from_two_halves_what_it_learns_from_the_whole(
+    results: tuple[Results, Results, Results], student: str, tolerance: float
+) -> None:
+    alone, main, _ = results
+    weights = [name for name, value in alone[student].items() if value.is_floating_point()]
+    states = (alone["start"], alone[student], main[student])
+    start, one, two = (torch.cat([state[name].flatten() for name in weights]) for state in states)
+    assert float((one - two).norm() / (one - start).norm()) < tolerance
+
+
+def settings(num_steps: int, **changes: object) -> RunSettings:
+    synthesis = SynthesisSettings(num_optimized=32, num_held_out=8, direct=DirectSettings(num_steps=2, batch_size=16))
+    distillation = DistillationSettings(num_steps=num_steps, batch_size=8, compile="never")
+    return tiny_settings(synthesis=synthesis, distillation=distillation, **changes)
+
+
+def test_the_command_makes_one_run(tmp_path: Path) -> None:
+    settings(6).save(tmp_path / "settings.json")
+    command = [*TORCHRUN, "-m", "qimera", "quantize", "--settings", "settings.json", "--output", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert done.stdout.count("estimate ") == 1
+    run = RunDirectory.open(tmp_path / "run")
+    assert run.summary().num_steps == 6
+    steps = [(line["stage"], line["step"]) for line in run.metrics.lines()]
+    assert len(steps) == len(set(steps))
+    assert {each.name for each in run.path.iterdir()} == {
+        *("bank", "metrics.jsonl", "settings.json", "student.safetensors", "summary.json", "summary.txt", "teacher.pt2")
+    }
+
+
+def test_too_many_processes_are_refused(tmp_path: Path) -> None:
+    few = DistillationSettings(num_steps=1, batch_size=1, compile="never")
+    settings(1).model_copy(update={"distillation": few}).save(tmp_path / "settings.json")
+    command = [*TORCHRUN, "-m", "qimera", "quantize", "--settings", "settings.json", "--output", "run"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "batch_size: 1 samples cannot be shared by 2 processes" in done.stderr
+
+
+def test_where_a_process_is_killed_all_stop_with_a_message_and_the_run_goes_on(tmp_path: Path) -> None:
+    settings(100_000).save(tmp_path / "settings.json")
+    command = [*TORCHRUN, "-m", "qimera", "quantize", "--settings", "settings.json", "--output", "run"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def started() -> subprocess.Popen[str]:
+        process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and '"step": 20,' in metrics.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return process
+
+    process = started()
+    os.kill(workers(process.pid)[-1], signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "another process of this run has ended" in said
+    assert (tmp_path / "run" / "bank").exists()
+    metrics.unlink()
+    process = started()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    stages = {json.loads(line)["stage"] for line in metrics.read_text().splitlines()}
+    assert stages == {"ranges", "distillation"}  # the bank was not made again
+    kept = torch.load(tmp_path / "run" / "checkpoints" / "student-0" / "student.pt", weights_only=True)
+    assert kept["state"]["num_steps"] >= 20
+
+
+def workers(launcher: int) -> list[int]:
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(child) for child in children]

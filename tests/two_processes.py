@@ -1,0 +1,48 @@
+"""A program for ``torchrun``: what each process comes to -> one file a process; alone, what a single one comes to."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from qimera.distributed import joined, rank
+from qimera.models import load_model
+from qimera.pipeline import quantize, synthesize
+from qimera.settings import DirectSettings, DistillationSettings, GeneratorSettings, SynthesisSettings
+from qimera.teacher import Teacher
+from tests.command_line import tiny_settings
+
+OPTIMIZED = SynthesisSettings(
+    num_optimized=48, num_held_out=8, direct=DirectSettings(num_steps=3, batch_size=16, precision="float32")
+)
+GENERATED = SynthesisSettings(
+    num_optimized=0,
+    num_generated=32,
+    generator=GeneratorSettings(num_steps=4, batch_size=16, base_channels=8, mapping_dim=8),
+)
+STUDENTS = {
+    "start": DistillationSettings(num_steps=0),
+    "plain": DistillationSettings(num_steps=3, batch_size=9, feature_weight=0, precision="float32"),
+    "features": DistillationSettings(num_steps=3, batch_size=16, precision="float32"),
+    "chosen": DistillationSettings(num_steps=8, batch_size=8, select_every=4, start="compensated"),
+}
+
+
+def main() -> None:
+    """Write banks and students."""
+    torch.set_num_threads(1)
+    teacher = Teacher.capture(load_model("mnist_cnn"), tiny_settings().input)
+    with joined():
+        bank = synthesize(teacher, settings=OPTIMIZED)
+        generated = synthesize(teacher, settings=GENERATED)
+        found = {"bank": {"pixels": bank.pixels, "soft_labels": bank.soft_labels}}
+        found["generated"] = {"pixels": generated.pixels}
+        for name, settings in STUDENTS.items():
+            found[name] = quantize(teacher, bank, settings=settings).module.state_dict()
+        beside = STUDENTS["plain"].model_copy(update={"fresh_share": 0.5, "generator_steps_per_step": 1})
+        found["beside"] = quantize(teacher, generated, settings=beside).module.state_dict()
+        torch.save(found, Path(sys.argv[1]) / f"{rank()}.pt")
+
+
+if __name__ == "__main__":
+    main()
