@@ -250,7 +250,7 @@ def test_a_run_in_which_another_is_at_work_is_refused_and_left_alone(tmp_path: P
 def test_the_summary_says_what_was_made_from_what(tmp_path: Path) -> None:
     run = RunDirectory.start(tmp_path, settings())
     run.finish(summary())
-    text = run.report_file.read_text()
+    text = run.text_file.read_text()
     assert text == summary().text()
     for fact in ("toy.py:build", "w4a4", "seed 0", "made earlier", "61 s", "200.0 kB instead of 1.60 MB"):
         assert fact in text

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qimera.allocation import Allocation, allocate_bits
     from qimera.data import LabelledImages, load_labelled_images
+    from qimera.diagnostics import Diagnosis, diagnose
     from qimera.errors import ConfigError, DivergenceError, QimeraError, UnsupportedModelError, VerificationError
     from qimera.estimation import Estimate, estimate_drop
     from qimera.evaluation import Evaluation, evaluate
@@ -37,6 +38,7 @@ __all__ = [
     "Allocation",
     "Comparison",
     "ConfigError",
+    "Diagnosis",
     "DirectSettings",
     "DistillationSettings",
     "DivergenceError",
@@ -62,6 +64,7 @@ __all__ = [
     "VerificationError",
     "allocate_bits",
     "choose",
+    "diagnose",
     "estimate_drop",
     "evaluate",
     "export_aotinductor",
@@ -78,6 +81,7 @@ __all__ = [
 _NAMES = {
     "qimera.allocation": ("Allocation", "allocate_bits"),
     "qimera.data": ("LabelledImages", "load_labelled_images"),
+    "qimera.diagnostics": ("Diagnosis", "diagnose"),
     "qimera.errors": ("ConfigError", "DivergenceError", "QimeraError", "UnsupportedModelError", "VerificationError"),
     "qimera.estimation": ("Estimate", "estimate_drop"),
     "qimera.evaluation": ("Evaluation", "evaluate"),

@@ -1,4 +1,4 @@
-"""The command line: ``qimera inspect``, ``synthesize``, ``quantize``, ``evaluate``, ``export`` and ``recipes``.
+"""The command line: ``qimera inspect``, ``synthesize``, ``quantize``, ``evaluate``, ``export``, ``report`` and others.
 
 torch, and all that builds on it, is imported inside the commands, so that ``qimera --help`` answers at once.
 """
@@ -7,13 +7,30 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 from shutil import rmtree
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from qimera.arguments import (
+    Debug,
+    Logits,
+    Mean,
+    Model,
+    PixelRange,
+    Recipe,
+    Seed,
+    Shape,
+    Std,
+    Threads,
+    Weights,
+    WithoutBatchNorms,
+)
 from qimera.console import ProgressDisplay, errors_as_messages, print_table
 from qimera.errors import ConfigError
 from qimera.progress import Progress
+
+if TYPE_CHECKING:
+    from qimera.report.content import Report
 
 app = typer.Typer(
     name="qimera",
@@ -24,44 +41,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="file.py:function, module.path:function, timm:NAME, torchvision:NAME, hf-hub:REPO, program.pt2, "
-        "or the embedded mnist_cnn.",
-    ),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="safetensors, or a state dict of torch.save; no code in it is executed."),
-]
-Shape = Annotated[str | None, typer.Option(metavar="C,H,W", help="One image, such as 3,224,224.")]
-Mean = Annotated[str | None, typer.Option(metavar="A,B,C", help="Subtracted from pixels in training, per channel.")]
-Std = Annotated[str | None, typer.Option(metavar="A,B,C", help="Pixels were divided by it in training, per channel.")]
-PixelRange = Annotated[
-    str | None, typer.Option(metavar="LOW,HIGH", help="Of pixels before mean and std. Default: 0,1.")
-]
-Logits = Annotated[
-    str | None,
-    typer.Option(
-        metavar="KEY", help="Which of several outputs the logits are, such as 0 or head.logits. Default: found."
-    ),
-]
-WithoutBatchNorms = Annotated[
-    bool | None,
-    typer.Option("--without-batch-norms", help="Take a model that has none; its samples are little better than noise."),
-]
-Recipe = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAMES", help="See qimera recipes; of several, such as ptq,fast, the best is kept. Default: fast."
-    ),
-]
-Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same machine, same result. Default: 0.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch chooses.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log.")]
 
 
 def main() -> None:
@@ -133,6 +112,7 @@ def synthesize(
     with errors_as_messages(debug, f"the same command continues with what is in {unfinished}"):
         _use_threads(threads)
         from qimera import pipeline
+        from qimera.diagnostics import diagnose
         from qimera.distributed import is_main, joined
         from qimera.options import ModelOptions, recipes_for
 
@@ -149,6 +129,8 @@ def synthesize(
                 return
         bank.save(output)
         rmtree(unfinished)
+        for warning in diagnose(bank, teacher).warnings:
+            typer.echo(f"warning: {warning}", err=True)
         held_out = f" and {settings.num_held_out} held out" if settings.num_held_out else ""
         typer.echo(
             f"{output}: {bank.num_training} synthetic samples{held_out} of {model} (teacher {teacher.hash[:12]})"
@@ -197,6 +179,7 @@ def quantize(
         _use_threads(threads)
         from qimera.distributed import from_main, is_main, joined
         from qimera.options import ModelOptions, RunOptions, read_settings, resolve
+        from qimera.report.run import report_run
         from qimera.run import carry_out, check_run
         from qimera.run_directory import RunDirectory, refuse_other_content
 
@@ -214,7 +197,10 @@ def quantize(
             with ProgressDisplay(is_main()) as progress:
                 summary = carry_out(run, read.teacher, read.bank, progress)
             if is_main():
+                if not run.report_page_file.exists():
+                    _warn(report_run(run))
                 typer.echo(summary.text(), nl=False)
+                typer.echo(f"report     {run.report_page_file}")
 
 
 @app.command()
@@ -232,6 +218,7 @@ def evaluate(
         _use_threads(threads)
         from qimera import evaluation
         from qimera.data import load_labelled_images
+        from qimera.report.run import keep_evaluation
         from qimera.run import load_student
         from qimera.run_directory import RunDirectory
         from qimera.tables import evaluation_table, evaluation_values
@@ -251,6 +238,42 @@ def evaluate(
             typer.echo(json.dumps(evaluation_values(run, data, result), indent=2))
         else:
             print_table(evaluation_table(result))
+        keep_evaluation(directory, data, images, result)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The --output of qimera quantize.")],
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Write the report of a run anew: report.html and report.json."""
+    with errors_as_messages(debug):
+        _use_threads(threads)
+        from qimera.report.run import report_run
+        from qimera.run_directory import RunDirectory
+
+        directory = RunDirectory.open(run)
+        _warn(report_run(directory))
+        typer.echo(directory.report_page_file)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Each the --output of qimera quantize.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Put runs side by side: bits, size, accuracy and time."""
+    with errors_as_messages(debug):
+        from qimera.report.comparison import comparison_table, comparison_values
+        from qimera.run_directory import RunDirectory
+
+        directories = [RunDirectory.open(run) for run in runs]
+        if as_json:
+            typer.echo(json.dumps(comparison_values(directories), indent=2))
+        else:
+            print_table(comparison_table(directories))
 
 
 @app.command()
@@ -279,6 +302,7 @@ def export(
     with errors_as_messages(debug, "no file was written"):
         _use_threads(threads)
         from qimera.export.run import FILE_NAMES, export_run
+        from qimera.report.run import report_run
         from qimera.run_directory import RunDirectory
 
         directory = RunDirectory.open(run)
@@ -291,6 +315,8 @@ def export(
             labels_file=labels,
             min_agreement=min_agreement,
         )
+        if directory.report_page_file.exists():
+            report_run(directory)
         typer.echo(f"{path}: {verification.text()}", nl=False)
 
 
@@ -306,6 +332,11 @@ def recipes(
         from qimera.tables import recipe_table
 
         print_table(recipe_table(shape_of(input_shape), num_classes))
+
+
+def _warn(found: "Report") -> None:
+    for warning in found.warnings:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 def _use_threads(threads: int | None) -> None:

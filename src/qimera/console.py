@@ -147,7 +147,7 @@ def _log_to_stderr(level: int) -> Iterator[None]:
 def print_table(table: Table) -> None:
     """Print a table on stdout, wide enough for pipes and files too."""
     console = Console()
-    console.print(table, width=None if console.is_terminal else _WIDTH_WITHOUT_TERMINAL)
+    (console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)).print(table)
 
 
 def _title(progress: Progress) -> str:

@@ -62,6 +62,12 @@ def layer_name(node: Node) -> str:
     return node.name
 
 
+def classifier_node(module: GraphModule, name: str) -> Node:
+    """Return the node of the layer called ``name``, its last call where there are several."""
+    found: list[Node] = [node for node in module.graph.nodes if has_parameter(node) and layer_name(node) == name]
+    return found[-1]
+
+
 def batch_norms(module: GraphModule) -> list[Node]:
     """Return the batch norms that use the statistics of training, in order; those that use the batch's are left out."""
     nodes = module.graph.find_nodes(op="call_function", target=BATCH_NORM)

@@ -44,7 +44,10 @@ class RunDirectory:
         self.checkpoints_directory = path / "checkpoints"
         self.allocation_file = path / "allocation.json"
         self.student_file = path / "student.safetensors"
-        self.report_file = path / "summary.txt"
+        self.text_file = path / "summary.txt"
+        self.evaluation_file = path / "evaluation.json"
+        self.report_data_file = path / "report.json"
+        self.report_page_file = path / "report.html"
         self._summary_file = path / "summary.json"
         self._locked: int | None = None
 
@@ -156,7 +159,7 @@ class RunDirectory:
 
     def finish(self, summary: Summary) -> None:
         """Write the summary; from then on the run is finished."""
-        with replacing(self.report_file) as temporary:
+        with replacing(self.text_file) as temporary:
             temporary.write_text(summary.text(), encoding="utf-8")
         with replacing(self._summary_file) as temporary:
             summary.save(temporary)

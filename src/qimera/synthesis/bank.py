@@ -188,7 +188,7 @@ class SampleBank:
                 raise ConfigError(f"bank {directory}: a shard lies outside of the directory: {names}")
             shards = [load_file(directory / name) for name in names]
             parts = [torch.cat([shard[key] for shard in shards]) for key in ("pixels", "soft_labels", "logits")]
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(f"bank {directory}: {error.filename or 'a file'} is missing; is this a bank?") from error
         except (ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
             raise ConfigError(f"bank {directory}: damaged ({error}); synthesise it again") from error

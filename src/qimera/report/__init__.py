@@ -1,0 +1,1 @@
+"""A finished run -> ``report.json`` for machines and ``report.html`` for people."""

@@ -1,0 +1,159 @@
+"""A finished run -> what its report says, as ``report.json`` holds it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qimera.diagnostics import Diagnosis, diagnose
+from qimera.metrics import Line
+from qimera.quantization.student import Student
+from qimera.report.layers import LayerReport, layer_reports
+from qimera.run_directory import RunDirectory
+from qimera.settings import RunSettings
+from qimera.summary import Summary
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+from qimera.validated import Settings
+
+FORMAT_VERSION = 1
+_NUM_IMAGES = 64
+_NUM_LARGE_IMAGES = 16
+_LARGE = 96 * 96
+_MAX_POINTS = 400
+"""Points of one curve; more cannot be told apart."""
+
+
+class Measured(Settings):
+    """Accuracy on labelled images, in percent."""
+
+    data: str
+    num_images: int
+    student_top1: float
+    teacher_top1: float
+    student_top5: float | None = None
+    teacher_top5: float | None = None
+    agreement: float
+
+    @property
+    def drop(self) -> float:
+        """Of top-1, in points."""
+        return self.teacher_top1 - self.student_top1
+
+
+class Export(Settings):
+    """One exported file, as it was verified."""
+
+    format: str
+    file: str
+    num_bytes: int
+    num_samples: int
+    comparisons: tuple[dict[str, Any], ...]
+
+
+class Curve(Settings):
+    """Values of one loss over the steps of one stage."""
+
+    part: str
+    stage: str
+    name: str
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+class Report(Settings):
+    """All that a report says."""
+
+    format_version: int = FORMAT_VERSION
+    summary: Summary
+    settings: RunSettings
+    measured: Measured | None
+    """None until ``qimera evaluate`` is given labelled images."""
+
+    multiply_adds: int
+    """Of all layers, for one image."""
+
+    bit_operations: int
+    """Multiply-adds times weight bits times activation bits, for one image."""
+
+    bank: Diagnosis
+    layers: tuple[LayerReport, ...]
+    curves: tuple[Curve, ...]
+    exports: tuple[Export, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should know first."""
+        return self.bank.warnings
+
+
+def collect(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleBank) -> Report:
+    """Return the report of a finished run."""
+    settings = student.settings
+    bits = {layer.name: settings.bits_of(layer.name) for layer in teacher.layers}
+    return Report(
+        summary=run.summary(),
+        settings=run.settings,
+        measured=Measured.load(run.evaluation_file) if run.evaluation_file.exists() else None,
+        multiply_adds=sum(layer.macs for layer in teacher.layers),
+        bit_operations=sum(layer.macs * bits[layer.name][0] * bits[layer.name][1] for layer in teacher.layers),
+        bank=diagnose(bank, teacher),
+        layers=tuple(layer_reports(student, shown_images(bank))),
+        curves=tuple(curves(run.metrics.lines())),
+        exports=tuple(Export.load(path) for path in sorted(run.path.glob("export-*.json"))),
+    )
+
+
+def shown_images(bank: SampleBank) -> Tensor:
+    """Return a few dozen normalised images, held-out ones where there are any."""
+    few = bank.pixels[0, 0].numel() >= _LARGE
+    images = bank.held_out.images if bank.settings.num_held_out else bank.take(slice(None)).images
+    return images[: _NUM_LARGE_IMAGES if few else _NUM_IMAGES]
+
+
+def curves(lines: Sequence[Line]) -> list[Curve]:
+    """Return one curve for each loss of each stage, thinned out where it has many points."""
+    found: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name not in ("part", "stage", "step", "total", "seconds"):
+                found.setdefault((line["part"], line["stage"], name), []).append((line["step"], float(value)))
+    result = []
+    for (part, stage, name), points in found.items():
+        kept = points[:: -(-len(points) // _MAX_POINTS)]
+        steps, values = zip(*kept, strict=True)
+        result.append(Curve(part=part, stage=stage, name=name, steps=steps, values=values))
+    return result
+
+
+def bank_of(run: RunDirectory, teacher: Teacher) -> SampleBank:
+    """Return the bank that the run's student was trained on."""
+    return SampleBank.load(Path(run.settings.bank) if run.settings.bank else run.bank_directory, teacher)
+
+
+def features_in_plane(
+    features: Tensor, weight: Tensor, bias: Tensor, size: int = 160
+) -> tuple[Tensor, Tensor, tuple[float, float, float, float]]:
+    """Return features in the plane of their two first principal components, and the teacher's classes there.
+
+    Args:
+        features: (sample, feature), what the classifier reads.
+        weight: (num_classes, feature) of the classifier.
+        bias: (num_classes,) of it.
+        size: Points of the plane to each side.
+
+    Returns:
+        Points (sample, 2), classes (size, size), and the plane's left, right, bottom and top.
+    """
+    mean = features.mean(0)
+    _, _, axes = torch.linalg.svd(features - mean, full_matrices=False)
+    plane = axes[:2]  # (2, feature)
+    points = (features - mean) @ plane.T
+    low, high = points.amin(0), points.amax(0)
+    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
+    x, y = (torch.linspace(float(low[i]), float(high[i]), size) for i in range(2))
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (size, size, 2)
+    classes = ((mean + grid @ plane) @ weight.T + bias).argmax(-1)
+    return points, classes, (float(low[0]), float(high[0]), float(low[1]), float(high[1]))

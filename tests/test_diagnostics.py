@@ -1,0 +1,114 @@
+import dataclasses
+
+import pytest
+import torch
+
+from qimera.diagnostics import Diagnosis, diagnose, margins_of
+from qimera.input_spec import InputSpec
+from qimera.models import EMBEDDED_MODELS, load_model
+from qimera.pipeline import synthesize
+from qimera.settings import DirectSettings, LabelSettings, SynthesisSettings
+from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.losses import bns_loss
+from qimera.teacher import Teacher
+
+RIGHT = EMBEDDED_MODELS["mnist_cnn"].input_spec
+
+
+def digits(spec: InputSpec = RIGHT) -> tuple[SampleBank, Teacher]:
+    teacher = Teacher.capture(load_model("mnist_cnn"), spec)
+    direct = DirectSettings(num_steps=40, batch_size=64, precision="float32")
+    return synthesize(teacher, settings=SynthesisSettings(num_optimized=64, direct=direct)), teacher
+
+
+@pytest.fixture(scope="module")
+def good() -> tuple[SampleBank, Teacher]:
+    return digits()
+
+
+@pytest.fixture(scope="module")
+def diagnosis(good: tuple[SampleBank, Teacher]) -> Diagnosis:
+    return diagnose(*good)
+
+
+def test_a_good_bank_has_no_warnings(diagnosis: Diagnosis) -> None:
+    assert diagnosis.warnings == ()
+    assert diagnosis.num_samples == 64
+    assert diagnosis.recognised > 85
+    assert 20 < diagnosis.superposed < 60
+    assert diagnosis.near_boundary_superposed > 2 * diagnosis.near_boundary_single
+    assert 0 < diagnosis.diversity < 1
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "pixel_range"), [(0.0, 1.0, (0.0, 1.0)), (0.5, 0.5, (0.0, 1.0)), (0.0, 1.0, (0.0, 255.0))]
+)
+def test_wrong_mean_and_std_are_detected(mean: float, std: float, pixel_range: tuple[float, float]) -> None:
+    wrong = InputSpec(shape=RIGHT.shape, mean=(mean,), std=(std,), pixel_range=pixel_range)
+    warnings = diagnose(*digits(wrong)).warnings
+    assert any("A wrong mean, std or pixel range is the commonest reason" in warning for warning in warnings)
+
+
+def test_the_gap_of_all_norms_is_the_statistics_loss(good: tuple[SampleBank, Teacher], diagnosis: Diagnosis) -> None:
+    bank, teacher = good
+    with torch.no_grad():
+        _, entering = teacher.forward_with_taps(bank.take(slice(None)).images)
+        expected = float(bns_loss(entering, teacher.batch_norms, relative=True))
+    assert list(diagnosis.statistics_gap) == [tap.name for tap in teacher.batch_norms]
+    mean = sum(diagnosis.statistics_gap.values()) / len(teacher.batch_norms)
+    assert mean == pytest.approx(expected, rel=1e-3)  # summed up in parts
+
+
+def test_counts_are_those_of_the_labels(good: tuple[SampleBank, Teacher], diagnosis: Diagnosis) -> None:
+    bank, _ = good
+    for number, count in enumerate(diagnosis.class_counts):
+        assert count == sum(int(label.argmax()) == number for label in bank.soft_labels)
+    pixels = bank.pixels.flatten().tolist()
+    assert diagnosis.clipped == pytest.approx(100 * sum(value in (0, 255) for value in pixels) / len(pixels), rel=1e-4)
+
+
+def test_samples_that_repeat_are_counted_and_warned_of(good: tuple[SampleBank, Teacher]) -> None:
+    bank, teacher = good
+    pixels = bank.pixels.clone()
+    pixels[40:] = pixels[:24]
+    pixels[40:, 0, 0, 0] ^= 3  # nearly
+    found = diagnose(dataclasses.replace(bank, pixels=pixels), teacher)
+    assert found.near_duplicates == 24
+    assert any("24 samples nearly repeat an earlier one" in warning for warning in found.warnings)
+
+
+def test_missing_classes_are_warned_of(good: tuple[SampleBank, Teacher]) -> None:
+    bank, teacher = good
+    labels = torch.eye(10)[torch.arange(64) % 7]
+    found = diagnose(dataclasses.replace(bank, soft_labels=labels), teacher)
+    assert found.class_counts[7:] == (0, 0, 0)
+    assert any("3 of 10 classes have no sample" in warning for warning in found.warnings)
+    assert any("the teacher puts" in warning for warning in found.warnings)
+
+
+def test_superposed_samples_away_from_all_boundaries_are_warned_of(good: tuple[SampleBank, Teacher]) -> None:
+    bank, teacher = good
+    sure = torch.where(torch.eye(10)[bank.logits.argmax(1)] > 0, 20.0, 0.0)
+    found = diagnose(dataclasses.replace(bank, logits=sure), teacher)
+    assert found.near_boundary_superposed == 0
+    assert any("0 % of the superposed samples lie near a boundary" in warning for warning in found.warnings)
+
+
+def test_a_bank_without_superposed_samples_is_described_too(good: tuple[SampleBank, Teacher]) -> None:
+    bank, teacher = good
+    found = diagnose(dataclasses.replace(bank, soft_labels=bank.soft_labels.round()), teacher)
+    assert (found.superposed, found.near_boundary_superposed) == (0, 0)
+    mixed = SynthesisSettings(
+        num_optimized=8,
+        labels=LabelSettings(superposition_probability=1.0),
+        direct=DirectSettings(num_steps=1, batch_size=8),
+    )
+    few = synthesize(teacher, settings=mixed)
+    found = diagnose(few, teacher)
+    assert found.confidence >= 0
+    assert found.superposed > 50
+
+
+def test_a_margin_is_the_lead_of_the_first_class() -> None:
+    logits = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.4, 0.2]]).log()
+    torch.testing.assert_close(margins_of(logits), torch.tensor([0.5, 0.0]))

@@ -1,0 +1,261 @@
+import json
+import re
+import shutil
+import subprocess
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qimera.pipeline import quantize
+from qimera.progress import silent
+from qimera.quantization.student import Student
+from qimera.report.content import Report, bank_of, collect, curves, features_in_plane
+from qimera.report.layers import layer_reports
+from qimera.report.run import report_run
+from qimera.report.walk import nearest_classes, walk_between
+from qimera.run import carry_out, load_student
+from qimera.run_directory import RunDirectory
+from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+from tests.command_line import qimera, tiny_settings
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+SYNTHESIS = SynthesisSettings(num_optimized=48, num_held_out=16, direct=DirectSettings(num_steps=10, batch_size=32))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A finished run with its report."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny_settings(synthesis=SYNTHESIS).save(folder / "settings.json")
+    done = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
+    assert done.exit_code == 0, done.stderr
+    assert f"report     {folder / 'run' / 'report.html'}" in done.stdout
+    return RunDirectory.open(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def page(run: RunDirectory) -> str:
+    return run.report_page_file.read_text()
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+def student_of(teacher: Teacher, bank: SampleBank, bits: str, layer_bits: str = "") -> Student:
+    return quantize(teacher, bank, bits, layer_bits=layer_bits, settings=DistillationSettings(num_steps=0))
+
+
+def test_fewer_bits_mean_larger_errors(teacher: Teacher, bank: SampleBank) -> None:
+    images = bank.take(slice(64)).images
+    found = {bits: layer_reports(student_of(teacher, bank, bits), images) for bits in ("w8a8", "w4a4", "w2a2")}
+    assert [layer.name for layer in found["w8a8"]] == [layer.name for layer in teacher.layers]
+    for eight, four, two in zip(*found.values(), strict=True):
+        assert eight.error < four.error < two.error, eight.name
+        assert eight.error < 0.01
+
+
+def test_the_one_layer_with_few_bits_is_the_costly_one(teacher: Teacher, bank: SampleBank) -> None:
+    student = student_of(teacher, bank, "w8a8", layer_bits="conv2=w2a8")
+    found = {layer.name: layer for layer in layer_reports(student, bank.take(slice(64)).images)}
+    assert found["conv2"].weight_bits == 2
+    assert found["conv2"].cost == max(layer.cost for layer in found.values())
+    assert all(abs(layer.cost) < 0.2 * found["conv2"].cost for name, layer in found.items() if name != "conv2")
+
+
+def test_ranges_and_tails_are_those_of_the_values(teacher: Teacher, bank: SampleBank) -> None:
+    student = student_of(teacher, bank, "w4a4")
+    before = {name: value.clone() for name, value in student.module.state_dict().items()}
+    for layer in layer_reports(student, bank.take(slice(64)).images):
+        assert layer.smallest is not None
+        assert layer.smallest <= layer.lower_tail <= layer.upper_tail <= layer.largest
+        assert layer.low <= 0 <= layer.high
+        assert 0 <= layer.clipped < 20
+        if layer.clipped == 0:
+            step = (layer.high - layer.low) / 15
+            assert layer.low - step <= layer.smallest <= layer.largest <= layer.high + step
+    assert all(torch.equal(value, before[name]) for name, value in student.module.state_dict().items())
+
+
+# --- content ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_comes_back_from_its_file(run: RunDirectory) -> None:
+    student, teacher = load_student(run)
+    found = Report.load(run.report_data_file)
+    assert found == collect(run, student, teacher, bank_of(run, teacher))
+    assert found.summary == run.summary()
+    assert found.measured is None
+    assert found.bit_operations == 16 * found.multiply_adds == 16 * sum(layer.macs for layer in teacher.layers)
+
+
+def test_curves_are_the_recorded_steps(run: RunDirectory) -> None:
+    (found,) = [curve for curve in Report.load(run.report_data_file).curves if curve.name == "direct_ce"]
+    recorded = [line for line in run.metrics.lines() if "direct_ce" in line]
+    assert found.steps == tuple(line["step"] for line in recorded)
+    assert found.values == pytest.approx([line["direct_ce"] for line in recorded])
+
+
+def test_long_curves_are_thinned_out() -> None:
+    lines = [{"part": "a", "stage": "s", "step": step, "total": 9, "seconds": 0, "kl": 1.0} for step in range(5000)]
+    (found,) = curves(lines)
+    assert 200 <= len(found.steps) <= 400
+    assert found.steps[0] == 0
+
+
+def test_the_plane_keeps_distances_and_names_the_nearest_class() -> None:
+    """Features that lie in a plane; a classifier that compares their first coordinate with 2."""
+    features = torch.tensor([[0.0, 0, 5], [4, 0, 5], [4, 1, 5], [0, 1, 5]])
+    weight, bias = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]), torch.tensor([2.0, -2.0])
+    points, classes, (left, right, bottom, top) = features_in_plane(features, weight, bias, size=41)
+    torch.testing.assert_close(torch.cdist(points, points), torch.cdist(features, features))
+    for point, wanted in zip(points, (0, 1, 1, 0), strict=True):
+        column = round(float((point[0] - left) / (right - left)) * 40)
+        row = round(float((point[1] - bottom) / (top - bottom)) * 40)
+        assert int(classes[row, column]) == wanted
+
+
+def test_the_walk_leads_from_one_class_to_the_other(run: RunDirectory) -> None:
+    _, teacher = load_student(run)
+    bank = bank_of(run, teacher)
+    longer = bank.settings.model_copy(update={"direct": DirectSettings(num_steps=60)})
+    object.__setattr__(bank, "settings", longer)
+    walk = walk_between(3, 8, teacher, bank)
+    assert walk.pixels.shape == (7, *teacher.input_spec.shape)
+    assert float(walk.probabilities[0, 0]) > 0.6 > 0.3 > float(walk.probabilities[-1, 0])
+    assert float(walk.probabilities[-1, 1]) > 0.6
+    assert nearest_classes(bank)[0] < nearest_classes(bank)[1]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    """Collects what a page asks for from elsewhere, and whether every tag is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.headings = 0
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "data", "xlink:href")]
+        self.headings += tag == "h2"
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_from_elsewhere(page: str) -> None:
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert tags.headings == 9
+    assert all(address.startswith(("data:image/png", "#")) for address in tags.addresses)
+    assert "<script" not in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_an_estimate_is_called_one_and_a_measurement_too(run: RunDirectory, page: str, tmp_path: Path) -> None:
+    assert "<em>estimated</em> without data" in page
+    assert "Nobody has measured this model" in page
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (40, 28, 28, 1), np.uint8), generator.integers(0, 10, 40)
+    np.savez(tmp_path / "test.npz", images=images, labels=labels)
+    copied = shutil.copytree(run.path, tmp_path / "run")
+    done = qimera("evaluate", copied, "--data", tmp_path / "test.npz", "--json")
+    assert done.exit_code == 0, done.stderr
+    values = json.loads(done.stdout)
+    measured = (copied / "report.html").read_text()
+    assert "points lost, measured" in measured
+    assert f"{values['student_top1']:.2f} %" in measured
+    assert "estimated" not in measured.partition("<h2>")[0]
+    assert Report.load(copied / "report.json").measured.num_images == 40
+
+
+def test_names_of_the_user_cannot_change_the_page(run: RunDirectory) -> None:
+    from qimera.report.page import write_page
+
+    _, teacher = load_student(run)
+    found = Report.load(run.report_data_file)
+    harmful = found.summary.model_copy(update={"model": "<script>alert(1)</script>"})
+    page = write_page(found.model_copy(update={"summary": harmful}), teacher, bank_of(run, teacher))
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_a_bad_bank_is_warned_of_on_the_page_and_on_stderr(tmp_path: Path) -> None:
+    nothing = tiny_settings().input.model_copy(update={"mean": (0.0,), "std": (1.0,)})
+    tiny_settings(synthesis=SYNTHESIS, input=nothing).save(tmp_path / "settings.json")
+    done = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
+    assert "warning: statistics: samples differ from the training data" in done.stderr
+    assert "A wrong mean, std or pixel range is the" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_report_is_written_anew_when_asked_for(run: RunDirectory, tmp_path: Path) -> None:
+    copied = shutil.copytree(run.path, tmp_path / "run")
+    (copied / "report.html").unlink()
+    assert qimera("report", copied).exit_code == 0
+    assert (copied / "report.html").exists()
+
+
+def test_a_run_beside_a_python_call_can_be_reported(tmp_path: Path) -> None:
+    run = RunDirectory.start(tmp_path / "run", tiny_settings())
+    _, teacher = load_student_teacher(run)
+    carry_out(run, teacher, None, silent)
+    assert report_run(run).summary.estimate is None  # no held-out samples
+    assert "holds no samples to estimate" in run.report_page_file.read_text().replace("\n", " ")
+
+
+def load_student_teacher(run: RunDirectory) -> tuple[None, Teacher]:
+    from qimera.models import load_model
+
+    return None, Teacher.capture(load_model("mnist_cnn"), run.settings.input)
+
+
+def test_runs_are_put_side_by_side(run: RunDirectory, tmp_path: Path) -> None:
+    other = shutil.copytree(run.path, tmp_path / "other")
+    summary = json.loads((other / "summary.json").read_text())
+    summary["estimate"]["drop"] = -50.0
+    (other / "summary.json").write_text(json.dumps(summary))
+    lines = qimera("compare", run.path, other).stdout.splitlines()
+    assert ["-50.00" in line for line in lines if "w4a4" in line] == [True, False]  # the best first
+    values = json.loads(qimera("compare", run.path, other, "--json").stdout)
+    assert [each["run"] for each in values] == [str(run.path), str(other)]
+    assert values[1]["estimated_drop"] == -50.0
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium in the search path")
+@pytest.mark.parametrize("width", [390, 800, 1200])
+def test_nothing_is_wider_than_the_window(page: str, tmp_path: Path, width: int) -> None:
+    """The page in a frame of a phone's or a desk's width, which tells what it measures."""
+    frame = (
+        f'<iframe id="f" style="width:{width}px;height:900px;border:0" srcdoc="{escape(page)}"></iframe><p id="p"></p>'
+        "<script>f.onload=()=>{const d=f.contentDocument,r=[...d.querySelectorAll('h1,h2,p,img,.card,td')]"
+        ".map(e=>e.getBoundingClientRect());p.textContent=JSON.stringify({"
+        "over:d.documentElement.scrollWidth-d.documentElement.clientWidth,"
+        "flat:r.filter(b=>b.width>0&&b.height<1).length,svg:[...d.querySelectorAll('svg')].filter("
+        "e=>e.getBoundingClientRect().height>50).length,images:[...d.images].every(i=>i.naturalWidth>0)})}</script>"
+    )
+    (tmp_path / "frame.html").write_text(frame)
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000"]
+    options = ["--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path / 'frame.html'}"]
+    dumped = subprocess.run([*command, *options], capture_output=True, text=True, check=True, timeout=120).stdout
+    found = json.loads(re.findall(r'<p id="p">(.*?)</p>', dumped)[0])
+    assert found == {"over": 0, "flat": 0, "svg": 6, "images": True}
