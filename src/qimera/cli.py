@@ -57,11 +57,10 @@ def _show_version(asked: bool) -> bool:
 
 @app.callback()
 def _before_any_command(
-    show_version: Annotated[
+    _: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-) -> None:
-    pass
+) -> None: ...
 
 
 @app.command()
@@ -91,10 +90,15 @@ def inspect(
         print_table(layer_table(teacher, every_layer))
 
 
-@app.command()
-def synthesize(
+@app.command("synthesize")
+def make_bank(
     model: Model,
-    output: Annotated[Path, typer.Option(metavar="BANK", help="Directory that becomes the bank.")],
+    output: Annotated[Path, typer.Option(metavar="BANK", help="Directory that becomes the bank, or the file.")],
+    form: Annotated[
+        Literal["bank", "npz", "imagefolder", "safetensors"],
+        typer.Option("--format", help="For qimera, or for other tools."),
+    ] = "bank",
+    bank: Annotated[Path | None, typer.Option(metavar="BANK", help="Write one that was made earlier.")] = None,
     weights: Weights = None,
     input_shape: Shape = None,
     mean: Mean = None,
@@ -111,30 +115,26 @@ def synthesize(
     unfinished = output.with_name(f"{output.name}.unfinished")
     with errors_as_messages(debug, f"the same command continues with what is in {unfinished}"):
         _use_threads(threads)
-        from qimera import pipeline
-        from qimera.diagnostics import diagnose
         from qimera.distributed import is_main, joined
         from qimera.options import ModelOptions, recipes_for
+        from qimera.pipeline import synthesize
+        from qimera.synthesis.bank import SampleBank
+        from qimera.synthesis.formats import write_bank
+        from qimera.tables import bank_facts
 
         if output.exists():
             raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
         options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
         teacher = options.capture()
-        settings = recipes_for(teacher, recipe)[0].synthesis
+        chosen = recipes_for(teacher, recipe)[0].synthesis
+        made = None if bank is None else SampleBank.load(bank, teacher)
         with joined(), ProgressDisplay(is_main()) as progress:
-            bank = pipeline.synthesize(
-                teacher, settings=settings, seed=seed or 0, checkpoints=unfinished, progress=progress
-            )
-            if not is_main():
-                return
-        bank.save(output)
-        rmtree(unfinished)
-        for warning in diagnose(bank, teacher).warnings:
-            typer.echo(f"warning: {warning}", err=True)
-        held_out = f" and {settings.num_held_out} held out" if settings.num_held_out else ""
-        typer.echo(
-            f"{output}: {bank.num_training} synthetic samples{held_out} of {model} (teacher {teacher.hash[:12]})"
-        )
+            if made is None:
+                made = synthesize(teacher, None, chosen, seed=seed or 0, checkpoints=unfinished, progress=progress)
+            if is_main():
+                write_bank(made, output, form)
+                rmtree(unfinished, ignore_errors=True)
+                typer.echo(bank_facts(output, model, made, teacher))
 
 
 @app.command()

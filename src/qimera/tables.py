@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from qimera.diagnostics import diagnose
 from qimera.evaluation import Evaluation
 from qimera.graph import batch_norms, fold_batch_norms
 from qimera.input_spec import InputSpec
@@ -12,6 +13,7 @@ from qimera.quantization.scheme import float_operations
 from qimera.recipes import RECIPE_NAMES, recipe
 from qimera.settings import QuantizationSettings
 from qimera.summary import float_bytes, packed_bytes, readable_bytes
+from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Layer, Teacher
 
 _LISTED_AT_START = 4
@@ -40,6 +42,14 @@ def teacher_facts(model: str, teacher: Teacher) -> str:
         "size": f"{readable_bytes(float_bytes(teacher))} in float32; {_sizes(teacher)}",
     }
     return "".join(f"{name:<13}{fact}\n" for name, fact in facts.items())
+
+
+def bank_facts(path: Path, model: str, bank: SampleBank, teacher: Teacher) -> str:
+    """Return what a bank is, and what is wrong with it."""
+    num_held_out = bank.settings.num_held_out
+    held_out = f" and {num_held_out} held out" if num_held_out else ""
+    what = f"{path}: {bank.num_training} synthetic samples{held_out} of {model} (teacher {teacher.hash[:12]})"
+    return "\n".join([what, *(f"warning: {warning}" for warning in diagnose(bank, teacher).warnings)])
 
 
 def _sizes(teacher: Teacher) -> str:
