@@ -1,8 +1,8 @@
 """A bank as calibration data for other quantizers: ONNX Runtime, NNCF and OpenVINO, or whatever takes a DataLoader.
 
-They then need no real images either. They get the samples of one class, which are most like real images; superposed ones
-reach other values (MobileNetV1, ONNX Runtime W8A8, 600 images: 66.0 % top-1 from 50 superposed samples, 75.3 % from 78
-others, 75.7 % from 100 real images). None of these tools is imported before it is asked for.
+They then need no real images either. They get the samples of one class, which are most like real images; superposed
+ones reach other values (MobileNetV1, ONNX Runtime W8A8, 600 images: 66.0 % top-1 from 50 superposed samples, 75.3 %
+from 78 others, 75.7 % from 100 real images). None of these tools is imported before it is asked for.
 """
 
 from collections.abc import Iterator
