@@ -1,6 +1,8 @@
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,33 @@ def test_every_function_that_the_map_names_exists() -> None:
         for part in parts[depth + 1 :]:
             found = getattr(found, part)
         assert callable(found), name
+
+
+# --- other pages ------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_the_api_is_up_to_date() -> None:
+    command = [sys.executable, "scripts/write_api_page.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_message_that_troubleshooting_explains_is_one() -> None:
+    constants = [
+        node.value
+        for path in (ROOT / "src").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    explained = (ROOT / "docs" / "troubleshooting.md").read_text().partition("## Without a message")[0]
+    headings = re.findall(r"^### (.+)$", explained, re.MULTILINE)
+    assert len(headings) > 15
+    for heading in headings:
+        assert any(heading in constant for constant in constants), heading
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,5 +1,6 @@
 import re
 import shlex
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,12 @@ def block(language: str, containing: str) -> str:
 
 def commands() -> list[list[str]]:
     """Return the command lines of the README, split as a shell would."""
-    lines = block("sh", "qimera quantize").replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines]
+    return typed_in(block("sh", "qimera inspect"))
+
+
+def typed_in(text: str) -> list[list[str]]:
+    """Return the command lines of a fenced block, split as a shell would."""
+    return [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,11 +81,29 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     images = generator.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "test.npz", images=images, labels=np.arange(20) % 10)
     typed = commands()
-    verbs = ("inspect", "quantize", "export", "evaluate", "recipes")
+    verbs = ("inspect", "quantize", "export", "evaluate", "compare", "recipes")
     assert [line[:2] for line in typed] == [["qimera", verb] for verb in verbs]
     for line in typed:
-        result = CliRunner().invoke(app, line[1:])
+        result = CliRunner().invoke(app, [part for word in line[1:] for part in (glob(word) or [word])])
         assert result.exit_code == 0, (line, result.output)
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command as it is typed, and the Python between them."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (20, 28, 28, 1), dtype=np.uint8)
+    np.savez(tmp_path / "test.npz", images=images, labels=np.arange(20) % 10)
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
+    assert [language for language, _ in blocks] == ["sh", "sh", "sh", "sh", "python", "sh"]
+    for language, text in blocks:
+        if language == "python":
+            exec(text, {})
+        for line in typed_in(text) if language == "sh" else []:
+            result = CliRunner().invoke(app, line[1:])
+            assert result.exit_code == 0, (line, result.output)
+    assert "points lost, measured" in (tmp_path / "runs" / "digits" / "report.html").read_text()
 
 
 def test_every_file_that_the_readme_links_to_exists() -> None:

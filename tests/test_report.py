@@ -204,6 +204,17 @@ def test_a_bad_bank_is_warned_of_on_the_page_and_on_stderr(tmp_path: Path) -> No
     assert "A wrong mean, std or pixel range is the" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_an_exported_file_is_listed(run: RunDirectory, tmp_path: Path) -> None:
+    copied = shutil.copytree(run.path, tmp_path / "run")
+    done = qimera("export", copied)
+    assert done.exit_code == 0, done.stderr
+    (listed,) = Report.load(copied / "report.json").exports
+    assert listed.num_bytes == (copied / "student.onnx").stat().st_size
+    page = (copied / "report.html").read_text()
+    assert str(copied / "student.onnx") in page
+    assert f"{listed.comparisons[0]['integer_layers']} of {listed.num_layers}" in page
+
+
 def test_the_report_is_written_anew_when_asked_for(run: RunDirectory, tmp_path: Path) -> None:
     copied = shutil.copytree(run.path, tmp_path / "run")
     (copied / "report.html").unlink()

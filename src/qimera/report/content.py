@@ -46,11 +46,12 @@ class Measured(Settings):
 class Export(Settings):
     """One exported file, as it was verified."""
 
-    format: str
     file: str
+    num_layers: int
     num_bytes: int
     num_samples: int
     comparisons: tuple[dict[str, Any], ...]
+    refusals: tuple[str, ...] = ()
 
 
 class Curve(Settings):
