@@ -148,7 +148,10 @@ def _named_arrays(path: Path, content: object) -> dict[str, np.ndarray]:
             f"{path}: array {' and '.join(map(repr, sorted(missing)))} missing, found {sorted(content.files)}; "
             "write it with numpy.savez_compressed(path, images=images, labels=labels)"
         )
-    return {name: content[name] for name in ("images", "labels")}
+    arrays = {name: content[name] for name in ("images", "labels")}
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # bytes, where a member is no .npy file
+        raise ValueError("a member is not an array")
+    return arrays
 
 
 def _checked_images(

@@ -22,7 +22,10 @@ class Metrics:
         """Return the recorded steps, oldest first, without one that was cut off when the process was killed."""
         if not self.path.exists():
             return []
-        return [found for line in self.path.read_text(encoding="utf-8").splitlines() if (found := _parse(line))]
+        return [found for line in self._text().splitlines() if (found := _parse(line))]
+
+    def _text(self) -> str:
+        return self.path.read_text(encoding="utf-8", errors="replace")
 
     def seconds(self, part: str) -> float | None:
         """Return how long a part took, to its last recorded step; None if none is recorded."""
@@ -64,7 +67,7 @@ class Metrics:
         """Remove lines; the file stays the same one, for it is open at its end."""
         kept = [line for line in self.lines() if not is_outdated(line)]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        if text != self.path.read_text(encoding="utf-8"):
+        if text != self._text():
             self.path.write_text(text, encoding="utf-8")
 
 

@@ -122,7 +122,7 @@ class Summary(BaseModel):
     def load(cls, path: Path) -> "Summary":
         """Read a summary written by ``save``."""
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise ConfigError(f"{path}: damaged, or of another version of qimera: {error}") from error
 

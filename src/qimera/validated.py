@@ -25,7 +25,7 @@ class Settings(BaseModel):
     def load(cls: type[_S], path: Path | str) -> _S:
         """Read settings from a JSON file written by ``save``."""
         try:
-            return cls.model_validate_json(Path(path).read_text())
+            return cls.model_validate_json(Path(path).read_bytes())
         except ValidationError as error:
             raise ConfigError(f"{path}: {_explain(cls.__name__, error)}") from None
         except ConfigError as error:

@@ -171,6 +171,8 @@ class SampleBank:
         try:
             manifest = json.loads((directory / "manifest.json").read_text())
             version, owner, seed = manifest["format_version"], manifest["teacher"], manifest["seed"]
+            if type(seed) is not int:
+                raise TypeError(f"seed is {seed!r:.50}")
             if version != FORMAT_VERSION:
                 raise ConfigError(f"bank {directory}: format version {version}, this qimera reads {FORMAT_VERSION}")
             if owner != teacher.hash:
@@ -190,7 +192,7 @@ class SampleBank:
             parts = [torch.cat([shard[key] for shard in shards]) for key in ("pixels", "soft_labels", "logits")]
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(f"bank {directory}: {error.filename or 'a file'} is missing; is this a bank?") from error
-        except (ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
             raise ConfigError(f"bank {directory}: damaged ({error}); synthesise it again") from error
         _check_shapes(directory, parts, teacher)
         if settings.num_held_out >= len(parts[0]):
@@ -238,6 +240,6 @@ def _load_synthesizer(path: Path, teacher: Teacher, settings: SynthesisSettings)
     synthesizer = Synthesizer(teacher, settings, torch.Generator().manual_seed(0))
     try:
         synthesizer.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); synthesise the bank again") from error
     return synthesizer.eval()
