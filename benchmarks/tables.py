@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 INFERENCE = RESULTS / "inference"
 EXPORT = RESULTS / "export"
 PARETO = RESULTS / "pareto"
+CALIBRATION = RESULTS / "calibration"
 PEERS = RESULTS / "peers"
 README = ROOT / "README.md"
 ESTIMATION_PAGE = ROOT / "docs" / "estimation.md"
@@ -24,7 +25,7 @@ EXPORT_TARGETS = ROOT / "docs" / "export-targets.md"
 MIXED_PRECISION = ROOT / "docs" / "mixed-precision.md"
 INGREDIENTS = ROOT / "docs" / "ingredients.md"
 
-_OTHERS = (INFERENCE, EXPORT, PARETO, PEERS, ESTIMATION, STEPS)
+_OTHERS = (CALIBRATION, INFERENCE, EXPORT, PARETO, PEERS, ESTIMATION, STEPS)
 """Folders of results that are no accuracies of a network."""
 
 _ORDER = ["w8a8", "w4a8", "w4a4", "w3a3"]
