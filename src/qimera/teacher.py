@@ -96,9 +96,11 @@ class Teacher(nn.Module):
 
         Raises:
             ConfigError: the model refuses images of ``input_spec.shape``, or has no output ``logits``.
-            UnsupportedModelError: it cannot be exported, returns no logits or several, or has no batch norm.
+            UnsupportedModelError: it cannot be exported, returns no logits or several, has no batch norm, or holds NaN,
+                infinite values or negative variances.
         """
         model = copy.deepcopy(model).eval().requires_grad_(False)
+        _refuse_broken_numbers(model)
         images = torch.zeros(2, *input_spec.shape)
         _return_logits_alone_(model, images, logits)
         try:
@@ -145,6 +147,22 @@ class Teacher(nn.Module):
         """Return the logits and the input of every batch norm, in the order of ``batch_norms``."""
         logits, taps = self._tapped(images)
         return logits, taps
+
+
+def _refuse_broken_numbers(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for values that no trained network has."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            count = int((~value.isfinite()).sum())
+            raise UnsupportedModelError(
+                f"{name}: {count} of {value.numel()} values are NaN or infinite; the training diverged, or the file is "
+                "damaged: bring an earlier checkpoint"
+            )
+        if name.endswith("running_var") and bool((value < 0).any()):
+            raise UnsupportedModelError(
+                f"{name}: {int((value < 0).sum())} of {value.numel()} variances are negative; the file is damaged, or "
+                "the values are of something else: bring the weights again"
+            )
 
 
 def _graph_of(program: ExportedProgram) -> GraphModule:
