@@ -216,13 +216,13 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path: Path) -> No
 
 def test_progress_without_a_terminal_is_a_line_at_both_ends_of_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressDisplay() as display:
-        display(Progress("direct", 0, 100))
+        display(Progress("direct", 0, 100, note="patience"))
         for step in range(1, 101):
             display(Progress("direct", step, 100, {"ce": 0.5}))
     captured = capsys.readouterr()
     assert captured.out == ""
     first, *_, last = captured.err.splitlines()
-    assert first == "optimise images: 0/100  the first step can take a minute"
+    assert first == "optimise images: 0/100  patience"
     assert last == "optimise images: 100/100  ce 0.5"
     assert len(captured.err.splitlines()) <= 3
 

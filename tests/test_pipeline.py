@@ -10,7 +10,7 @@ from torch import Tensor
 from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
 from qimera.pipeline import quantize, synthesize
-from qimera.progress import Progress
+from qimera.progress import COMPILING, Progress
 from qimera.quantization.student import Student
 from qimera.recipes import recipe
 from qimera.settings import DirectSettings, DistillationSettings, GeneratorSettings, LabelSettings, SynthesisSettings
@@ -273,6 +273,17 @@ def test_every_stage_reports_up_to_its_total(teacher: Teacher) -> None:
         assert found[-1].step == found[-1].total, stage
     assert set(by_stage["generator"][0].metrics) == {"generator_ce", "generator_bns"}
     assert set(by_stage["direct"][1].metrics) == {"direct_ce", "direct_bns", "direct_tv"}
+
+
+@pytest.mark.parametrize(("mode", "note"), [("never", ""), ("auto", ""), ("always", COMPILING)])
+def test_who_waits_for_a_compiler_is_told(teacher: Teacher, bank: SampleBank, mode: str, note: str) -> None:
+    reports: list[Progress] = []
+    direct = DirectSettings(num_steps=1, batch_size=8, compile=mode)
+    synthesize(teacher, settings=short_synthesis(0, 8, direct=direct), progress=reports.append)
+    quantize(teacher, bank, settings=SHORT.model_copy(update={"compile": mode}), progress=reports.append)
+    first = {each.stage: each.note for each in reports if each.step == 0}
+    assert first == {"direct": note, "distillation": note}
+    assert all(not each.note for each in reports if each.step)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

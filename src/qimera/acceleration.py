@@ -108,12 +108,17 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def is_compiled(mode: Compile, num_pixels: int) -> bool:
+    """Return whether ``mode`` asks for a compiled step, or so many pixels make it pay."""
+    return mode == "always" or (mode == "auto" and num_pixels >= _PIXELS_THAT_PAY)
+
+
 def compiled(function: Callable[_P, _R], mode: Compile, num_pixels: int) -> Callable[_P, _R]:
     """Return ``function`` compiled by ``torch.compile``, if ``mode`` asks for it, or so many pixels.
 
     Where that fails, for want of a C++ compiler for example, it says so once and goes on without.
     """
-    if mode == "never" or (mode == "auto" and num_pixels < _PIXELS_THAT_PAY):
+    if not is_compiled(mode, num_pixels):
         return function
     with _quiet():
         fast = torch.compile(function, dynamic=False)

@@ -155,6 +155,6 @@ def _title(progress: Progress) -> str:
 
 
 def _metrics(progress: Progress) -> str:
-    if progress.step == 0:
-        return "the first step can take a minute"  # since it is compiled
+    if progress.note:
+        return progress.note
     return "  ".join(f"{name} {value:.3g}" for name, value in progress.metrics.items())

@@ -9,12 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera.acceleration import at_least_float32, autocast, compiled, narrow_gradients_
+from qimera.acceleration import at_least_float32, autocast, compiled, is_compiled, narrow_gradients_
 from qimera.checkpoint import Checkpoint, State
 from qimera.distributed import average_gradients_, own_share, world_size
 from qimera.errors import ConfigError
 from qimera.graph import with_outputs
-from qimera.progress import Progress, ProgressCallback, silent
+from qimera.progress import COMPILING, Progress, ProgressCallback, silent
 from qimera.quantization.student import Student, block_outputs
 from qimera.selection import BestState
 from qimera.settings import DistillationSettings
@@ -61,7 +61,8 @@ def distill_(
     if saved := checkpoint.load():
         course.load_state_dict(saved)
     if settings.num_steps:
-        progress(Progress("distillation", course.num_steps, settings.num_steps))
+        note = COMPILING if course.is_compiled else ""
+        progress(Progress("distillation", course.num_steps, settings.num_steps, note=note))
     with checkpoint.guarding():
         while course.num_steps < settings.num_steps:
             losses = course.step()
@@ -88,6 +89,7 @@ class Course:
         self.student, self.settings, self.generator, self.training = student, settings, generator, training
         lesson = Lesson(student, settings)
         num_pixels = settings.num_steps * settings.batch_size * math.prod(bank.input_spec.shape[1:])
+        self.is_compiled = is_compiled(settings.compile, num_pixels)
         self._teach = compiled(lesson.teach, settings.compile, num_pixels)
         self._learn = compiled(lesson.losses, settings.compile, num_pixels)
         self._optimizer = _optimizer(student, settings)

@@ -1,18 +1,20 @@
 """The whole method in the paper's order: teacher -> samples -> bank -> student -> distillation."""
 
 import copy
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from qimera.acceleration import is_compiled
 from qimera.bits import parse_bits, parse_layer_bits
 from qimera.checkpoint import Checkpoint, Checkpoints, State
 from qimera.distillation import distill_
 from qimera.distributed import copy_from_main_, gathered, rank, world_size
 from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
-from qimera.progress import Progress, ProgressCallback, silent
+from qimera.progress import COMPILING, Progress, ProgressCallback, silent
 from qimera.quantization.student import Student
 from qimera.recipes import recipe
 from qimera.seeds import Place, generator_for
@@ -211,7 +213,9 @@ def _make_parts(
         saved = checkpoint.load()
         if "pixels" not in saved:
             if part.is_optimized and is_first:
-                progress(Progress("direct", before + saved.get("step", 0), total))
+                pixels = part.num_alike * each * len(part.first) * math.prod(teacher.input_spec.shape[1:])
+                note = COMPILING if is_compiled(settings.direct.compile, pixels) else ""
+                progress(Progress("direct", before + saved.get("step", 0), total, note=note))
                 is_first = False
             report = _report(progress, "direct", before, total)
             generator = generator_for(seed, Place.PARTS, part.number)

@@ -12,6 +12,11 @@ class Progress:
     step: int
     total: int
     metrics: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+    """What a person who waits should know."""
+
+
+COMPILING = "the first step is compiled, which takes a minute"
 
 
 ProgressCallback = Callable[[Progress], None]
