@@ -46,7 +46,14 @@ def test_a_good_bank_has_no_warnings(diagnosis: Diagnosis) -> None:
 def test_wrong_mean_and_std_are_detected(mean: float, std: float, pixel_range: tuple[float, float]) -> None:
     wrong = InputSpec(shape=RIGHT.shape, mean=(mean,), std=(std,), pixel_range=pixel_range)
     warnings = diagnose(*digits(wrong)).warnings
-    assert any("A wrong mean, std or pixel range is the commonest reason" in warning for warning in warnings)
+    assert any("a wrong mean, std or pixel range is the commonest reason" in warning for warning in warnings)
+
+
+def test_too_few_steps_are_not_blamed_on_mean_and_std(teacher: Teacher) -> None:
+    few = SynthesisSettings(num_optimized=32, direct=DirectSettings(num_steps=1, batch_size=32))
+    bank = synthesize(teacher, settings=few)
+    (warning,) = [each for each in diagnose(bank, teacher).warnings if each.startswith("statistics")]
+    assert "More synthesis steps bring them closer" in warning
 
 
 def test_the_gap_of_all_norms_is_the_statistics_loss(good: tuple[SampleBank, Teacher], diagnosis: Diagnosis) -> None:

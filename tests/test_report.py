@@ -201,7 +201,7 @@ def test_a_bad_bank_is_warned_of_on_the_page_and_on_stderr(tmp_path: Path) -> No
     tiny_settings(synthesis=SYNTHESIS, input=nothing).save(tmp_path / "settings.json")
     done = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
     assert "warning: statistics: samples differ from the training data" in done.stderr
-    assert "A wrong mean, std or pixel range is the" in (tmp_path / "run" / "report.html").read_text()
+    assert "a wrong mean, std or pixel range is the" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_an_exported_file_is_listed(run: RunDirectory, tmp_path: Path) -> None:
