@@ -3,6 +3,7 @@
 import logging
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -28,8 +29,10 @@ _UNREADABLE = (
     MemoryError,
     NotImplementedError,
     RuntimeError,
+    SyntaxError,
     ValueError,
     struct.error,
+    tokenize.TokenError,
     zipfile.BadZipFile,
     zlib.error,
 )
