@@ -47,17 +47,16 @@ def test_optimised_samples_are_those_of_one_process(results: tuple[Results, Resu
     assert torch.equal(main["bank"]["soft_labels"], alone["bank"]["soft_labels"])
 
 
-# Gradients are summed in another order, and of Adam's first steps those of small gradients may turn by that. Of block
-# outputs each process knows the variance in its own share of the batch.
-@pytest.mark.parametrize(("student", "tolerance"), [("plain", 1e-3), ("features", 0.1)])
+@pytest.mark.parametrize("student", ["plain", "features"])
 def test_a_student_learns_from_two_halves_what_it_learns_from_the_whole(
-    results: tuple[Results, Results, Results], student: str, tolerance: float
+    results: tuple[Results, Results, Results], student: str
 ) -> None:
+    """Gradients are summed in another order, and of Adam's first steps those of small gradients may turn by that."""
     alone, main, _ = results
     weights = [name for name, value in alone[student].items() if value.is_floating_point()]
     states = (alone["start"], alone[student], main[student])
     start, one, two = (torch.cat([state[name].flatten() for name in weights]) for state in states)
-    assert float((one - two).norm() / (one - start).norm()) < tolerance
+    assert float((one - two).norm() / (one - start).norm()) < 0.01
 
 
 def settings(num_steps: int, **changes: object) -> RunSettings:
@@ -76,7 +75,16 @@ def test_the_command_makes_one_run(tmp_path: Path) -> None:
     steps = [(line["stage"], line["step"]) for line in run.metrics.lines()]
     assert len(steps) == len(set(steps))
     assert {each.name for each in run.path.iterdir()} == {
-        *("bank", "metrics.jsonl", "settings.json", "student.safetensors", "summary.json", "summary.txt", "teacher.pt2")
+        *(
+            "bank",
+            "metrics.jsonl",
+            "settings.json",
+            "student.safetensors",
+            "summary.json",
+            "summary.txt",
+            "teacher.pt2",
+        ),
+        *("report.html", "report.json"),
     }
 
 

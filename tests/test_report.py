@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     tiny_settings(synthesis=SYNTHESIS).save(folder / "settings.json")
     done = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
     assert done.exit_code == 0, done.stderr
-    assert f"report     {folder / 'run' / 'report.html'}" in done.stdout
+    assert f"report: {folder / 'run' / 'report.html'}" in done.stderr
     return RunDirectory.open(folder / "run")
 
 

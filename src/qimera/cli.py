@@ -200,7 +200,7 @@ def quantize(
                 if not run.report_page_file.exists():
                     _warn(report_run(run))
                 typer.echo(summary.text(), nl=False)
-                typer.echo(f"report     {run.report_page_file}")
+                typer.echo(f"report: {run.report_page_file}", err=True)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from qimera.acceleration import at_least_float32, autocast, compiled, is_compiled, narrow_gradients_
 from qimera.checkpoint import Checkpoint, State
-from qimera.distributed import average_gradients_, own_share, world_size
+from qimera.distributed import average_gradients_, own_share, pooled_variances, world_size
 from qimera.errors import ConfigError
 from qimera.graph import with_outputs
 from qimera.progress import COMPILING, Progress, ProgressCallback, silent
@@ -113,10 +113,12 @@ class Course:
         images, soft_label = next(self._batches)
         num_samples, share = len(images), own_share(len(images))
         images, soft_label = images[share].contiguous(memory_format=torch.channels_last), soft_label[share]
-        total, losses = self._learn(images, soft_label, *self._teach(images))
+        weight = len(images) * world_size() / num_samples
+        target, features = self._teach(images)
+        total, losses = self._learn(images, soft_label, target, features, pooled_variances(features, weight))
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
-        average_gradients_(self.student.parameters(), len(images) * world_size() / num_samples)
+        average_gradients_(self.student.parameters(), weight)
         self._optimizer.step()
         self._schedule.step()
         self.num_steps += 1
@@ -168,7 +170,12 @@ class Lesson:
         return logits, features
 
     def losses(
-        self, images: Tensor, soft_label: Tensor, target: Tensor, target_features: list[Tensor]
+        self,
+        images: Tensor,
+        soft_label: Tensor,
+        target: Tensor,
+        target_features: list[Tensor],
+        variances: list[Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of all terms, and each of them without its weight or gradient.
 
@@ -181,7 +188,7 @@ class Lesson:
         terms = {
             "kl": (settings.kl_weight, kl_loss(logits, target.float(), settings.temperature)),
             "ce": (settings.ce_weight, F.cross_entropy(logits, soft_label)),
-            "features": (settings.feature_weight, feature_loss(features, target_features)),
+            "features": (settings.feature_weight, feature_loss(features, target_features, variances)),
         }
         terms = {name: (weight, loss) for name, (weight, loss) in terms.items() if weight}
         total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
@@ -201,15 +208,20 @@ def kl_loss(
     return divergence * temperature**2
 
 
-def feature_loss(features: list[Tensor], targets: list[Tensor]) -> Float[Tensor, ""]:
+def feature_loss(
+    features: list[Tensor], targets: list[Tensor], variances: list[Tensor] | None = None
+) -> Float[Tensor, ""]:
     """Return the squared error of block outputs over the teacher's variance, averaged over blocks; 0 for none.
 
+    The variances are those of ``targets``, unless these are but parts of the batch and those of the whole are given.
     Neither the paper nor its code has such a term (deviation D16).
     """
     if not features:
         return torch.zeros(())
     pairs = [(at_least_float32(mine), at_least_float32(theirs)) for mine, theirs in zip(features, targets, strict=True)]
-    return torch.stack([F.mse_loss(mine, theirs) / (theirs.var() + 1e-8) for mine, theirs in pairs]).mean()
+    scales = variances or [theirs.var() for _, theirs in pairs]
+    errors = [F.mse_loss(mine, theirs) for mine, theirs in pairs]
+    return torch.stack([error / (scale + 1e-8) for error, scale in zip(errors, scales, strict=True)]).mean()
 
 
 class StepwiseAdam(torch.optim.Adam):

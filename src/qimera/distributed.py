@@ -5,7 +5,7 @@ files of a run and talks to the user.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -98,6 +98,22 @@ def average_gradients_(parameters: Iterable[Tensor], weight: float = 1.0) -> Non
     sizes = [gradient.numel() for gradient in gradients]
     for gradient, mean in zip(gradients, flat.split(sizes), strict=True):
         gradient.copy_(mean.view_as(gradient))
+
+
+def pooled_variances(parts: Sequence[Tensor], weight: float) -> list[Tensor] | None:
+    """Return the variance of each tensor of which every process holds a part; None where this one holds all.
+
+    Args:
+        parts: What this process holds of each.
+        weight: Of this process; the weights of all add up to their number.
+    """
+    if world_size() == 1 or not parts:
+        return None
+    moments = [torch.var_mean(part.float(), correction=0) for part in parts]
+    sums = torch.stack([torch.stack([mean, var + mean.square()]) for var, mean in moments]) * (weight / world_size())
+    with _naming_lost_peers():
+        dist.all_reduce(sums)
+    return list(sums[:, 1] - sums[:, 0].square())
 
 
 @torch.no_grad()
