@@ -15,7 +15,7 @@ from tests.networks import SPEC, random_network
 
 @pytest.fixture(scope="module")
 def measured(teacher: Teacher, bank: SampleBank) -> Sensitivity:
-    return measure_sensitivity(teacher, bank, seed=3)
+    return measure_sensitivity(teacher, bank, seed=0)
 
 
 def test_every_layer_has_a_loss_for_every_width_of_its_weight_and_of_its_input(
@@ -44,7 +44,7 @@ def test_the_loss_at_eight_bits_of_the_last_layers_input_is_the_divergence_of_th
     teacher: Teacher, bank: SampleBank, measured: Sensitivity
 ) -> None:
     """Nothing follows that could make up for it, so that it can be computed without the machinery."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(0)
     fit_on, judge_on = next(bank.batches(128, generator)).images.chunk(2)
     module = fold_batch_norms(teacher.module)
     entering = str(module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[0].args[0])
@@ -66,7 +66,7 @@ def test_the_same_seed_gives_the_same_losses_and_every_layer_is_reported(
     teacher: Teacher, bank: SampleBank, measured: Sensitivity
 ) -> None:
     reports: list[Progress] = []
-    again = measure_sensitivity(teacher, bank, activations=False, seed=3, progress=reports.append)
+    again = measure_sensitivity(teacher, bank, activations=False, seed=0, progress=reports.append)
     assert again.weights == measured.weights
     assert again.activations == {}
     assert [(each.stage, each.step, each.total) for each in reports] == [("sensitivity", i, 6) for i in range(1, 7)]
