@@ -79,8 +79,9 @@ def main() -> None:
     torch.set_num_threads(1)
     checkpoint.SECONDS_BETWEEN = 0.0  # most of the time goes into writing
     teacher = Teacher.capture(load_model("mnist_cnn"), settings(WAYS[0]).input)
+    tried = WAYS if kills >= 10 else WAYS[1:2]
     duration, expected = 0.0, []
-    for number, ways in enumerate(WAYS):
+    for number, ways in enumerate(tried):
         begun, path = time.monotonic(), folder / f"whole-{number}"
         os.waitpid(start(path, teacher, ways), 0)
         duration = max(duration, time.monotonic() - begun)
@@ -88,7 +89,7 @@ def main() -> None:
     moments, killed, finished, equal, is_open = random.Random(seed), 0, 0, 0, True
     while killed < kills or is_open:
         path = folder / str(finished)
-        child = start(path, teacher, WAYS[finished % len(WAYS)])
+        child = start(path, teacher, tried[finished % len(tried)])
         deadline = time.monotonic() + (moments.uniform(0, duration) if killed < kills else 300)
         while (is_open := not ended(child)) and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -98,7 +99,7 @@ def main() -> None:
             killed += 1
         else:
             left = [each.name for each in path.iterdir() if "partial" in each.name or each.name == "checkpoints"]
-            equal += result(path) == expected[finished % len(WAYS)] and not left
+            equal += result(path) == expected[finished % len(tried)] and not left
             finished += 1
     print(json.dumps({"killed": killed, "finished": finished, "equal": equal}))  # noqa: T201
 
