@@ -80,17 +80,17 @@ def main() -> None:
     checkpoint.SECONDS_BETWEEN = 0.0  # most of the time goes into writing
     teacher = Teacher.capture(load_model("mnist_cnn"), settings(WAYS[0]).input)
     tried = WAYS if kills >= 10 else WAYS[1:2]
-    duration, expected = 0.0, []
+    durations, expected = [], []
     for number, ways in enumerate(tried):
         begun, path = time.monotonic(), folder / f"whole-{number}"
         os.waitpid(start(path, teacher, ways), 0)
-        duration = max(duration, time.monotonic() - begun)
+        durations.append(time.monotonic() - begun)
         expected.append(result(path))
     moments, killed, finished, equal, is_open = random.Random(seed), 0, 0, 0, True
     while killed < kills or is_open:
         path = folder / str(finished)
         child = start(path, teacher, tried[finished % len(tried)])
-        deadline = time.monotonic() + (moments.uniform(0, duration) if killed < kills else 300)
+        deadline = time.monotonic() + (moments.uniform(0, durations[finished % len(tried)]) if killed < kills else 300)
         while (is_open := not ended(child)) and time.monotonic() < deadline:
             time.sleep(0.001)
         if is_open:
