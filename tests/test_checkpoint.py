@@ -1,5 +1,6 @@
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,15 @@ def test_an_interruption_waits_for_the_end_of_the_step(
     assert "saving after this step; once more to stop at once" in caplog.text
 
 
+@pytest.fixture
+def _python_handles_interruptions() -> Iterator[None]:
+    """As in a terminal; a shell lets programs in the background ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_python_handles_interruptions")
 def test_the_second_interruption_acts_at_once(kept: Checkpoint) -> None:
     def interrupt_twice() -> None:
         with kept.guarding():
