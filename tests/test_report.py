@@ -13,11 +13,11 @@ import torch
 from qimera.pipeline import quantize
 from qimera.progress import silent
 from qimera.quantization.student import Student
-from qimera.report.content import Report, bank_of, collect, curves, features_in_plane
+from qimera.report.content import Report, collect, curves, features_in_plane
 from qimera.report.layers import layer_reports
 from qimera.report.run import report_run
 from qimera.report.walk import nearest_classes, walk_between
-from qimera.run import carry_out, load_student
+from qimera.run import carry_out, load_bank, load_student
 from qimera.run_directory import RunDirectory
 from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
@@ -89,7 +89,7 @@ def test_ranges_and_tails_are_those_of_the_values(teacher: Teacher, bank: Sample
 def test_the_report_comes_back_from_its_file(run: RunDirectory) -> None:
     student, teacher = load_student(run)
     found = Report.load(run.report_data_file)
-    assert found == collect(run, student, teacher, bank_of(run, teacher))
+    assert found == collect(run, student, teacher, load_bank(run, teacher))
     assert found.summary == run.summary()
     assert found.measured is None
     assert found.bit_operations == 16 * found.multiply_adds == 16 * sum(layer.macs for layer in teacher.layers)
@@ -123,7 +123,7 @@ def test_the_plane_keeps_distances_and_names_the_nearest_class() -> None:
 
 def test_the_walk_leads_from_one_class_to_the_other(run: RunDirectory) -> None:
     _, teacher = load_student(run)
-    bank = bank_of(run, teacher)
+    bank = load_bank(run, teacher)
     longer = bank.settings.model_copy(update={"direct": DirectSettings(num_steps=60)})
     object.__setattr__(bank, "settings", longer)
     walk = walk_between(3, 8, teacher, bank)
@@ -191,7 +191,7 @@ def test_names_of_the_user_cannot_change_the_page(run: RunDirectory) -> None:
     _, teacher = load_student(run)
     found = Report.load(run.report_data_file)
     harmful = found.summary.model_copy(update={"model": "<script>alert(1)</script>"})
-    page = write_page(found.model_copy(update={"summary": harmful}), teacher, bank_of(run, teacher))
+    page = write_page(found.model_copy(update={"summary": harmful}), teacher, load_bank(run, teacher))
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 

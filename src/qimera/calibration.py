@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qimera.errors import ConfigError
 from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.superposition import shows_one_class
 
 if TYPE_CHECKING:
     from onnxruntime.quantization import CalibrationDataReader
@@ -106,9 +107,5 @@ def _chosen(bank: SampleBank, batch_size: int, num_samples: int | None) -> Int[T
     for name, value in (("batch_size", batch_size), ("num_samples", num_samples)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: must be 1 or more, given {value}")
-    single = bank.soft_labels[: bank.num_training].amax(1) > _ONE_CLASS
+    single = shows_one_class(bank.soft_labels[: bank.num_training])
     return (single if bool(single.any()) else ~single).nonzero().flatten()[:num_samples]
-
-
-_ONE_CLASS = 0.999
-"""Share of its class in the label of a sample of one class."""

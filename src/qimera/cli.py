@@ -6,7 +6,6 @@ torch, and all that builds on it, is imported inside the commands, so that ``qim
 import json
 from importlib.metadata import version
 from pathlib import Path
-from shutil import rmtree
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -115,6 +114,7 @@ def make_bank(
     unfinished = output.with_name(f"{output.name}.unfinished")
     with errors_as_messages(debug, f"the same command continues with what is in {unfinished}"):
         _use_threads(threads)
+        from qimera.checkpoint import Checkpoints
         from qimera.distributed import is_main, joined
         from qimera.options import ModelOptions, recipes_for
         from qimera.pipeline import synthesize
@@ -133,7 +133,7 @@ def make_bank(
                 made = synthesize(teacher, None, chosen, seed=seed or 0, checkpoints=unfinished, progress=progress)
             if is_main():
                 write_bank(made, output, form)
-                rmtree(unfinished, ignore_errors=True)
+                Checkpoints(unfinished).forget()
                 typer.echo(bank_facts(output, model, made, teacher))
 
 

@@ -21,7 +21,7 @@ from qimera.input_spec import InputSpec
 logger = logging.getLogger(__name__)
 
 _IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 # What NumPy and zipfile raise for damaged archives, by where the damage is.
 _UNREADABLE = (
     OSError,
@@ -236,7 +236,7 @@ def _read_image(path: Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "h
             # Pillow would clip these to 255 and return an almost white image.
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"pixels of mode {file.mode} have more than 8 bits")
-            image = _cover_and_crop(file.convert(_IMAGE_MODES[channels]), height, width)
+            image = _cover_and_crop(file.convert(IMAGE_MODES[channels]), height, width)
     # Pillow reports damaged files by all of these.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(

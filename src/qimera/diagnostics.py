@@ -9,6 +9,7 @@ from torch import Tensor
 from qimera.graph import classifier_node, node_at, with_outputs
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.losses import channel_moments, safe_sqrt
+from qimera.synthesis.superposition import shows_one_class
 from qimera.teacher import Teacher
 from qimera.validated import Settings
 
@@ -16,8 +17,6 @@ MAX_SAMPLES = 512
 """Samples that are looked at; class balance and clipped pixels are of all."""
 
 _BATCH = 32
-_ONE_CLASS = 0.999
-"""Share of its class in the label of a sample of one class."""
 
 _NEAR_BOUNDARY = 0.5
 """Probability by which the first class is ahead of the second, below which a sample supports a boundary."""
@@ -81,7 +80,7 @@ def diagnose(bank: SampleBank, teacher: Teacher) -> Diagnosis:
     samples = bank.take(chosen)
     gaps, features = _look_at(samples.images, teacher)
     margins = margins_of(samples.logits)
-    single = samples.soft_labels.amax(1) > _ONE_CLASS
+    single = shows_one_class(samples.soft_labels)
     wanted, answer = samples.soft_labels.argmax(1), samples.logits.softmax(1)
     near = margins < _NEAR_BOUNDARY
     values = {
@@ -103,7 +102,7 @@ def diagnose(bank: SampleBank, teacher: Teacher) -> Diagnosis:
 def _warnings(found: Diagnosis) -> Iterator[str]:
     gaps = found.statistics_gap
     worst = max(gaps, key=lambda name: gaps[name], default="")
-    if gaps and (gaps[worst] > _LARGEST_GAP or sum(gaps.values()) / len(gaps) > _MEAN_GAP):
+    if gaps and (gaps[worst] > LARGEST_GAP or sum(gaps.values()) / len(gaps) > _MEAN_GAP):
         reasons = (
             "Many pixels are black or white: a wrong mean, std or pixel range is the commonest reason; check them first"
             if found.clipped > _CLIPPED
@@ -111,7 +110,7 @@ def _warnings(found: Diagnosis) -> Iterator[str]:
         )
         yield (
             f"statistics: samples differ from the training data, most before {worst} (gap {gaps[worst]:.2f}; good "
-            f"banks stay below {_LARGEST_GAP}, and {_MEAN_GAP} on average). {reasons}"
+            f"banks stay below {LARGEST_GAP}, and {_MEAN_GAP} on average). {reasons}"
         )
     if found.superposed < 100 and found.recognised < _RECOGNISED:
         yield (
@@ -133,7 +132,7 @@ def _warnings(found: Diagnosis) -> Iterator[str]:
         )
 
 
-_LARGEST_GAP, _MEAN_GAP = 0.1, 0.02
+LARGEST_GAP, _MEAN_GAP = 0.1, 0.02
 """Right mean and std leave up to 0.093 and 0.016 (ResNet-20, CIFAR-100, 60 steps), those of 0 and 1 or 0.5 and 0.5 or
 pixels to 255 at least 0.107 or 0.021 (CIFAR-10, digits)."""
 

@@ -17,6 +17,7 @@ from qimera.errors import ConfigError
 from qimera.quantization.student import Student
 from qimera.synthesis.augmentation import flip_at_random, shift_each
 from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.superposition import shows_one_class
 from qimera.teacher import Teacher
 
 CONFIDENCE = 0.9
@@ -26,8 +27,6 @@ _QUANTILE = 1.645
 """Of the normal distribution, for a two-sided interval of that confidence."""
 
 _BATCH = 32
-_ONE_CLASS = 0.999
-"""Share of its class in the label of a sample of one class."""
 
 _SURE = 0.95
 """Probability of its class from which the teacher has no doubt."""
@@ -113,7 +112,7 @@ def lifelike(
     That is how it sees most real images. Superposed samples lie on its boundaries on purpose, and others do where they
     came out badly.
     """
-    found = (soft_labels.amax(1) > _ONE_CLASS) & (logits.softmax(1).amax(1) > _SURE)
+    found = (shows_one_class(soft_labels)) & (logits.softmax(1).amax(1) > _SURE)
     return found if bool(found.any()) else torch.ones_like(found)
 
 

@@ -76,7 +76,8 @@ def _parse(line: str) -> Line | None:
         found = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and found.keys() >= _KEYS else None
+    return found if isinstance(found, dict) and found.keys() >= KEYS else None
 
 
-_KEYS = {"part", "stage", "step", "total", "seconds"}
+KEYS = {"part", "stage", "step", "total", "seconds"}
+"""What every line has; the rest are losses."""

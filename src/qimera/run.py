@@ -1,12 +1,13 @@
 """Resolved settings and a directory -> a finished run, from wherever the directory stands."""
 
-import shutil
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from qimera import pipeline
 from qimera.allocation import Allocation, allocate
 from qimera.budget import check_budget
+from qimera.checkpoint import Checkpoints
 from qimera.distributed import from_main, is_main
 from qimera.errors import ConfigError
 from qimera.estimation import estimate_drop
@@ -105,6 +106,11 @@ def load_student(run: RunDirectory) -> tuple[Student, Teacher]:
     return Student.load(run.student_file, teacher, run.settings.quantization), teacher
 
 
+def load_bank(run: RunDirectory, teacher: Teacher) -> SampleBank:
+    """Return the bank that the run's student was trained on."""
+    return SampleBank.load(Path(run.settings.bank) if run.settings.bank else run.bank_directory, teacher)
+
+
 def _summary_of(run: RunDirectory, teacher: Teacher) -> Summary:
     summary = run.summary()
     if summary.teacher_hash != teacher.hash:
@@ -124,7 +130,7 @@ def _own_bank(run: RunDirectory, teacher: Teacher, progress: ProgressCallback) -
             )
         if is_main():
             bank.save(run.bank_directory)
-            shutil.rmtree(checkpoints)
+            Checkpoints(checkpoints).forget()
     # Read back: a run that is interrupted here and continued must see the same samples.
     return from_main(lambda: SampleBank.load(run.bank_directory, teacher))
 

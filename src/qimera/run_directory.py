@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from qimera.allocation import Allocation
+from qimera.checkpoint import Checkpoints
 from qimera.distributed import from_main, is_main
 from qimera.errors import ConfigError
 from qimera.files import replacing
@@ -163,7 +164,7 @@ class RunDirectory:
             temporary.write_text(summary.text(), encoding="utf-8")
         with replacing(self._summary_file) as temporary:
             summary.save(temporary)
-        shutil.rmtree(self.checkpoints_directory, ignore_errors=True)
+        Checkpoints(self.checkpoints_directory).forget()
 
     def summary(self) -> Summary:
         """Read the summary of a finished run."""

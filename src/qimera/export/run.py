@@ -11,9 +11,8 @@ from qimera.export.onnx import MIN_AGREEMENT, export_onnx
 from qimera.export.program import export_aotinductor, export_pt2
 from qimera.export.verification import Verification
 from qimera.files import replacing
-from qimera.run import load_student
+from qimera.run import load_bank, load_student
 from qimera.run_directory import RunDirectory
-from qimera.synthesis.bank import SampleBank
 
 Format = Literal["onnx", "pt2", "aotinductor", "executorch"]
 
@@ -48,7 +47,7 @@ def export_run(
         raise ConfigError(f"--include-preprocessing and --labels are for --format onnx, given --format {form}")
     labels = _labels(labels_file, run.summary().num_classes)
     student, teacher = load_student(run)
-    bank = SampleBank.load(Path(run.settings.bank) if run.settings.bank else run.bank_directory, teacher)
+    bank = load_bank(run, teacher)
     if form == "onnx":
         verification = export_onnx(
             student,

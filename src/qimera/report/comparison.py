@@ -6,7 +6,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from qimera.report.content import Measured
+from qimera.report.content import measured_of
 from qimera.run_directory import RunDirectory
 from qimera.summary import readable_bytes
 
@@ -16,7 +16,7 @@ def comparison_values(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
     found = []
     for run in runs:
         summary = run.summary()
-        measured = Measured.load(run.evaluation_file) if run.evaluation_file.exists() else None
+        measured = measured_of(run)
         estimate = summary.estimate
         found.append(
             {

@@ -1,15 +1,15 @@
 """A finished run -> what its report says, as ``report.json`` holds it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qimera.diagnostics import Diagnosis, diagnose
-from qimera.metrics import Line
+from qimera.metrics import KEYS, Line
 from qimera.quantization.student import Student
+from qimera.recipes import has_large_images
 from qimera.report.layers import LayerReport, layer_reports
 from qimera.run_directory import RunDirectory
 from qimera.settings import RunSettings
@@ -21,7 +21,6 @@ from qimera.validated import Settings
 FORMAT_VERSION = 1
 _NUM_IMAGES = 64
 _NUM_LARGE_IMAGES = 16
-_LARGE = 96 * 96
 _MAX_POINTS = 400
 """Points of one curve; more cannot be told apart."""
 
@@ -97,7 +96,7 @@ def collect(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleB
     return Report(
         summary=run.summary(),
         settings=run.settings,
-        measured=Measured.load(run.evaluation_file) if run.evaluation_file.exists() else None,
+        measured=measured_of(run),
         multiply_adds=sum(layer.macs for layer in teacher.layers),
         bit_operations=sum(layer.macs * bits[layer.name][0] * bits[layer.name][1] for layer in teacher.layers),
         bank=diagnose(bank, teacher),
@@ -107,9 +106,14 @@ def collect(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleB
     )
 
 
+def measured_of(run: RunDirectory) -> Measured | None:
+    """Return what was measured on labelled images, if any were given."""
+    return Measured.load(run.evaluation_file) if run.evaluation_file.exists() else None
+
+
 def shown_images(bank: SampleBank) -> Tensor:
     """Return a few dozen normalised images, held-out ones where there are any."""
-    few = bank.pixels[0, 0].numel() >= _LARGE
+    few = has_large_images(bank.input_spec)
     images = bank.held_out.images if bank.settings.num_held_out else bank.take(slice(None)).images
     return images[: _NUM_LARGE_IMAGES if few else _NUM_IMAGES]
 
@@ -119,7 +123,7 @@ def curves(lines: Sequence[Line]) -> list[Curve]:
     found: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
     for line in lines:
         for name, value in line.items():
-            if name not in ("part", "stage", "step", "total", "seconds"):
+            if name not in KEYS:
                 found.setdefault((line["part"], line["stage"], name), []).append((line["step"], float(value)))
     result = []
     for (part, stage, name), points in found.items():
@@ -127,11 +131,6 @@ def curves(lines: Sequence[Line]) -> list[Curve]:
         steps, values = zip(*kept, strict=True)
         result.append(Curve(part=part, stage=stage, name=name, steps=steps, values=values))
     return result
-
-
-def bank_of(run: RunDirectory, teacher: Teacher) -> SampleBank:
-    """Return the bank that the run's student was trained on."""
-    return SampleBank.load(Path(run.settings.bank) if run.settings.bank else run.bank_directory, teacher)
 
 
 def features_in_plane(

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
+from qimera.diagnostics import LARGEST_GAP
 from qimera.report.content import Curve
 from qimera.report.layers import LayerReport
 
@@ -53,9 +54,9 @@ def _drawing(height: float, rows: int = 1, columns: int = 1) -> Iterator[tuple[l
 def _inline(svg: str) -> str:
     """Return the drawing without its header and its fixed size, its ink in the colour of the page."""
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1
-    )
+    for size in ("height", "width"):
+        svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
+    return svg
 
 
 def draw_curves(curves: Sequence[Curve]) -> str:
@@ -116,7 +117,7 @@ def draw_statistics(gaps: dict[str, float]) -> str:
     """Draw how far the statistics of samples are from those of the training data."""
     with _drawing(0.8 + 0.17 * len(gaps)) as ((axis,), drawn):
         axis.barh(range(len(gaps)), list(gaps.values()), color=FIRST)
-        axis.axvline(0.1, color=SECOND, linewidth=1, linestyle="--")
+        axis.axvline(LARGEST_GAP, color=SECOND, linewidth=1, linestyle="--")
         axis.set_yticks(range(len(gaps)), list(gaps), fontsize=7)
         axis.set_ylim(len(gaps) - 0.4, -0.6)
         axis.set_xlabel("gap (0: as the training data, 1: something else)")

@@ -15,12 +15,12 @@ from qimera.report.content import Report, features_in_plane
 from qimera.report.walk import nearest_classes, walk_between
 from qimera.summary import readable_bytes
 from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.superposition import shows_one_class
 from qimera.teacher import Teacher
 
 _MAX_CLASSES = 10
 _SAMPLES_A_CLASS = 8
 _MAX_POINTS = 400
-_ONE_CLASS = 0.999
 
 environment = Environment(loader=PackageLoader("qimera.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 environment.filters["bytes"] = readable_bytes
@@ -58,7 +58,7 @@ def write_page(report: Report, teacher: Teacher, bank: SampleBank, real: Tensor 
 
 def _draw(report: Report, teacher: Teacher, bank: SampleBank, real: Tensor | None) -> Pictures:
     margins = margins_of(bank.logits)
-    single = bank.soft_labels.amax(1) > _ONE_CLASS
+    single = shows_one_class(bank.soft_labels)
     grid, classes = _grid(bank, single)
     walk = walk_between(*nearest_classes(bank), teacher, bank)
     steps = [

@@ -9,9 +9,9 @@ from torch import Tensor
 from qimera.data import LabelledImages
 from qimera.evaluation import Evaluation
 from qimera.files import replacing
-from qimera.report.content import Measured, Report, bank_of, collect
+from qimera.report.content import Measured, Report, collect
 from qimera.report.page import write_page
-from qimera.run import load_student
+from qimera.run import load_bank, load_student
 from qimera.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def report_run(run: RunDirectory, real: Tensor | None = None) -> Report:
         real: Normalised real images, if the user has any, for the plot of features.
     """
     student, teacher = load_student(run)
-    bank = bank_of(run, teacher)
+    bank = load_bank(run, teacher)
     report = collect(run, student, teacher, bank)
     with replacing(run.report_data_file) as temporary:
         report.save(temporary)

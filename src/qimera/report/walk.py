@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from qimera.recipes import has_large_images
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.superposition import soft_labels
@@ -16,7 +17,6 @@ _COPIES = 8
 """Starts of each share: batch-norm statistics of a few samples say little."""
 
 _FEW_COPIES = 2
-_LARGE = 96 * 96
 _MOST_STEPS = 80
 
 
@@ -44,8 +44,7 @@ def nearest_classes(bank: SampleBank) -> tuple[int, int]:
 
 def walk_between(first: int, second: int, teacher: Teacher, bank: SampleBank) -> Walk:
     """Return optimised samples of the shares between both classes, all from the same noise, as the bank's are made."""
-    large = bank.pixels[0, 0].numel() >= _LARGE
-    copies = _FEW_COPIES if large else _COPIES
+    copies = _FEW_COPIES if has_large_images(bank.input_spec) else _COPIES
     generator = torch.Generator().manual_seed(0)
     shares = torch.linspace(0, 1, NUM_SHARES)
     label = torch.tensor([[first, second]]).expand(NUM_SHARES, 2)

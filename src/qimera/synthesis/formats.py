@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import save_file
 
+from qimera.data import IMAGE_MODES
 from qimera.errors import ConfigError
 from qimera.synthesis.bank import SampleBank
 
@@ -32,14 +33,14 @@ def write_bank(bank: SampleBank, path: Path | str, form: Format = "bank") -> Non
             uint8), ``soft_labels`` and ``logits``. All of them say in what range pixels are, and mean and std.
 
     Raises:
-        ConfigError: something is there already, or PNG cannot hold images of so many channels.
+        ConfigError: something is there already.
     """
     path = Path(path)
-    if path.exists():
-        raise ConfigError(f"bank {path}: exists already; choose another place or remove it")
     if form == "bank":
         bank.save(path)
         return
+    if path.exists():
+        raise ConfigError(f"bank {path}: exists already; choose another place or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     write: dict[str, Callable[[SampleBank, Path], None]] = {
         "npz": _write_npz,
@@ -83,9 +84,6 @@ def _write_safetensors(bank: SampleBank, path: Path) -> None:
     save_file({name: value.contiguous() for name, value in tensors.items()}, path, _facts(bank))
 
 
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-
-
 def _write_folder(bank: SampleBank, path: Path) -> None:
     channels = bank.pixels.shape[1]
     labels, digits = bank.soft_labels.argmax(1).tolist(), len(str(bank.soft_labels.shape[1] - 1))
@@ -97,6 +95,6 @@ def _write_folder(bank: SampleBank, path: Path) -> None:
         for index, (image, label) in enumerate(zip(bank.pixels, labels, strict=True)):
             name = f"{label:0{digits}}/{index:06}.png"
             array = image.permute(1, 2, 0).numpy()
-            Image.fromarray(array[:, :, 0] if channels == 1 else array, _MODES[channels]).save(path / name)
+            Image.fromarray(array[:, :, 0] if channels == 1 else array, IMAGE_MODES[channels]).save(path / name)
             table.writerow([name, *(f"{share:.6g}" for share in bank.soft_labels[index].tolist())])
     (path / "facts.json").write_text(json.dumps(_facts(bank), indent=2) + "\n", encoding="utf-8")

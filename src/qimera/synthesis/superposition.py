@@ -1,7 +1,7 @@
 """Random draws -> which classes each synthetic sample mixes, in which shares, and the label that follows."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qimera.settings import LabelSettings
@@ -59,3 +59,12 @@ def soft_labels(
     """
     target = weight.new_zeros(label.shape[0], num_classes)
     return target.scatter_add_(1, label, weight)
+
+
+_ONE_CLASS = 0.999
+"""Share of its class in the label of a sample of one class."""
+
+
+def shows_one_class(soft_label: Float[Tensor, "sample num_classes"]) -> Bool[Tensor, " sample"]:
+    """Return which samples are to show one class; the others are superposed."""
+    return soft_label.amax(1) > _ONE_CLASS
