@@ -91,6 +91,6 @@ def test_a_file_below_the_threshold_is_not_written(
 
 
 def _compared_with_the_negative(
-    runtime: str, expected: np.ndarray, actual: np.ndarray, num_layers: int, float_layers: list[str]
+    runtime: str, expected: np.ndarray, actual: np.ndarray, num_layers: int, float_layers: list[str], latency: float
 ) -> Comparison:
-    return compare(runtime, expected, -actual, num_layers, float_layers)
+    return compare(runtime, expected, -actual, num_layers, float_layers, latency)

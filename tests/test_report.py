@@ -213,6 +213,8 @@ def test_an_exported_file_is_listed(run: RunDirectory, tmp_path: Path) -> None:
     page = (copied / "report.html").read_text()
     assert str(copied / "student.onnx") in page
     assert f"{listed.comparisons[0]['integer_layers']} of {listed.num_layers}" in page
+    assert listed.comparisons[0]["latency_ms"] > 0
+    assert f"{listed.comparisons[0]['latency_ms']:.3g} ms" in page
 
 
 def test_the_report_is_written_anew_when_asked_for(run: RunDirectory, tmp_path: Path) -> None:

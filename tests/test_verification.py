@@ -1,7 +1,9 @@
+import time
+
 import numpy as np
 import pytest
 
-from qimera.export.verification import compare
+from qimera.export.verification import compare, latency_ms
 
 
 def agreement(expected: list[list[float]], actual: list[list[float]]) -> float:
@@ -19,3 +21,9 @@ def test_of_equal_logits_a_runtime_may_pick_either() -> None:
     expected = [[-1.0, 0.0, 0.0], [0.0, 0.0, -2.0]]
     assert agreement(expected, [[-1.0, -2e-8, 0.0], [-3e-8, 0.0, -2.0]]) == pytest.approx(100)
     assert agreement(expected, [[0.1, -2e-8, 0.0], [-3e-8, 0.0, -2.0]]) == pytest.approx(50)
+
+
+def test_latency_is_the_median_without_the_first_call() -> None:
+    """Here the first takes much longer than the others, of which two in five are quick."""
+    pauses = iter([1.0, *[0.0, 0.0, 0.3, 0.3, 0.3]])
+    assert 300 <= latency_ms(lambda _: time.sleep(next(pauses)), None) < 900

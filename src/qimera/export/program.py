@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
-from qimera.export.verification import Verification, compare, sample_pixels
+from qimera.export.verification import Verification, compare, latency_ms, sample_pixels
 from qimera.files import replacing
 from qimera.graph import WEIGHTED, aten, node_at, tensor_of
 from qimera.quantization.scheme import RELUS, before_moves
@@ -259,10 +259,21 @@ def verify_program(
             torch.cat([run(batch) for batch in images.split(_BATCH)]).numpy() for run in (student, program)
         )
     num_layers = len(student.layer_names())
-    comparison = compare(runtime, expected, actual, num_layers, float_layers)
+    comparison = compare(runtime, expected, actual, num_layers, float_layers, _latency_ms(program, images[:1]))
     if not comparison.agreement >= min_agreement:
         raise VerificationError(
             f"{comparison.runtime}: file and student agree on {comparison.agreement:.2f} % of {len(images)} samples, "
             f"at least {min_agreement:g} % are required; no file was written"
         )
     return Verification(num_layers, path.stat().st_size, len(images), (comparison,))
+
+
+def _latency_ms(program: Program, image: Tensor) -> float:
+    """Return the milliseconds of one image on one of PyTorch's threads."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            return latency_ms(program, image)
+    finally:
+        torch.set_num_threads(num_threads)

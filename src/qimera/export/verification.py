@@ -1,10 +1,13 @@
 """An exported file and the student it came from -> how they compare, on every runtime that is there."""
 
 import importlib.util
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,6 +30,9 @@ OPENVINO_MIN_AGREEMENT = 80.0
 _INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger"}
 
 _DIFFERENCE_PERCENT = 1.0
+
+_MIN_TIMED_CALLS = 5
+_TIMED_MILLISECONDS = 500.0
 
 Runner = Callable[[np.ndarray], np.ndarray]
 """One batch of the file's input -> logits."""
@@ -54,6 +60,10 @@ class Comparison:
     float_layers: tuple[str, ...]
     """Names of those that do not."""
 
+    latency_ms: float | None = None
+    """Median wall time of one image alone, in milliseconds, on this machine as busy as it was; of ONNX Runtime,
+    OpenVINO and PyTorch on one thread. None where it was not measured."""
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -76,6 +86,7 @@ class Verification:
                 f"{each.runtime}: same class {each.agreement:.2f} %, same logits {each.identical:.2f} %, "
                 f"largest difference {each.largest_difference:.2g}; "
                 f"{each.integer_layers} of {self.num_layers} layers in integer kernels"
+                + (f"; one image takes {each.latency_ms:.3g} ms here" if each.latency_ms is not None else "")
             )
             if each.float_layers:
                 lines.append(f"  in floating point: {', '.join(each.float_layers)}")
@@ -104,8 +115,9 @@ def verify_onnx(student: Student, path: Path, samples: SampleBank | None, *, min
                 raise VerificationError(f"{refusal}; no file was written") from error
             refusals.append(refusal)
             continue
-        actual = np.concatenate([run(batch) for batch in _inputs(path, pixels, images)])
-        comparison = compare(runtime, expected, actual, len(names), float_layers)
+        inputs = list(_inputs(path, pixels, images))
+        actual = np.concatenate([run(batch) for batch in inputs])
+        comparison = compare(runtime, expected, actual, len(names), float_layers, latency_ms(run, inputs[0][:1]))
         rounds_elsewhere = runtime.startswith("OpenVINO") and student.settings.target != "openvino"
         required = min(min_agreement, OPENVINO_MIN_AGREEMENT) if rounds_elsewhere else min_agreement
         if not comparison.agreement >= required:
@@ -140,6 +152,7 @@ def compare(
     actual: Float[np.ndarray, "batch num_classes"],
     num_layers: int,
     float_layers: list[str],
+    latency: float | None = None,
 ) -> Comparison:
     """Return how the logits of a runtime compare with the student's."""
     difference, rounding = np.abs(expected - actual).max(1), 1e-4 * expected.std()
@@ -151,7 +164,19 @@ def compare(
         identical=100 * float((difference <= rounding).mean()),
         integer_layers=num_layers - len(float_layers),
         float_layers=tuple(float_layers),
+        latency_ms=latency,
     )
+
+
+def latency_ms(run: Callable[[Any], object], image: Any) -> float:
+    """Return the median wall time of ``run(image)`` in milliseconds: of at least 5 calls, and for half a second."""
+    run(image)  # what the first call alone has to set up
+    milliseconds: list[float] = []
+    while len(milliseconds) < _MIN_TIMED_CALLS or sum(milliseconds) < _TIMED_MILLISECONDS:
+        start = time.perf_counter()
+        run(image)
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    return statistics.median(milliseconds)
 
 
 def _runtimes(path: Path, names: list[str]) -> Iterator[tuple[str, Callable[[], tuple[Runner, list[str]]]]]:
