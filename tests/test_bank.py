@@ -173,7 +173,7 @@ def test_nothing_is_left_behind_when_writing_fails(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(bank_module, "save_file", full)
+    monkeypatch.setattr(bank_module, "save_tensors", full)
     with pytest.raises(OSError, match="no space left"):
         small_bank(teacher).save(tmp_path / "bank")
     assert list(tmp_path.iterdir()) == []

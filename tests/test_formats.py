@@ -66,7 +66,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, bank: SampleBank, monkeypatch:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(formats, "save_file", fail)
+    monkeypatch.setattr(formats, "save_tensors", fail)
     with pytest.raises(OSError, match="No space left"):
         write_bank(bank, tmp_path / "bank.safetensors", "safetensors")
     assert list(tmp_path.iterdir()) == []

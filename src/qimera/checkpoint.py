@@ -4,6 +4,7 @@ A loop that goes on comes to the same result, bit for bit on the CPU, as one tha
 """
 
 import hashlib
+import io
 import logging
 import shutil
 import signal
@@ -91,7 +92,9 @@ class Checkpoint:
         if is_main() or not self._is_shared:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self._path) as temporary:
-                torch.save({"owner": self._owner, "state": state}, temporary)
+                content = io.BytesIO()  # for torch.save itself turns a full disk into an internal error
+                torch.save({"owner": self._owner, "state": state}, content)
+                temporary.write_bytes(content.getbuffer())
         self._saved_at = time.monotonic()
         if self._interrupted:
             raise KeyboardInterrupt

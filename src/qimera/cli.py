@@ -128,6 +128,10 @@ def make_bank(
         teacher = options.capture()
         chosen = recipes_for(teacher, recipe)[0].synthesis
         made = None if bank is None else SampleBank.load(bank, teacher)
+        if made is None:
+            unfinished.mkdir(
+                parents=True, exist_ok=True
+            )  # a place that cannot be written to is refused before the work
         with joined(), ProgressDisplay(is_main()) as progress:
             if made is None:
                 made = synthesize(teacher, None, chosen, seed=seed or 0, checkpoints=unfinished, progress=progress)

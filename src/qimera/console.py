@@ -1,5 +1,6 @@
 """What the command line shows a person: progress with the time left, tables, and errors as one message."""
 
+import errno
 import logging
 import time
 import traceback
@@ -100,6 +101,10 @@ class ProgressDisplay:
         typer.echo("  ".join(filter(None, (*facts, _metrics(progress)))), err=True)
 
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""The disk is full, or the user's share of it, or a file has reached the size that is allowed."""
+
+
 @contextmanager
 def errors_as_messages(debug: bool, if_interrupted: str = "") -> Iterator[None]:
     """Turn an error that the user can mend into one message on stderr and its exit code.
@@ -118,7 +123,9 @@ def errors_as_messages(debug: bool, if_interrupted: str = "") -> Iterator[None]:
             raise typer.Exit(error.exit_code) from None
         _fail(str(error), error.exit_code, debug)
     except OSError as error:
-        _fail(": ".join(filter(None, (str(error.filename or ""), error.strerror or str(error)))), USAGE, debug)
+        message = ": ".join(filter(None, (str(error.filename or ""), error.strerror or str(error))))
+        advice = "; make room, then give the same command again" if error.errno in _NO_ROOM else ""
+        _fail(message + advice, USAGE, debug)
     except KeyboardInterrupt:
         _fail("; ".join(filter(None, ("interrupted", if_interrupted))), INTERRUPTED, debug)
 

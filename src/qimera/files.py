@@ -1,23 +1,48 @@
 """Files that are whole or absent, whenever the process ends."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; what is written there becomes ``path`` when the block ends without an error."""
+    """Yield a temporary path; what is written there becomes ``path`` when the block ends without an error.
+
+    Raises:
+        OSError: writing failed; it names ``path`` where it would name no file.
+    """
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
+        with naming(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of writing, which does not say in which file, say ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # without a number it would say nothing else any more
+            error.filename = str(path)
+        raise
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; unlike safetensors' own function, with an OSError if that fails."""
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    path.write_bytes(safetensors.torch.save(contiguous, metadata))
 
 
 def sync_directory(directory: Path) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qimera.files import naming
 from qimera.progress import Progress, ProgressCallback
 
 Line = dict[str, Any]
@@ -39,7 +40,7 @@ class Metrics:
         A stage that goes on after an interruption takes the place of the lines of the steps that it does again.
         """
         start, stages = time.monotonic() - (self.seconds(part) or 0.0), set[str]()
-        with self.path.open("a", encoding="utf-8", buffering=1) as file:
+        with self.path.open("ab", buffering=0) as file:
             self._forget(lambda line: False)  # but for what was cut off
 
             def record(progress: Progress) -> None:
@@ -58,7 +59,8 @@ class Metrics:
                     "seconds": round(time.monotonic() - start, 3),
                     **progress.metrics,
                 }
-                file.write(json.dumps(line) + "\n")
+                with naming(self.path):
+                    file.write(f"{json.dumps(line)}\n".encode())
                 also(progress)
 
             yield record

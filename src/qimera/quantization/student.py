@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, UInt8
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from qimera.errors import ConfigError
+from qimera.files import save_tensors
 from qimera.graph import (
     WEIGHTED,
     aten,
@@ -74,7 +75,7 @@ class Student(nn.Module):
 
     def save(self, path: Path | str) -> None:
         """Write weights, steps and zero points (safetensors)."""
-        save_file({name: value.contiguous() for name, value in self.module.state_dict().items()}, path)
+        save_tensors(self.module.state_dict(), Path(path))
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch num_classes"]:
         """Return the logits."""

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qimera.errors import ConfigError
+from qimera.files import naming, save_tensors
 from qimera.input_spec import InputSpec
 from qimera.settings import SynthesisSettings
 from qimera.synthesis.synthesizer import Synthesizer
@@ -132,8 +133,9 @@ class SampleBank:
         partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
         partial.mkdir(parents=True)
         try:
-            self._write(partial)
-            partial.rename(directory)
+            with naming(directory):
+                self._write(partial)
+                partial.rename(directory)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -145,10 +147,9 @@ class SampleBank:
             part = slice(start, start + per_shard)
             shards.append(f"samples-{number:05}.safetensors")
             tensors = {"pixels": self.pixels[part], "soft_labels": self.soft_labels[part], "logits": self.logits[part]}
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / shards[-1])
+            save_tensors(tensors, directory / shards[-1])
         if self.synthesizer is not None:
-            state = {name: value.contiguous() for name, value in self.synthesizer.state_dict().items()}
-            save_file(state, directory / "generator.safetensors")
+            save_tensors(self.synthesizer.state_dict(), directory / "generator.safetensors")
         manifest = {
             "format_version": FORMAT_VERSION,
             "teacher": self.teacher_hash,

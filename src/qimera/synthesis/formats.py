@@ -11,10 +11,10 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
-from safetensors.torch import save_file
 
 from qimera.data import IMAGE_MODES
 from qimera.errors import ConfigError
+from qimera.files import naming, save_tensors
 from qimera.synthesis.bank import SampleBank
 
 Format = Literal["bank", "npz", "imagefolder", "safetensors"]
@@ -49,8 +49,9 @@ def write_bank(bank: SampleBank, path: Path | str, form: Format = "bank") -> Non
     }
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     try:
-        write[form](bank, partial / path.name)
-        os.replace(partial / path.name, path)
+        with naming(path):
+            write[form](bank, partial / path.name)
+            os.replace(partial / path.name, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -81,7 +82,7 @@ def _write_npz(bank: SampleBank, path: Path) -> None:
 
 def _write_safetensors(bank: SampleBank, path: Path) -> None:
     tensors = {"pixels": bank.pixels, "soft_labels": bank.soft_labels, "logits": bank.logits}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path, _facts(bank))
+    save_tensors(tensors, path, _facts(bank))
 
 
 def _write_folder(bank: SampleBank, path: Path) -> None:
