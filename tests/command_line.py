@@ -7,11 +7,11 @@ from typer.testing import CliRunner, Result
 
 from qimera.cli import app
 from qimera.models import EMBEDDED_MODELS
+from qimera.run_settings import RunSettings
 from qimera.settings import (
     DirectSettings,
     DistillationSettings,
     QuantizationSettings,
-    RunSettings,
     SynthesisSettings,
 )
 

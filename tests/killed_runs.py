@@ -21,7 +21,8 @@ from qimera.models import load_model
 from qimera.progress import silent
 from qimera.run import carry_out
 from qimera.run_directory import RunDirectory
-from qimera.settings import DirectSettings, DistillationSettings, GeneratorSettings, RunSettings, SynthesisSettings
+from qimera.run_settings import RunSettings
+from qimera.settings import DirectSettings, DistillationSettings, GeneratorSettings, SynthesisSettings
 from qimera.teacher import Teacher
 from tests.command_line import tiny_settings
 

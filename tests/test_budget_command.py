@@ -13,7 +13,8 @@ from qimera.options import ModelOptions, RunOptions, read_settings
 from qimera.progress import Progress
 from qimera.run import carry_out, load_student
 from qimera.run_directory import RunDirectory
-from qimera.settings import LayerBits, QuantizationSettings, RunSettings
+from qimera.run_settings import RunSettings
+from qimera.settings import LayerBits, QuantizationSettings
 from qimera.summary import float_bytes, layer_bytes, packed_bytes
 from tests.command_line import qimera, said, tiny_settings
 

@@ -15,7 +15,7 @@ from qimera.options import ModelOptions, RunOptions, read_settings
 from qimera.progress import Progress
 from qimera.run import carry_out
 from qimera.run_directory import RunDirectory
-from qimera.settings import RunSettings
+from qimera.run_settings import RunSettings
 from tests.command_line import INPUT, qimera, said, tiny_settings, write_model_file
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qimera.run_directory import RunDirectory
-from qimera.settings import DirectSettings, DistillationSettings, RunSettings, SynthesisSettings
+from qimera.run_settings import RunSettings
+from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
 from tests.command_line import tiny_settings
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from qimera.models import load_model
 from qimera.progress import Progress, silent
 from qimera.run import carry_out, load_bank
 from qimera.run_directory import RunDirectory
-from qimera.settings import RunSettings
+from qimera.run_settings import RunSettings
 from qimera.synthesis.formats import write_bank
 from qimera.teacher import Teacher
 from tests.command_line import qimera, said, tiny_settings

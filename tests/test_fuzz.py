@@ -25,7 +25,8 @@ from qimera.pipeline import quantize
 from qimera.quantization.student import Student
 from qimera.report.content import Measured, Report
 from qimera.run_directory import RunDirectory
-from qimera.settings import DistillationSettings, QuantizationSettings, RunSettings
+from qimera.run_settings import RunSettings
+from qimera.settings import DistillationSettings, QuantizationSettings
 from qimera.state_dicts import load_weights_
 from qimera.summary import Summary
 from qimera.synthesis.bank import SampleBank

@@ -9,7 +9,8 @@ from qimera.models import load_model
 from qimera.progress import Progress, silent
 from qimera.run import carry_out, check_run, load_student
 from qimera.run_directory import RunDirectory
-from qimera.settings import DirectSettings, DistillationSettings, RunSettings, SynthesisSettings
+from qimera.run_settings import RunSettings
+from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
 from tests.command_line import tiny_settings

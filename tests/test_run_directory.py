@@ -10,7 +10,8 @@ from qimera.files import replacing
 from qimera.input_spec import InputSpec
 from qimera.progress import Progress, silent
 from qimera.run_directory import RunDirectory, refuse_other_content
-from qimera.settings import DistillationSettings, QuantizationSettings, RunSettings, SynthesisSettings
+from qimera.run_settings import RunSettings
+from qimera.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.summary import Summary, packed_bytes, readable_bytes
 from qimera.teacher import Teacher
 

@@ -1,5 +1,7 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,13 @@ from qimera import settings as module
 from qimera.bits import parse_bits, parse_layer_bits
 from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
+from qimera.run_settings import RunSettings
 from qimera.settings import (
     DirectSettings,
     DistillationSettings,
     GeneratorSettings,
     LabelSettings,
     QuantizationSettings,
-    RunSettings,
     SynthesisSettings,
 )
 from tests.networks import SPEC
@@ -150,16 +152,57 @@ def test_every_default_is_written(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     run_settings().save(path)
     written = json.loads(path.read_text())
-    assert set(written) == set(RunSettings.model_fields)
+    assert set(written) == {"qimera", *RunSettings.model_fields}
     assert set(written["distillation"]) == set(DistillationSettings.model_fields)
+
+
+def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Write settings as another version would."""
+    run_settings().save(path)
+    written = json.loads(path.read_text())
+    change(written)
+    path.write_text(json.dumps(written))
+    return path
+
+
+def test_a_file_of_a_version_with_fewer_settings_is_read_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def as_before(written: dict[str, Any]) -> None:
+        written["qimera"] = "0.0.9"
+        del written["seed"], written["distillation"]["flip"]
+
+    read = RunSettings.load(changed(tmp_path / "settings.json", as_before))
+    assert read == run_settings().model_copy(update={"seed": 0})
+    assert "settings.json: of qimera 0.0.9, which did not have" in caplog.text
+    assert "did not have seed (now 0), distillation.flip (now True)" in caplog.text
+
+
+def test_nothing_is_said_of_what_a_person_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def by_hand(written: dict[str, Any]) -> None:
+        del written["qimera"], written["distillation"]["flip"]
+
+    assert RunSettings.load(changed(tmp_path / "settings.json", by_hand)) == run_settings()
+    assert caplog.text == ""
+
+
+def test_a_file_of_a_version_with_more_settings_is_refused(tmp_path: Path) -> None:
+    def as_later(written: dict[str, Any]) -> None:
+        written["qimera"] = "9.0"
+        written["distillation"]["teachers"] = 2
+
+    message = r"settings.json \(written by qimera 9.0, this is .*DistillationSettings: teachers: there is no such"
+    with pytest.raises(ConfigError, match=message):
+        RunSettings.load(changed(tmp_path / "settings.json", as_later))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "settings.json: RunSettings: .*Invalid JSON"),
+        ("", "settings.json: not a file of settings"),
+        ("[" * 100_000, "settings.json: not a file of settings"),
         ("{}", "settings.json: RunSettings: model: "),
-        ("[]", "settings.json: "),
+        ("[]", "settings.json: not a file of settings, but an object of type list"),
         ('{"synthesis": {"labels": {"num_superposed_classes": 0}}}', "settings.json: .*num_superposed_classes"),
     ],
 )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qimera.progress import Progress
     from qimera.quantization.student import Student
     from qimera.recipes import RECIPE_NAMES, Recipe, recipe
+    from qimera.run_settings import RunSettings
     from qimera.selection import choose
     from qimera.sensitivity import Sensitivity, measure_sensitivity
     from qimera.settings import (
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
         LabelSettings,
         LayerBits,
         QuantizationSettings,
-        RunSettings,
         SynthesisSettings,
     )
     from qimera.synthesis.bank import SampleBank
@@ -95,6 +95,7 @@ _NAMES = {
     "qimera.recipes": ("RECIPE_NAMES", "Recipe", "recipe"),
     "qimera.selection": ("choose",),
     "qimera.sensitivity": ("Sensitivity", "measure_sensitivity"),
+    "qimera.run_settings": ("RunSettings",),
     "qimera.settings": (
         "DirectSettings",
         "DistillationSettings",
@@ -102,7 +103,6 @@ _NAMES = {
         "LabelSettings",
         "LayerBits",
         "QuantizationSettings",
-        "RunSettings",
         "SynthesisSettings",
     ),
     "qimera.synthesis.bank": ("SampleBank",),

@@ -12,7 +12,8 @@ from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
 from qimera.models import absolute_source, known_input, load_model
 from qimera.recipes import Recipe, recipe
-from qimera.settings import QuantizationSettings, RunSettings
+from qimera.run_settings import RunSettings
+from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
 

@@ -15,8 +15,8 @@ from qimera.files import replacing
 from qimera.progress import ProgressCallback
 from qimera.quantization.student import Student
 from qimera.run_directory import ALLOCATION, BANK, STUDENT, RunDirectory
+from qimera.run_settings import RunSettings
 from qimera.selection import choose
-from qimera.settings import RunSettings
 from qimera.summary import Summary
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher

@@ -14,7 +14,8 @@ from qimera.errors import ConfigError
 from qimera.files import replacing
 from qimera.metrics import Metrics
 from qimera.progress import ProgressCallback, silent
-from qimera.settings import LayerBits, RunSettings
+from qimera.run_settings import RunSettings
+from qimera.settings import LayerBits
 from qimera.summary import Summary
 
 try:

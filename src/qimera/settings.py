@@ -6,7 +6,6 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from qimera.acceleration import Compile, Precision
-from qimera.input_spec import InputSpec
 from qimera.validated import Settings
 
 
@@ -260,44 +259,3 @@ class DistillationSettings(Settings):
 
     select_every: int = Field(0, ge=0)
     """Steps between two estimates of the drop; the state of the lowest one is the result. 0 takes the last step."""
-
-
-class RunSettings(Settings):
-    """Everything that decides a run; the file of it starts the same run again."""
-
-    model: str
-    """``file.py:function``, or another source that ``load_model`` takes."""
-
-    weights: str = ""
-    """Path of the weights file; empty when the model brings its own."""
-
-    recipe: str
-    """Name of the recipe, or several with commas between; the first one's bank serves all."""
-
-    seed: int = Field(0, ge=0)
-    bank: str = ""
-    """Path of a bank made earlier; empty for one of the run's own."""
-
-    logits: str = ""
-    """Which of several outputs of the model the logits are; empty where they were found."""
-
-    without_batch_norms: bool = False
-    """Take a model without batch norms, whose samples follow from its classes alone."""
-
-    input: InputSpec
-    synthesis: SynthesisSettings
-    quantization: QuantizationSettings
-    distillation: DistillationSettings
-    alternatives: tuple[DistillationSettings, ...] = ()
-    """Other ways to make the student from the same bank, of recipes named after the first; the student with the lowest
-    estimated drop is the result."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "RunSettings":
-        names = self.recipe.split(",")
-        if self.alternatives and len(names) != 1 + len(self.alternatives):
-            raise ValueError(
-                f"recipe must name distillation and each of the {len(self.alternatives)} alternatives, with commas "
-                f"between, given {self.recipe!r}"
-            )
-        return self

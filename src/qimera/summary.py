@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from qimera.bits import spell_layer_bits
 from qimera.errors import ConfigError
 from qimera.estimation import Estimate
-from qimera.settings import QuantizationSettings, RunSettings
+from qimera.run_settings import RunSettings
+from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Layer, Teacher
 

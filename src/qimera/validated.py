@@ -40,7 +40,8 @@ def _explain(name: str, error: ValidationError) -> str:
     problems = []
     for detail in error.errors():
         field = ".".join(str(part) for part in detail["loc"]) or name
-        message = detail["msg"].removeprefix("Value error, ")
+        unknown = detail["type"] == "extra_forbidden"
+        message = "there is no such setting" if unknown else detail["msg"].removeprefix("Value error, ")
         given = "" if detail["type"] in ("value_error", "missing") else f", given {detail['input']!r}"
         problems.append(f"{field}: {message}{given}")
     return f"{name}: " + "; ".join(problems)

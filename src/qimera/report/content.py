@@ -12,7 +12,7 @@ from qimera.quantization.student import Student
 from qimera.recipes import has_large_images
 from qimera.report.layers import LayerReport, layer_reports
 from qimera.run_directory import RunDirectory
-from qimera.settings import RunSettings
+from qimera.run_settings import RunSettings
 from qimera.summary import Summary
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
