@@ -3,8 +3,9 @@
     python benchmarks/calibration.py mobilenet_v1_075_imagenet --bank banks/mobilenet
     python benchmarks/calibration.py resnet20_cifar10
 
-ONNX Runtime's static quantization (minimum to maximum, per channel), and NNCF's where it is installed, calibrated with
-Gaussian noise, with samples of a bank and with real images. The real images that calibrate do not score.
+ONNX Runtime's static quantization (minimum to maximum, per channel), and NNCF's where it is there (pip install nncf),
+calibrated with Gaussian noise, with samples of a bank and with real images; a bank gives what it has of one class, at
+most as many. The real images that calibrate do not score.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -61,10 +64,10 @@ def main() -> None:
                 print(f"{tool}, {source}: {found[f'{tool}, {source}']}", flush=True)
     values = {
         "network": options.network,
-        "num_calibrating": NUM_IMAGES,
+        "num_calibrating": {source: sum(1 for _ in batches()) for source, batches in sources.items()},
         "num_scored": len(scored),
         "top1_and_agreement": found,
-        "onnxruntime": onnxruntime.__version__,
+        "versions": {name: version(name) for name in ("onnxruntime", "nncf") if find_spec(name) is not None},
         "date": datetime.now(UTC).date().isoformat(),
         "command": f"python benchmarks/calibration.py {options.network}",
     }
