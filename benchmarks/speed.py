@@ -8,7 +8,7 @@
 Steps of all kinds take turns, so that other work on the machine slows all of them alike, and a figure is the median of
 wall times. ``convolutions`` are those of the same step alone (the teacher's once, the student's with both gradients),
 each called by itself on inputs of its shape: what torch reaches on this machine. The paper's steps are those of recipe
-``paper``: a generator's and a student's for each batch. Results are kept in benchmarks/results/speed, one JSON file each.
+``paper``: a generator's and a student's for each batch. Results are JSON files in benchmarks/results/speed.
 """
 
 import argparse
