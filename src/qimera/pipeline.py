@@ -14,6 +14,7 @@ from qimera.distillation import distill_
 from qimera.distributed import copy_from_main_, gathered, rank, world_size
 from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
+from qimera.memory import draws_in_memory, images_in_memory, lessons_in_memory
 from qimera.progress import COMPILING, Progress, ProgressCallback, silent
 from qimera.quantization.student import Student
 from qimera.recipes import recipe
@@ -52,6 +53,7 @@ def synthesize(
     """
     teacher = as_teacher(model, input_spec)
     settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).synthesis
+    settings = images_in_memory(settings, teacher)
     kept = Checkpoints(checkpoints, "bank", teacher.hash, teacher.input_spec, settings, seed)
     trained = _train_generator(teacher, settings, seed, kept.of("generator"), progress)
     parts = parts_of(settings, teacher.num_classes, generator_for(seed, Place.CLASSES))
@@ -126,6 +128,7 @@ def quantize_with(
     bank_hash = bank.hash if checkpoints else ""  # takes a moment
     kept = Checkpoints(checkpoints, "student", teacher.hash, bank_hash, quantization, distillation, seed).of("student")
     student = Student(teacher, quantization)
+    distillation = lessons_in_memory(distillation, student)
     batches = bank.batches(quantization.num_range_samples, generator)
     if kept.load():
         pass  # the training reads it
@@ -179,6 +182,7 @@ def _train_generator(
     if not settings.num_generated and (settings.direct.start != "generator" or not settings.num_optimized):
         return None
     synthesizer = Synthesizer(teacher, settings, generator_for(seed, Place.GENERATOR))
+    settings = draws_in_memory(settings, teacher, synthesizer)
     training = SynthesizerTraining(synthesizer, teacher, settings, seed)
     if saved := checkpoint.load():
         training.load_state_dict(saved)

@@ -123,6 +123,9 @@ class SynthesisSettings(Settings):
     num_held_out: int = Field(0, ge=0)
     """Samples beside those, made the same way, that no student ever learns from; they judge what came out."""
 
+    memory_gib: float = Field(6.0, gt=0)
+    """What the activations of one step may take, in GiB; batches that would need more are made smaller."""
+
     labels: LabelSettings = LabelSettings()
     generator: GeneratorSettings = GeneratorSettings()
     direct: DirectSettings = DirectSettings()
@@ -256,6 +259,9 @@ class DistillationSettings(Settings):
 
     compile: Compile = "auto"
     """Fuse the step with ``torch.compile``, which takes a minute; ``auto``: where there are steps enough to earn it."""
+
+    memory_gib: float = Field(6.0, gt=0)
+    """What the activations of one step may take, in GiB; batches that would need more are made smaller."""
 
     select_every: int = Field(0, ge=0)
     """Steps between two estimates of the drop; the state of the lowest one is the result. 0 takes the last step."""
