@@ -72,6 +72,10 @@ def peers() -> dict[str, Peer]:
             beside_student=True,
         ),
         "qimera": Peer("generator with superposition, mapping and extracted embeddings (Qimera)", generated(mixed)),
+        "qimera-published": Peer(
+            "Qimera, generator as wide at full resolution as published",
+            generated(mixed, base_channels=128, num_doublings=2),
+        ),
         "qimera-no-se": Peer("Qimera without superposition", generated(PLAIN_LABELS)),
         "qimera-no-dm": Peer("Qimera without mapping", generated(mixed, disentanglement_mapping=False)),
         "qimera-no-eei": Peer("Qimera with random embeddings", generated(mixed, extracted_embeddings=False)),

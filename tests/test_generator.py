@@ -4,9 +4,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from qimera.input_spec import InputSpec
+from qimera.settings import GeneratorSettings
 from qimera.synthesis.generator import ClassConditionalBatchNorm, Generator
 from qimera.synthesis.superposition import soft_labels
 from tests import reference
@@ -19,7 +22,8 @@ def seeded(seed: int) -> torch.Generator:
 def make_generator(spec: InputSpec, num_classes: int, *, conditional: bool, seed: int = 0) -> Generator:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Generator(6, spec, 8, num_classes, conditional=conditional)
+        settings = GeneratorSettings(base_channels=8, conditional_norm_from=2 if conditional else num_classes + 1)
+        return Generator(6, spec, settings, num_classes)
 
 
 def inputs(batch: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +85,7 @@ def test_pixels_stay_valid_where_the_last_activation_saturates() -> None:
     spec = InputSpec(shape=(3, 16, 16), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     generator = make_generator(spec, 10, conditional=False).eval()
     with torch.no_grad():
-        generator.conv3.weight.mul_(1e4)
+        generator.last_conv.weight.mul_(1e4)
         images = generator(*inputs(4, 10, 0))
     assert_valid(images, spec, 4)
     assert bool((images > spec.high - 1e-3).any())
@@ -116,6 +120,38 @@ def test_all_images_of_a_batch_differ() -> None:
     with torch.no_grad():
         images = make_generator(spec, 10, conditional=True)(*inputs(4, 10, 0))
     assert all(not torch.allclose(images[i], images[j]) for i in range(4) for j in range(i))
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------
+
+
+def multiply_adds(spec: InputSpec, settings: GeneratorSettings) -> float:
+    """Return those of one image, counted without computing any."""
+    generator = Generator(64, spec, settings, 1000)
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter:
+        generator(torch.zeros(2, 64), torch.zeros(2, 1000))
+    return counter.get_total_flops() / 2 / 2
+
+
+@pytest.mark.parametrize("side", [32, 64, 224, 320])
+def test_a_generator_costs_a_ninth_of_the_published_one_and_less(side: int) -> None:
+    spec = InputSpec(shape=(3, side, side), mean=(0.5,) * 3, std=(0.25,) * 3)
+    published = GeneratorSettings(base_channels=128, num_doublings=2)
+    assert 9 * multiply_adds(spec, GeneratorSettings()) < multiply_adds(spec, published)
+
+
+@pytest.mark.parametrize(("side", "first"), [(8, 4), (28, 7), (32, 4), (33, 5), (63, 8), (64, 4), (224, 7), (320, 5)])
+def test_the_first_feature_map_is_a_few_pixels_wide(side: int, first: int) -> None:
+    spec = InputSpec(shape=(3, side, side + 5), mean=(0.5,) * 3, std=(0.25,) * 3)
+    assert Generator(6, spec, GeneratorSettings(), 10).sizes[0][0] == first
+
+
+def test_two_doublings_are_the_published_generator() -> None:
+    spec = InputSpec(shape=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)
+    made = Generator(6, spec, GeneratorSettings(base_channels=128, num_doublings=2), 10)
+    assert made.sizes == [(8, 8), (16, 16), (32, 32)]
+    shapes = [tuple(each.weight.shape) for each in made.modules() if isinstance(each, torch.nn.Conv2d)]
+    assert shapes == [(128, 128, 3, 3), (64, 128, 3, 3), (3, 64, 3, 3)]
 
 
 # --- class-conditional batch norm -------------------------------------------------------------------------------------
@@ -175,7 +211,7 @@ def test_with_many_classes_the_label_acts_on_the_image_itself() -> None:
     spec = InputSpec(shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
     generator = make_generator(spec, 10, conditional=True)
     with torch.no_grad():
-        generator.norm1.scale.copy_(torch.randn(10, 8, generator=seeded(3)))
+        generator.norms[0].scale.copy_(torch.randn(10, 8, generator=seeded(3)))
         latent, soft_label = inputs(2, 10, 0)
         assert not torch.allclose(generator(latent, soft_label), generator(latent, soft_label.roll(1, 1)))
 

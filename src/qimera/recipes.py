@@ -135,6 +135,7 @@ def _published_synthesis(large: bool, labels: LabelSettings, generator: Generato
         "batch_size": batch_size,
         "learning_rate": 1e-3,
         "base_channels": 128,
+        "num_doublings": 2,
         "ce_weight": 1.0,
         "bns_weight": 0.1,
         "relative_bns": False,

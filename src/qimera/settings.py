@@ -54,7 +54,11 @@ class GeneratorSettings(Settings):
     """
 
     base_channels: int = Field(64, ge=8)
-    """Channels of the generator's first feature map."""
+    """Channels of the generator's first feature map, and of the second; from there on half of them at each doubling."""
+
+    num_doublings: int = Field(0, ge=0, le=8)
+    """Doublings of the resolution behind the linear layer; 0: as many as leave 4 to 7 pixels there. The authors make 2
+    (deviation D32)."""
 
     conditional_norm_from: int = Field(200, ge=2)
     """Number of classes from which the generator's batch norms are conditioned on the class (deviation D26)."""

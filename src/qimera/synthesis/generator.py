@@ -1,11 +1,17 @@
 """Latents -> images inside the valid pixel range, of any height and width."""
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera.input_spec import InputSpec
+from qimera.settings import GeneratorSettings
+
+_FEWEST_CHANNELS = 8
+_FEWEST_PIXELS = 4
 
 
 class ClassConditionalBatchNorm(nn.Module):
@@ -34,31 +40,31 @@ class _SharedBatchNorm(nn.BatchNorm2d):
 
 
 class Generator(nn.Module):
-    """The generator of GDFQ and Qimera: a linear layer, then two doublings of the resolution.
+    """The generator of GDFQ and Qimera: a linear layer, then doublings of the resolution.
 
-    Sizes that are no multiple of four are reached by upsampling to the exact size (deviation D22). The last batch norm
-    gives images the mean and variance of normalised ones; a tanh after it bends their extremes into the valid pixel
-    range (deviation D4).
+    They make two; with more of them the channels are halved once more at each, so that few are left where pixels are
+    many (deviation D32). Sizes that are no multiples are reached by upsampling to the exact size (deviation D22). The
+    last batch norm gives images the mean and variance of normalised ones; a tanh after it bends their extremes into the
+    valid pixel range (deviation D4).
     """
 
-    def __init__(
-        self, latent_dim: int, input_spec: InputSpec, base_channels: int, num_classes: int, *, conditional: bool
-    ) -> None:
+    def __init__(self, latent_dim: int, input_spec: InputSpec, settings: GeneratorSettings, num_classes: int) -> None:
         super().__init__()
         channels, height, width = input_spec.shape
-        self.sizes = [(-(-height // step), -(-width // step)) for step in (4, 2, 1)]
-        self.base_channels = base_channels
-        half = base_channels // 2
-        self.linear = nn.Linear(latent_dim, base_channels * self.sizes[0][0] * self.sizes[0][1])
-        self.conv1 = nn.Conv2d(base_channels, base_channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(base_channels, half, 3, padding=1)
-        self.conv3 = nn.Conv2d(half, channels, 3, padding=1)
+        doublings = settings.num_doublings or _doublings(min(height, width))
+        self.sizes = [(-(-height // 2**level), -(-width // 2**level)) for level in range(doublings, -1, -1)]
+        self.base_channels = first = settings.base_channels
+        widths = [first, *(max(_FEWEST_CHANNELS, first >> level) for level in range(doublings))]
+        self.linear = nn.Linear(latent_dim, first * self.sizes[0][0] * self.sizes[0][1])
+        self.convs = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1) for pair in pairwise(widths))
+        self.last_conv = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        conditional = num_classes >= settings.conditional_norm_from
 
         def norm(width: int) -> nn.Module:
             return ClassConditionalBatchNorm(width, num_classes) if conditional else _SharedBatchNorm(width)
 
-        self.norm0, self.norm1, self.norm2 = norm(base_channels), norm(base_channels), norm(half)
-        self.norm3 = nn.BatchNorm2d(channels, affine=False)
+        self.first_norm, self.norms = norm(first), nn.ModuleList(norm(width) for width in widths[1:])
+        self.last_norm = nn.BatchNorm2d(channels, affine=False)
         self.register_buffer("centre", (input_spec.low + input_spec.high) / 2)
         self.register_buffer("radius", (input_spec.high - input_spec.low) / 2)
         # Pixels that training did not normalise have another mean and spread: the middle and a quarter of their range.
@@ -75,10 +81,13 @@ class Generator(nn.Module):
         self, latent: Float[Tensor, "batch latent"], soft_label: Float[Tensor, "batch num_classes"]
     ) -> Float[Tensor, "batch channel height width"]:
         """Return one normalised image per latent."""
-        x = self.linear(latent).view(-1, self.base_channels, *self.sizes[0])
-        x = F.interpolate(self.norm0(x, soft_label), size=self.sizes[1])
-        x = F.leaky_relu(self.norm1(self.conv1(x), soft_label), 0.2)
-        x = F.interpolate(x, size=self.sizes[2])
-        x = F.leaky_relu(self.norm2(self.conv2(x), soft_label), 0.2)
-        normalised = self.mean + self.std * self.norm3(self.conv3(x))
+        x = self.first_norm(self.linear(latent).view(-1, self.base_channels, *self.sizes[0]), soft_label)
+        for size, conv, norm in zip(self.sizes[1:], self.convs, self.norms, strict=True):
+            x = F.leaky_relu(norm(conv(F.interpolate(x, size=size)), soft_label), 0.2)
+        normalised = self.mean + self.std * self.last_norm(self.last_conv(x))
         return self.centre + self.radius * torch.tanh((normalised - self.centre) / self.radius)
+
+
+def _doublings(side: int) -> int:
+    """Return how many lead to ``side`` pixels from as few as are allowed."""
+    return max(1, (side // _FEWEST_PIXELS).bit_length() - 1)

@@ -43,10 +43,7 @@ class Synthesizer(nn.Module):
             if spec.disentanglement_mapping:
                 self.mapping = DisentanglementMapping(latent_dim, spec.mapping_dim)
                 latent_dim = spec.mapping_dim
-            conditional = num_classes >= spec.conditional_norm_from
-            self.generator = Generator(
-                latent_dim, teacher.input_spec, spec.base_channels, num_classes, conditional=conditional
-            )
+            self.generator = Generator(latent_dim, teacher.input_spec, spec, num_classes)
 
     def draw(self, num_samples: int, generator: torch.Generator, first: Int[Tensor, " batch"] | None = None) -> Draw:
         """Draw what ``num_samples`` images are made from; their first classes take turns where they are not given."""
