@@ -5,9 +5,10 @@ and so does what the student answers.
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Literal, ParamSpec, TypeVar
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.fx import GraphModule
+
+from qimera.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +51,27 @@ def has_fast_bfloat16(device_type: str) -> bool:
     return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
-def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+def find_device(name: torch.device | str) -> torch.device:
+    """Return the device called ``name``, such as ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Of several processes of a run that were started for ``cuda``, each takes the next one.
+
+    Raises:
+        ConfigError: there is no such device, or this PyTorch cannot use it.
+    """
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % max(1, torch.cuda.device_count()))
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without the device
+        there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        raise ConfigError(f"device: {name} cannot be used ({first_line(error)}); there are {there}") from None
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the context in which convolutions and matrix products are computed at this precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=_is_narrow(precision, device))
+    return torch.autocast(device.type, torch.bfloat16) if _is_narrow(precision, device) else nullcontext()
 
 
 def _is_narrow(precision: Precision, device: torch.device) -> bool:

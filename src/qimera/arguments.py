@@ -40,5 +40,20 @@ Recipe = Annotated[
     ),
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same machine, same result. Default: 0.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: what torch chooses.")]
+
+
+def _use_threads(threads: int | None) -> int | None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return threads
+
+
+Threads = Annotated[
+    int | None, typer.Option(min=1, callback=_use_threads, help="CPU threads. Default: what torch chooses.")
+]
+Device = Annotated[
+    str, typer.Option(metavar="NAME", help="Where to train: cpu, or cuda (a GPU), or cuda:1 (the second one).")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log.")]

@@ -73,7 +73,7 @@ class Checkpoint:
         if not self._path.exists():
             return {}
         try:
-            kept = torch.load(self._path, weights_only=True)
+            kept = torch.load(self._path, map_location="cpu", weights_only=True)
             if kept["owner"] == self._owner:
                 return dict(kept["state"])
             logger.warning("%s: of other settings or another model; starting anew", self._path)

@@ -12,6 +12,7 @@ import typer
 
 from qimera.arguments import (
     Debug,
+    Device,
     Logits,
     Mean,
     Model,
@@ -78,7 +79,6 @@ def inspect(
 ) -> None:
     """Show what of a model is quantized, and what samples are synthesised from."""
     with errors_as_messages(debug):
-        _use_threads(threads)
         from qimera.options import ModelOptions
         from qimera.tables import layer_table, teacher_facts
 
@@ -107,13 +107,14 @@ def make_bank(
     without_batch_norms: WithoutBatchNorms = None,
     recipe: Recipe = None,
     seed: Seed = None,
+    device: Device = "cpu",
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
     """Make a bank of synthetic samples: once per model, for every bit width."""
     unfinished = output.with_name(f"{output.name}.unfinished")
     with errors_as_messages(debug, f"the same command continues with what is in {unfinished}"):
-        _use_threads(threads)
+        from qimera.acceleration import find_device
         from qimera.checkpoint import Checkpoints
         from qimera.distributed import is_main, joined
         from qimera.options import ModelOptions, recipes_for
@@ -122,6 +123,7 @@ def make_bank(
         from qimera.synthesis.formats import write_bank
         from qimera.tables import bank_facts
 
+        place = find_device(device)
         if output.exists():
             raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
         options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
@@ -134,7 +136,9 @@ def make_bank(
             )  # a place that cannot be written to is refused before the work
         with joined(), ProgressDisplay(is_main()) as progress:
             if made is None:
-                made = synthesize(teacher, None, chosen, seed=seed or 0, checkpoints=unfinished, progress=progress)
+                made = synthesize(
+                    teacher, None, chosen, seed=seed or 0, device=place, checkpoints=unfinished, progress=progress
+                )
             if is_main():
                 write_bank(made, output, form)
                 Checkpoints(unfinished).forget()
@@ -175,18 +179,20 @@ def quantize(
         Path | None,
         typer.Option(metavar="FILE", help="settings.json of a run: starts the same again, instead of MODEL."),
     ] = None,
+    device: Device = "cpu",
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
     """Quantize a model without data; the result is a run directory."""
     with errors_as_messages(debug, f"the same command continues with what is in {output}"):
-        _use_threads(threads)
+        from qimera.acceleration import find_device
         from qimera.distributed import from_main, is_main, joined
         from qimera.options import ModelOptions, RunOptions, read_settings, resolve
         from qimera.report.run import report_run
         from qimera.run import carry_out, check_run
         from qimera.run_directory import RunDirectory, refuse_other_content
 
+        place = find_device(device)
         model_options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
         options = RunOptions(bits, layer_bits, scheme, target, recipe, bank, seed, budget)
         with joined():
@@ -199,7 +205,7 @@ def quantize(
             if is_main() and run.is_finished:
                 typer.echo(f"{output}: finished already, this is its summary", err=True)
             with ProgressDisplay(is_main()) as progress:
-                summary = carry_out(run, read.teacher, read.bank, progress)
+                summary = carry_out(run, read.teacher, read.bank, progress, place)
             if is_main():
                 if not run.report_page_file.exists():
                     _warn(report_run(run))
@@ -219,7 +225,6 @@ def evaluate(
 ) -> None:
     """Compare the student of a run with its teacher on labelled images."""
     with errors_as_messages(debug):
-        _use_threads(threads)
         from qimera import evaluation
         from qimera.data import load_labelled_images
         from qimera.report.run import keep_evaluation
@@ -253,7 +258,6 @@ def report(
 ) -> None:
     """Write the report of a run anew: report.html and report.json."""
     with errors_as_messages(debug):
-        _use_threads(threads)
         from qimera.report.run import report_run
         from qimera.run_directory import RunDirectory
 
@@ -304,7 +308,6 @@ def export(
 ) -> None:
     """Write the student of a run as a file for other runtimes, and compare the file with it."""
     with errors_as_messages(debug, "no file was written"):
-        _use_threads(threads)
         from qimera.export.run import FILE_NAMES, export_run
         from qimera.report.run import report_run
         from qimera.run_directory import RunDirectory
@@ -341,10 +344,3 @@ def recipes(
 def _warn(found: "Report") -> None:
     for warning in found.warnings:
         typer.echo(f"warning: {warning}", err=True)
-
-
-def _use_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)

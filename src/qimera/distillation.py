@@ -94,7 +94,7 @@ class Course:
         self._learn = compiled(lesson.losses, settings.compile, num_pixels)
         self._optimizer = _optimizer(student, settings)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: _rate(step, settings))
-        self._batches = _Batches(bank, settings, generator, training)
+        self._batches = _Batches(bank, settings, generator, training, student.device)
         self.best = BestState(student, teacher, bank, settings)
         self.num_steps = 0
 
@@ -188,7 +188,7 @@ class Lesson:
         terms = {
             "kl": (settings.kl_weight, kl_loss(logits, target.float(), settings.temperature)),
             "ce": (settings.ce_weight, F.cross_entropy(logits, soft_label)),
-            "features": (settings.feature_weight, feature_loss(features, target_features, variances)),
+            "features": (settings.feature_weight, feature_loss(features, target_features, variances).to(logits.device)),
         }
         terms = {name: (weight, loss) for name, (weight, loss) in terms.items() if weight}
         total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
@@ -242,7 +242,7 @@ class StepwiseAdam(torch.optim.Adam):
 
     def load_state_dict(self, state_dict: State) -> None:
         """Go back to a state that ``state_dict`` returned."""
-        self.units = state_dict["units"]
+        self.units = [unit.to(self.weights[0].device) for unit in state_dict["units"]]
         super().load_state_dict(state_dict)
 
     @torch.no_grad()
@@ -291,10 +291,12 @@ class _Batches(Iterator[tuple[Tensor, Tensor]]):
         settings: DistillationSettings,
         generator: torch.Generator,
         training: SynthesizerTraining | None,
+        device: torch.device,
     ) -> None:
         self._settings, self._generator = settings, generator
         self._num_fresh = round(settings.fresh_share * settings.batch_size)
         self._synthesizer = training.synthesizer if training else bank.synthesizer
+        self._device = device
         if self._num_fresh and self._synthesizer is None:
             raise ConfigError(f"fresh_share is {settings.fresh_share}, but the bank has no generator; set it to 0")
         self._num_stored = settings.batch_size - self._num_fresh
@@ -312,14 +314,15 @@ class _Batches(Iterator[tuple[Tensor, Tensor]]):
     def __next__(self) -> tuple[Tensor, Tensor]:
         images, labels = [], []
         if self._num_stored:
-            seen, soft_label = _augment(next(self._stored), self._settings, self._generator)
+            stored = next(self._stored).to(self._device)
+            seen, soft_label = _augment(stored, self._settings, self._generator)
             images.append(seen)
             labels.append(soft_label)
         if self._num_fresh and self._synthesizer is not None:
             with torch.no_grad():
                 fresh, soft_label = self._synthesizer(self._synthesizer.draw(self._num_fresh, self._generator))
-            images.append(fresh)
-            labels.append(soft_label)
+            images.append(fresh.to(self._device))
+            labels.append(soft_label.to(self._device))
         return torch.cat(images).contiguous(memory_format=torch.channels_last), torch.cat(labels)
 
 

@@ -146,4 +146,4 @@ def standard_error(values: Float[Tensor, " sample"]) -> float:
 
 
 def _logits(model: Student | Teacher, images: Tensor) -> Tensor:
-    return torch.cat([model(part) for part in images.split(_BATCH)]).float()
+    return torch.cat([model(part.to(model.device)).float().cpu() for part in images.split(_BATCH)])

@@ -54,7 +54,7 @@ def lessons_in_memory(settings: DistillationSettings, student: Student) -> Disti
 
 
 def _few_images(network: Teacher | Student) -> Tensor:
-    return torch.zeros(_FEWEST, *network.input_spec.shape)
+    return torch.zeros(_FEWEST, *network.input_spec.shape, device=network.device)
 
 
 def _fitting(settings: _S, name: str, written: int, limit_gib: float) -> _S:

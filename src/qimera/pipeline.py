@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qimera.acceleration import is_compiled
+from qimera.acceleration import find_device, is_compiled
 from qimera.bits import parse_bits, parse_layer_bits
 from qimera.checkpoint import Checkpoint, Checkpoints, State
 from qimera.distillation import distill_
@@ -32,6 +32,7 @@ def synthesize(
     settings: SynthesisSettings | None = None,
     *,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     checkpoints: Path | str | None = None,
     progress: ProgressCallback = silent,
 ) -> SampleBank:
@@ -42,6 +43,7 @@ def synthesize(
         input_spec: What its images look like; a ``Teacher`` knows already.
         settings: How to make the samples; the recipe ``fast`` when absent.
         seed: Same seed, settings and machine: same bank, bit for bit, on the CPU.
+        device: Where generator and images are trained, such as ``cuda``; the bank itself stays in main memory.
         checkpoints: Directory in which to keep what is done, so that the same call goes on there after an
             interruption; it may be removed once the bank is saved.
         progress: Called after every step.
@@ -55,11 +57,12 @@ def synthesize(
     settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).synthesis
     settings = images_in_memory(settings, teacher)
     kept = Checkpoints(checkpoints, "bank", teacher.hash, teacher.input_spec, settings, seed)
-    trained = _train_generator(teacher, settings, seed, kept.of("generator"), progress)
+    worker = teacher.on(find_device(device))
+    trained = _train_generator(worker, settings, seed, kept.of("generator"), progress)
     parts = parts_of(settings, teacher.num_classes, generator_for(seed, Place.CLASSES))
-    made = _make_parts(parts, teacher, settings, trained, seed, kept, progress)
+    made = _make_parts(parts, worker, settings, trained, seed, kept, progress)
     pixels, soft_labels = (torch.cat([part[name] for part in made]) for name in ("pixels", "soft_labels"))
-    return SampleBank.from_pixels(pixels, soft_labels, teacher, settings, seed, trained)
+    return SampleBank.from_pixels(pixels, soft_labels, teacher, settings, seed, trained and trained.cpu())
 
 
 def quantize(
@@ -72,6 +75,7 @@ def quantize(
     layer_bits: str = "",
     settings: DistillationSettings | None = None,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     checkpoints: Path | str | None = None,
     progress: ProgressCallback = silent,
 ) -> Student:
@@ -87,6 +91,8 @@ def quantize(
         layer_bits: Exceptions by layer name, such as ``conv1=8,*fc*=w8a4``.
         settings: How to train; the recipe ``fast`` when absent.
         seed: Same seed, settings, bank and machine: same student, bit for bit, on the CPU.
+        device: Where the student is trained, such as ``cuda``; its first integers are found on the CPU, and it is
+            returned there.
         checkpoints: Directory in which to keep what is done, so that the same call goes on there after an
             interruption; it may be removed once the student is saved.
         progress: Called every few steps.
@@ -105,7 +111,9 @@ def quantize(
     )
     teacher = as_teacher(model, bank.input_spec)
     settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).distillation
-    return quantize_with(teacher, bank, quantization, settings, seed=seed, checkpoints=checkpoints, progress=progress)
+    return quantize_with(
+        teacher, bank, quantization, settings, seed=seed, device=device, checkpoints=checkpoints, progress=progress
+    )
 
 
 def quantize_with(
@@ -115,6 +123,7 @@ def quantize_with(
     distillation: DistillationSettings,
     *,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     checkpoints: Path | str | None = None,
     progress: ProgressCallback = silent,
 ) -> Student:
@@ -139,11 +148,13 @@ def quantize_with(
     for part in (student.module, student.reference):
         copy_from_main_(part.state_dict().values())
     progress(Progress("ranges", 1, 1))
-    training = None
+    worker, training = teacher.on(find_device(device)), None
+    student.move_(worker.device)
     if distillation.generator_steps_per_step and bank.synthesizer is not None:
-        synthesizer = copy.deepcopy(bank.synthesizer)  # the bank serves other runs as it is
-        training = SynthesizerTraining(synthesizer, teacher, bank.settings, seed, student)
-    distill_(student, teacher, bank, distillation, generator, training=training, checkpoint=kept, progress=progress)
+        synthesizer = copy.deepcopy(bank.synthesizer).to(worker.device)  # the bank serves other runs as it is
+        training = SynthesizerTraining(synthesizer, worker, bank.settings, seed, student)
+    distill_(student, worker, bank, distillation, generator, training=training, checkpoint=kept, progress=progress)
+    student.move_(torch.device("cpu"))
     return student
 
 
@@ -181,7 +192,7 @@ def _train_generator(
     """Train the generator if any sample needs it."""
     if not settings.num_generated and (settings.direct.start != "generator" or not settings.num_optimized):
         return None
-    synthesizer = Synthesizer(teacher, settings, generator_for(seed, Place.GENERATOR))
+    synthesizer = Synthesizer(teacher, settings, generator_for(seed, Place.GENERATOR)).to(teacher.device)
     settings = draws_in_memory(settings, teacher, synthesizer)
     training = SynthesizerTraining(synthesizer, teacher, settings, seed)
     if saved := checkpoint.load():

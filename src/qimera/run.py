@@ -4,7 +4,10 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
+
 from qimera import pipeline
+from qimera.acceleration import find_device
 from qimera.allocation import Allocation, allocate
 from qimera.budget import check_budget
 from qimera.checkpoint import Checkpoints
@@ -53,7 +56,13 @@ def check_run(settings: RunSettings, teacher: Teacher, bank: SampleBank | None) 
         )
 
 
-def carry_out(run: RunDirectory, teacher: Teacher, bank: SampleBank | None, progress: ProgressCallback) -> Summary:
+def carry_out(
+    run: RunDirectory,
+    teacher: Teacher,
+    bank: SampleBank | None,
+    progress: ProgressCallback,
+    device: torch.device | str = "cpu",
+) -> Summary:
     """Do what the run's directory still lacks, and return the summary that was written to it.
 
     Args:
@@ -61,25 +70,32 @@ def carry_out(run: RunDirectory, teacher: Teacher, bank: SampleBank | None, prog
         teacher: The captured model of the settings.
         bank: The bank that the settings name; None for one of the run's own.
         progress: Called after every step.
+        device: Where to train.
 
     Raises:
         ConfigError: the run is finished, but its model had other weights then; or another process is at work in it.
         DivergenceError: a loss became NaN or infinite.
     """
     with run.occupied():
-        return _carry_out(run, teacher, bank, progress)
+        return _carry_out(run, teacher, bank, progress, find_device(device))
 
 
-def _carry_out(run: RunDirectory, teacher: Teacher, bank: SampleBank | None, progress: ProgressCallback) -> Summary:
+def _carry_out(
+    run: RunDirectory,
+    teacher: Teacher,
+    bank: SampleBank | None,
+    progress: ProgressCallback,
+    device: torch.device,
+) -> Summary:
     if from_main(lambda: run.is_finished):
         return from_main(lambda: _summary_of(run, teacher))
     if is_main():
         with replacing(run.teacher_file) as temporary:
             teacher.save(temporary)
-    samples = bank if bank is not None else _own_bank(run, teacher, progress)
+    samples = bank if bank is not None else _own_bank(run, teacher, progress, device)
     if run.settings.quantization.budget:
         _find_bits(run, teacher, samples, progress)
-    student, chosen = _make_student(run, teacher, samples, progress)
+    student, chosen = _make_student(run, teacher, samples, progress, device)
     return from_main(lambda: _finish(run, student, teacher, samples, chosen))
 
 
@@ -121,12 +137,17 @@ def _summary_of(run: RunDirectory, teacher: Teacher) -> Summary:
     return summary
 
 
-def _own_bank(run: RunDirectory, teacher: Teacher, progress: ProgressCallback) -> SampleBank:
+def _own_bank(run: RunDirectory, teacher: Teacher, progress: ProgressCallback, device: torch.device) -> SampleBank:
     if not from_main(lambda: run.has_bank):
         settings, checkpoints = run.settings, run.checkpoints_directory / BANK
         with run.recording(BANK, progress) as record:
             bank = pipeline.synthesize(
-                teacher, settings=settings.synthesis, seed=settings.seed, checkpoints=checkpoints, progress=record
+                teacher,
+                settings=settings.synthesis,
+                seed=settings.seed,
+                device=device,
+                checkpoints=checkpoints,
+                progress=record,
             )
         if is_main():
             bank.save(run.bank_directory)
@@ -147,7 +168,7 @@ def _find_bits(run: RunDirectory, teacher: Teacher, bank: SampleBank, progress: 
 
 
 def _make_student(
-    run: RunDirectory, teacher: Teacher, bank: SampleBank, progress: ProgressCallback
+    run: RunDirectory, teacher: Teacher, bank: SampleBank, progress: ProgressCallback, device: torch.device
 ) -> tuple[Student, RunSettings]:
     """Return the student, of several the one with the lowest estimated drop, and the settings of it alone."""
     settings, students = run.settings, []
@@ -161,6 +182,7 @@ def _make_student(
                 settings.quantization,
                 way,
                 seed=settings.seed,
+                device=device,
                 checkpoints=run.checkpoints_directory / f"{STUDENT}-{number}",
                 progress=record,
             )

@@ -26,6 +26,7 @@ from qimera.graph import (
     simplify_,
     tensor_of,
     to_channels_last_,
+    to_device_,
     with_outputs,
 )
 from qimera.input_spec import InputSpec
@@ -74,11 +75,15 @@ class Teacher(nn.Module):
         self.input_spec = input_spec
         self.program = program
         self.module = _graph_of(program)
+        self.layers = _layers(self.module)
+        self.hash = _hash(self.module)
+        self._read()
+
+    def _read(self) -> None:
+        """Find in the graph what samples are made from."""
         self.batch_norms = _batch_norms(self.module)
         self.classifier = _classifier(self.module)
-        self.layers = _layers(self.module)
         self.num_classes = self.classifier.weight.shape[0]
-        self.hash = _hash(self.module)
         self._tapped = with_outputs(self.module, [tap.node for tap in self.batch_norms])
 
     @classmethod
@@ -134,6 +139,20 @@ class Teacher(nn.Module):
         buffer = io.BytesIO()
         torch.export.save(self.program, buffer)
         Path(path).write_bytes(buffer.getvalue())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.classifier.weight.device
+
+    def on(self, device: torch.device) -> "Teacher":
+        """Return this teacher if it computes there, else a copy that does."""
+        if device == self.device:
+            return self
+        other = Teacher(self.program, self.input_spec)
+        to_device_(other.module, device)
+        other._read()
+        return other
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch num_classes"]:
         """Return the logits."""

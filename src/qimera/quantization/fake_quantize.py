@@ -1,5 +1,7 @@
 """Fake quantizers: what a tensor becomes on its integer grid, with the gradients that training needs."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -44,7 +46,8 @@ class _LearnedStep(Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def]
         x, y, scale = ctx.saved_tensors
         low, high = ctx.range
-        if scale.ndim == 0 and not torch.compiler.is_compiling():
+        # As a number the step is faster, but another device would have to be waited for.
+        if scale.ndim == 0 and scale.is_cpu and not torch.compiler.is_compiling():
             step = float(scale)
             dx = aten.hardtanh_backward(dy, x, (low - 0.5) * step, (high + 0.5) * step)
             return dx, (_dot(dy, y) - _dot(dx, x)) / scale, None, None
@@ -91,6 +94,13 @@ class _FakeQuantize(FakeQuantizeBase):
         self.register_load_state_dict_post_hook(_count_levels)  # type: ignore[no-untyped-call]
 
     zero_point: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_FakeQuantize":
+        """Move levels along with the zero points that they are counted from."""
+        if isinstance(self.low, Tensor) and isinstance(self.high, Tensor):
+            self.low, self.high = fn(self.low), fn(self.high)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def scale(self) -> Tensor:

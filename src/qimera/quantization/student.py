@@ -24,6 +24,7 @@ from qimera.graph import (
     node_at,
     tensor_of,
     to_channels_last_,
+    to_device_,
     unfold_batch_norms,
     unshare_biases_,
     with_outputs,
@@ -76,6 +77,18 @@ class Student(nn.Module):
     def save(self, path: Path | str) -> None:
         """Write weights, steps and zero points (safetensors)."""
         save_tensors(self.module.state_dict(), Path(path))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.module.parameters()).device
+
+    def move_(self, device: torch.device) -> None:
+        """Let it, and its reference, compute on ``device``."""
+        if device != self.device:
+            to_device_(self.module, device)
+            to_device_(self.reference, device)
+            self._exact = (with_exact_sums(self.module),)
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch num_classes"]:
         """Return the logits."""

@@ -38,6 +38,10 @@ class Samples:
     logits: Float[Tensor, "batch num_classes"]
     """The teacher's."""
 
+    def to(self, device: torch.device) -> "Samples":
+        """Return them on ``device``."""
+        return Samples(self.images.to(device), self.soft_labels.to(device), self.logits.to(device))
+
 
 @dataclass(frozen=True)
 class SampleBank:

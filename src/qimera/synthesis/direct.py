@@ -114,7 +114,7 @@ def _losses(
         logits, entering = teacher.forward_with_taps(images)
     terms = {
         "direct_ce": (settings.ce_weight, soft_cross_entropy(logits.float(), soft_label)),
-        "direct_bns": (settings.bns_weight, bns_loss(entering, teacher.batch_norms, relative=True)),
+        "direct_bns": (settings.bns_weight, bns_loss(entering, teacher.batch_norms, relative=True).to(images.device)),
         "direct_tv": (settings.tv_weight, total_variation(images)),
     }
     total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()

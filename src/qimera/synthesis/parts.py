@@ -87,5 +87,6 @@ def make_part(
         images = noise_images(len(part.first), teacher.input_spec.shape, direct.num_scales, generator)
     if part.is_optimized:
         num_calls = part.num_alike * direct.num_steps
+        images, soft_label = images.to(teacher.device), soft_label.to(teacher.device)
         images = optimize_images(images, soft_label, teacher, direct, generator, report, num_calls, checkpoint)
-    return images, soft_label
+    return images.cpu(), soft_label.cpu()

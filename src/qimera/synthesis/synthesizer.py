@@ -1,6 +1,6 @@
 """Class embeddings, mapping, superposition and generator in one piece, and the training of it against the teacher."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,8 +19,7 @@ from qimera.synthesis.superposition import draw_mixtures, soft_labels, superpose
 from qimera.teacher import Teacher
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(NamedTuple):
     """What a batch of samples is drawn from: mixtures of classes and latent noise."""
 
     label: Int[Tensor, "batch k"]
@@ -56,9 +55,10 @@ class Synthesizer(nn.Module):
         self, drawn: Draw
     ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch num_classes"]]:
         """Return the images and their soft labels."""
-        soft_label = soft_labels(drawn.label, drawn.weight, self.num_classes)
-        latent = self.mapping(self.embedding(drawn.label, drawn.noise))  # (batch, k, latent)
-        return self.generator(superpose(latent, drawn.weight), soft_label), soft_label
+        label, weight, noise = (each.to(self.embedding.weight.device) for each in drawn)
+        soft_label = soft_labels(label, weight, self.num_classes)
+        latent = self.mapping(self.embedding(label, noise))  # (batch, k, latent)
+        return self.generator(superpose(latent, weight), soft_label), soft_label
 
 
 class SynthesizerTraining:

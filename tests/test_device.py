@@ -1,0 +1,162 @@
+"""Training elsewhere than on the CPU; "meta" stands for it, which computes nothing and refuses tensors of the CPU."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qimera import distillation as distillation_module
+from qimera.acceleration import find_device
+from qimera.distillation import Course, StepwiseAdam
+from qimera.errors import ConfigError
+from qimera.pipeline import quantize, synthesize
+from qimera.quantization.student import Student
+from qimera.seeds import Place, generator_for
+from qimera.settings import (
+    DirectSettings,
+    DistillationSettings,
+    GeneratorSettings,
+    QuantizationSettings,
+    SynthesisSettings,
+)
+from qimera.synthesis import direct as direct_module
+from qimera.synthesis import synthesizer as synthesizer_module
+from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.direct import noise_images, optimize_images
+from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
+from qimera.teacher import Teacher
+from tests.command_line import qimera, said
+from tests.networks import SPEC, TinyNet
+
+OTHER = torch.device("meta")
+SYNTHESIS = SynthesisSettings(
+    num_generated=8,
+    num_optimized=8,
+    generator=GeneratorSettings(batch_size=8, num_steps=1),
+    direct=DirectSettings(num_steps=2, batch_size=8, precision="float32", compile="never"),
+)
+
+
+class WithPositions(nn.Module):
+    """A network that makes tensors of its own while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.norm(self.conv(x)))
+        y = y + torch.arange(y.shape[3], dtype=torch.float32)
+        return self.fc(y.mean((2, 3)))
+
+
+@pytest.fixture(scope="module", params=[TinyNet, WithPositions])
+def teacher(request: pytest.FixtureRequest) -> Teacher:
+    torch.manual_seed(0)
+    return Teacher.capture(request.param(), SPEC)
+
+
+@pytest.fixture(scope="module")
+def bank(teacher: Teacher) -> SampleBank:
+    return synthesize(teacher, settings=SYNTHESIS)
+
+
+@pytest.fixture(autouse=True)
+def not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let steps do without what "meta" cannot: nothing is found infinite without numbers."""
+    for module in (direct_module, synthesizer_module, distillation_module):
+        monkeypatch.setattr(module, "check_finite", lambda losses, step: losses)
+    monkeypatch.setattr(distillation_module, "StepwiseAdam", partial(_unfused, distillation_module.StepwiseAdam))
+
+
+def _unfused(kind: type[StepwiseAdam], groups: list[dict[str, Any]], units: list[Any]) -> StepwiseAdam:
+    """Return an optimizer that "meta" has operations for; those of the CPU and of GPUs are fused."""
+    return kind([group | {"fused": False} for group in groups], units)
+
+
+def test_a_teacher_on_another_device_leaves_the_first_where_it_is(teacher: Teacher) -> None:
+    other = teacher.on(OTHER)
+    logits, entering = other.forward_with_taps(torch.zeros(2, *SPEC.shape, device=OTHER))
+    assert {each.device for each in (logits, *entering)} == {OTHER}
+    assert {tensor.device for tap in other.batch_norms for tensor in (tap.mean, tap.var)} == {OTHER}
+    assert (other.hash, other.device, teacher.device) == (teacher.hash, OTHER, torch.device("cpu"))
+    assert teacher(torch.zeros(2, *SPEC.shape)).device == torch.device("cpu")
+    assert teacher.on(torch.device("cpu")) is teacher
+
+
+def test_images_are_optimised_there(teacher: Teacher) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = noise_images(8, SPEC.shape, 3, generator).to(OTHER)
+    label = torch.full((8, teacher.num_classes), 1 / teacher.num_classes, device=OTHER)
+    direct = SYNTHESIS.direct.model_copy(update={"flip": True})
+    assert optimize_images(start, label, teacher.on(OTHER), direct, generator).device == OTHER
+
+
+@pytest.mark.parametrize("changes", [{}, {"conditional_norm_from": 2}, {"extracted_embeddings": False}])
+def test_a_generator_is_trained_there_beside_a_student(teacher: Teacher, changes: dict[str, object]) -> None:
+    settings = SYNTHESIS.model_copy(update={"generator": SYNTHESIS.generator.model_copy(update=changes)})
+    synthesizer = Synthesizer(teacher, settings, generator_for(0, Place.GENERATOR)).to(OTHER)
+    student = Student(teacher, QuantizationSettings())
+    student.move_(OTHER)
+    training = SynthesizerTraining(synthesizer, teacher.on(OTHER), settings, 0, student)
+    training.settings = training.settings.model_copy(update={"adversarial_weight": 0.1})
+    assert {each.device for each in training.step().values()} == {OTHER}
+    assert all(each.grad is None or each.grad.device == OTHER for each in synthesizer.parameters())
+
+
+@pytest.mark.parametrize("scheme", ["hardware", "paper"])
+@pytest.mark.parametrize("fresh_share", [0.0, 0.5])
+def test_a_student_is_trained_there(teacher: Teacher, bank: SampleBank, scheme: str, fresh_share: float) -> None:
+    settings = DistillationSettings(
+        num_steps=10,
+        batch_size=4,
+        fresh_share=fresh_share,
+        precision="float32",
+        compile="never",
+        optimizer="adam" if scheme == "hardware" else "sgd",
+        feature_weight=1.0 if scheme == "hardware" else 0.0,
+    )
+    student = Student(teacher, QuantizationSettings(scheme=scheme))
+    student.initialize_ranges_([bank.take(slice(0, 4)).images])
+    student.move_(OTHER)
+    course = Course(student, teacher.on(OTHER), bank, settings, torch.Generator().manual_seed(0))
+    assert {each.device for each in course.step().values()} == {OTHER}
+    assert {each.device for each in student.module.state_dict().values()} == {OTHER}
+    with torch.no_grad():
+        assert student(torch.zeros(2, *SPEC.shape, device=OTHER)).device == OTHER
+
+
+def test_units_of_weights_come_back_to_the_device_of_the_weights() -> None:
+    weight = nn.Parameter(torch.zeros(2, device=OTHER))
+    optimizer = _unfused(StepwiseAdam, [{"params": [weight], "lr": 1.0}], [(weight, torch.ones(2, device=OTHER))])
+    optimizer.load_state_dict(optimizer.state_dict() | {"units": [torch.ones(2)]})
+    assert optimizer.units[0].device == OTHER
+
+
+def test_the_cpu_by_name_makes_the_same(teacher: Teacher, bank: SampleBank) -> None:
+    settings = DistillationSettings(num_steps=2, batch_size=4, compile="never")
+    named = synthesize(teacher, settings=SYNTHESIS, device="cpu")
+    assert torch.equal(named.pixels, bank.pixels)
+    one, other = quantize(teacher, bank, settings=settings), quantize(teacher, bank, settings=settings, device="cpu")
+    states = one.module.state_dict(), other.module.state_dict()
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made(name: str, tmp_path: object) -> None:
+    with pytest.raises(ConfigError, match=f"device: {name} cannot be used .*there are cpu"):
+        find_device(name)
+    result = qimera("quantize", "mnist_cnn", "--device", name, "--output", f"{tmp_path}/run")
+    assert result.exit_code == 2
+    assert f"device: {name} cannot be used" in said(result)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
+def test_a_gpu_makes_a_student_that_computes_on_the_cpu(teacher: Teacher) -> None:
+    bank = synthesize(teacher, settings=SYNTHESIS, device="cuda")
+    student = quantize(teacher, bank, settings=DistillationSettings(num_steps=20, batch_size=8), device="cuda")
+    assert student.device == torch.device("cpu")
+    assert torch.isfinite(student(bank.take(slice(0, 4)).images)).all()
