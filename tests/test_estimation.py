@@ -32,6 +32,8 @@ def student_of(teacher: Teacher, bank: SampleBank, bits: int = 3) -> Student:
 class Answering(Student):
     """A student that answers what a function makes of the teacher's logits."""
 
+    device = torch.device("cpu")
+
     def __init__(self, teacher: Teacher, answer: Callable[[Tensor], Tensor]) -> None:
         nn.Module.__init__(self)
         self.teacher_hash, self.answer, self.teacher = teacher.hash, answer, (teacher,)
