@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from estimation_tables import ESTIMATION, RESULTS, STEPS, Result, estimation_tables
+from speed_tables import SPEED, speed_tables
 
 ROOT = Path(__file__).parents[1]
 INFERENCE = RESULTS / "inference"
@@ -25,8 +26,9 @@ ESTIMATION_PAGE = ROOT / "docs" / "estimation.md"
 EXPORT_TARGETS = ROOT / "docs" / "export-targets.md"
 MIXED_PRECISION = ROOT / "docs" / "mixed-precision.md"
 INGREDIENTS = ROOT / "docs" / "ingredients.md"
+SPEED_PAGE = ROOT / "docs" / "speed.md"
 
-_OTHERS = (CALIBRATION, INFERENCE, EXPORT, PARETO, PEERS, ESTIMATION, STEPS)
+_OTHERS = (CALIBRATION, INFERENCE, EXPORT, PARETO, PEERS, SPEED, ESTIMATION, STEPS)
 """Folders of results that are no accuracies of a network."""
 
 _ORDER = ["w8a8", "w4a8", "w5a5", "w4a4", "w3a3", "w2a4", "w2a2"]
@@ -52,6 +54,7 @@ def main() -> None:
     update(README, {"reached": reached(), "superposition": superposition()}, check=check)
     update(ACCURACY, {"drops": drops()}, check=check)
     update(INGREDIENTS, {"peers": peers()}, check=check)
+    update(SPEED_PAGE, speed_tables(), check=check)
     update(ESTIMATION_PAGE, estimation_tables(), check=check)
     update(MIXED_PRECISION, {"pareto": pareto()}, check=check)
     update(EXPORT_TARGETS, {"inference": inference(), "agreement": agreement()}, check=check)
