@@ -52,6 +52,8 @@ def test_quantize_as_a_user_spells_it_makes_a_run_from_a_file_and_its_weights(tm
     options = (source, "--weights", tmp_path / "toy.safetensors", *INPUT)
     bank = qimera("synthesize", *options, "--seed", 1, "--output", tmp_path / "bank")
     assert bank.exit_code == 0, bank.stderr
+    assert "warning: " in bank.stderr
+    assert "warning: " not in bank.stdout
     how = ("--bits", "w3a4", "--recipe", "fast", "--scheme", "hardware", "--target", "openvino", "--layer-bits", "4=8")
     run = qimera("quantize", *options, *how, "--bank", tmp_path / "bank", "--output", tmp_path / "run")
     assert run.exit_code == 0, run.stderr

@@ -30,6 +30,7 @@ from qimera.errors import ConfigError
 from qimera.progress import Progress
 
 if TYPE_CHECKING:
+    from qimera.diagnostics import Diagnosis
     from qimera.report.content import Report
 
 app = typer.Typer(
@@ -116,6 +117,7 @@ def make_bank(
     with errors_as_messages(debug, f"the same command continues with what is in {unfinished}"):
         from qimera.acceleration import find_device
         from qimera.checkpoint import Checkpoints
+        from qimera.diagnostics import diagnose
         from qimera.distributed import is_main, joined
         from qimera.options import ModelOptions, recipes_for
         from qimera.pipeline import synthesize
@@ -143,6 +145,7 @@ def make_bank(
                 write_bank(made, output, form)
                 Checkpoints(unfinished).forget()
                 typer.echo(bank_facts(output, model, made, teacher))
+                _warn(diagnose(made, teacher))
 
 
 @app.command()
@@ -341,6 +344,6 @@ def recipes(
         print_table(recipe_table(shape_of(input_shape), num_classes))
 
 
-def _warn(found: "Report") -> None:
+def _warn(found: "Report | Diagnosis") -> None:
     for warning in found.warnings:
         typer.echo(f"warning: {warning}", err=True)

@@ -5,7 +5,6 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from qimera.diagnostics import diagnose
 from qimera.evaluation import Evaluation
 from qimera.graph import batch_norms, fold_batch_norms
 from qimera.input_spec import InputSpec
@@ -45,11 +44,10 @@ def teacher_facts(model: str, teacher: Teacher) -> str:
 
 
 def bank_facts(path: Path, model: str, bank: SampleBank, teacher: Teacher) -> str:
-    """Return what a bank is, and what is wrong with it."""
+    """Return what a bank is."""
     num_held_out = bank.settings.num_held_out
     held_out = f" and {num_held_out} held out" if num_held_out else ""
-    what = f"{path}: {bank.num_training} synthetic samples{held_out} of {model} (teacher {teacher.hash[:12]})"
-    return "\n".join([what, *(f"warning: {warning}" for warning in diagnose(bank, teacher).warnings)])
+    return f"{path}: {bank.num_training} synthetic samples{held_out} of {model} (teacher {teacher.hash[:12]})"
 
 
 def _sizes(teacher: Teacher) -> str:
