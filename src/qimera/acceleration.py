@@ -1,7 +1,7 @@
-"""What makes a training step fast here: bfloat16 where it is multiplied natively, fused loops where they pay.
+"""What makes a training step fast: the device, bfloat16 where it is multiplied natively, fused loops where they pay.
 
-Both change the last bits of a result, never what is computed: weights, steps, losses and the optimiser stay float32,
-and so does what the student answers.
+All of them change the last bits of a result, never what is computed: weights, steps, losses and the optimiser stay
+float32, and so does what the student answers.
 """
 
 import logging
@@ -67,6 +67,15 @@ def find_device(name: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without the device
         there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
         raise ConfigError(f"device: {name} cannot be used ({first_line(error)}); there are {there}") from None
+
+
+def to_device_(module: GraphModule, device: torch.device) -> None:
+    """Move parameters and buffers, and let the graph make its own tensors there."""
+    module.to(device)
+    for node in module.graph.nodes:
+        if "device" in node.kwargs:
+            node.update_kwarg("device", device)
+    module.recompile()
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -136,15 +136,6 @@ def to_channels_last_(module: nn.Module) -> None:
             tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
-def to_device_(module: GraphModule, device: torch.device) -> None:
-    """Move parameters and buffers, and let the graph make its own tensors there."""
-    module.to(device)
-    for node in module.graph.nodes:
-        if "device" in node.kwargs:
-            node.update_kwarg("device", device)
-    module.recompile()
-
-
 def _drop_unreachable_(module: GraphModule) -> None:
     (output,) = module.graph.find_nodes(op="output")
     reachable = {output, *_ancestors(output)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
+from qimera.acceleration import to_device_
 from qimera.errors import ConfigError, UnsupportedModelError, first_line
 from qimera.graph import (
     BATCH_NORM,
@@ -26,7 +27,6 @@ from qimera.graph import (
     simplify_,
     tensor_of,
     to_channels_last_,
-    to_device_,
     with_outputs,
 )
 from qimera.input_spec import InputSpec

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
+from qimera.acceleration import to_device_
 from qimera.errors import ConfigError
 from qimera.files import save_tensors
 from qimera.graph import (
@@ -24,7 +25,6 @@ from qimera.graph import (
     node_at,
     tensor_of,
     to_channels_last_,
-    to_device_,
     unfold_batch_norms,
     unshare_biases_,
     with_outputs,
