@@ -163,8 +163,8 @@ def peers() -> str:
     ]
 
     def worst_first(item: tuple[tuple[str, str], dict[str, list[Result]]]) -> tuple[str, float]:
-        lowest = item[1].get(widths[-1], [])
-        return item[0][0], -statistics.mean(each["drop"] for each in lowest) if lowest else 0.0
+        (network, _), found = item
+        return network, -statistics.mean(each["drop"] for each in found[widths[0]])
 
     for (network, description), found in sorted(groups.items(), key=worst_first):
         drops = " | ".join(_mean(found[bits], "drop") if bits in found else "" for bits in widths)
