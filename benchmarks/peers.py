@@ -91,6 +91,10 @@ def peers() -> dict[str, Peer]:
         "scales": Peer(
             "images as sums of scales, shifted, one class each (ours without superposition)", optimized(PLAIN_LABELS)
         ),
+        "generated": Peer(
+            "images as sums of scales, started from those of a generator, superposed",
+            optimized(mixed, start="generator").model_copy(update={"generator": GeneratorSettings(num_steps=400)}),
+        ),
         "fast": Peer("images as sums of scales, shifted, superposed (ours)", optimized(mixed)),
     }
 
