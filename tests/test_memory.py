@@ -130,3 +130,15 @@ def test_the_limit_holds() -> None:
 
     assert measured(6.0) > 1.0
     assert measured(0.4) < 0.5
+
+
+def test_a_generator_beside_a_student_draws_batches_that_fit_too(
+    teacher: Teacher, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = GeneratorSettings(num_steps=1, batch_size=64)
+    settings = SynthesisSettings(num_generated=64, num_optimized=0, generator=generator, memory_gib=1e-3)
+    bank = synthesize(teacher, settings=settings)
+    caplog.clear()
+    beside = DistillationSettings(num_steps=1, batch_size=4, fresh_share=0.5, generator_steps_per_step=1)
+    quantize(teacher, bank, settings=beside)
+    assert "generator.batch_size: 64 images at a time would need about" in caplog.text

@@ -152,7 +152,8 @@ def quantize_with(
     student.move_(worker.device)
     if distillation.generator_steps_per_step and bank.synthesizer is not None:
         synthesizer = copy.deepcopy(bank.synthesizer).to(worker.device)  # the bank serves other runs as it is
-        training = SynthesizerTraining(synthesizer, worker, bank.settings, seed, student)
+        drawing = draws_in_memory(bank.settings, worker, synthesizer)
+        training = SynthesizerTraining(synthesizer, worker, drawing, seed, student)
     distill_(student, worker, bank, distillation, generator, training=training, checkpoint=kept, progress=progress)
     student.move_(torch.device("cpu"))
     return student
