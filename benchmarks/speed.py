@@ -24,7 +24,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from measurement import RESULTS, keep, prepare
+from measurement import keep, prepare
+from speed_tables import SPEED
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -57,8 +58,8 @@ class Stage:
 
     batch: int
     run: Run
-    once: Callable[[], object]
-    """One step that is not compiled, whose operations can be counted."""
+    once: Callable[[], object] | None
+    """One step that is not compiled, whose operations can be counted; None where they are those of another."""
 
 
 def main() -> None:
@@ -79,7 +80,7 @@ def _steps(options: argparse.Namespace) -> None:
     medians = _race({name: stage.run for name, stage in stages.items()}, options.rounds, options.steps)
     rows = {}
     for name, stage in stages.items():
-        work = _work(stage.once) if stage.once is not _nothing else {}
+        work = _work(stage.once) if stage.once else {}
         rows[name] = {
             "batch": stage.batch,
             "seconds": round(medians[name], 5),
@@ -99,7 +100,7 @@ def _steps(options: argparse.Namespace) -> None:
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
     said = f"paper over ours {paper / ours:.1f}, convolutions {100 * convolutions:.0f} % of a student step"
-    keep(RESULTS / "speed" / f"{options.network}-steps.json", values, said)
+    keep(SPEED / f"{options.network}-steps.json", values, said)
 
 
 def _stages(teacher: Teacher, batch: int, bits: str) -> dict[str, Stage]:
@@ -120,7 +121,7 @@ def _stages(teacher: Teacher, batch: int, bits: str) -> dict[str, Stage]:
         "paper: student": _student(teacher, bank, bits, published, published, "paper"),
         "images": _images(teacher, ours.synthesis, batch),
         "student": _student(teacher, bank, bits, learned, plain, "hardware"),
-        "convolutions": Stage(batch, _timed(Convolutions(teacher, batch, learned)), _nothing),
+        "convolutions": Stage(batch, _timed(Convolutions(teacher, batch, learned)), None),
     }
 
 
@@ -253,9 +254,6 @@ def _work(step: Callable[[], object]) -> dict[str, float]:
     return {"giga_multiply_adds": round(flops.get_total_flops() / 2e9, 3), "gigabytes": round(moved.count / 1e9, 3)}
 
 
-def _nothing() -> None: ...
-
-
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +295,7 @@ def _results(options: argparse.Namespace) -> None:
         row["paper_over_ours"] = round(PAPER_STEPS * step / seconds)
     values = {"network": options.network, "bits": options.bits, "paper_seconds_per_step": round(step, 4), "rows": rows}
     said = ", ".join(f"{row['recipe']} {row['drop']} at 1/{row['paper_over_ours']}" for row in rows)
-    keep(RESULTS / "speed" / f"{options.network}-{options.bits}-results.json", values, said)
+    keep(SPEED / f"{options.network}-{options.bits}-results.json", values, said)
 
 
 # --- start ------------------------------------------------------------------------------------------------------------
@@ -316,7 +314,7 @@ def _start(options: argparse.Namespace) -> None:
 
     medians = _race({name: _timed(partial(run, command)) for name, command in commands.items()}, options.rounds, 1)
     values = {name: round(seconds, 3) for name, seconds in medians.items()}
-    keep(RESULTS / "speed" / "start.json", values, ", ".join(f"{name} {value} s" for name, value in values.items()))
+    keep(SPEED / "start.json", values, ", ".join(f"{name} {value} s" for name, value in values.items()))
 
 
 def _options() -> argparse.Namespace:

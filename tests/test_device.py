@@ -1,5 +1,6 @@
 """Training elsewhere than on the CPU; "meta" stands for it, which computes nothing and refuses tensors of the CPU."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -69,6 +70,8 @@ def not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let steps do without what "meta" cannot: nothing is found infinite without numbers."""
     for module in (direct_module, synthesizer_module, distillation_module):
         monkeypatch.setattr(module, "check_finite", lambda losses, step: losses)
+    for module in (direct_module, distillation_module):
+        monkeypatch.setattr(module, "autocast", lambda precision, device: nullcontext())
     monkeypatch.setattr(distillation_module, "StepwiseAdam", partial(_unfused, distillation_module.StepwiseAdam))
 
 

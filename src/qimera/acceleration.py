@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from typing import Literal, ParamSpec, TypeVar
 
@@ -78,9 +78,9 @@ def to_device_(module: GraphModule, device: torch.device) -> None:
     module.recompile()
 
 
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """Return the context in which convolutions and matrix products are computed at this precision."""
-    return torch.autocast(device.type, torch.bfloat16) if _is_narrow(precision, device) else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=_is_narrow(precision, device))
 
 
 def _is_narrow(precision: Precision, device: torch.device) -> bool:

@@ -133,9 +133,8 @@ def make_bank(
         chosen = recipes_for(teacher, recipe)[0].synthesis
         made = None if bank is None else SampleBank.load(bank, teacher)
         if made is None:
-            unfinished.mkdir(
-                parents=True, exist_ok=True
-            )  # a place that cannot be written to is refused before the work
+            # A place that cannot be written to is refused before the work.
+            unfinished.mkdir(parents=True, exist_ok=True)
         with joined(), ProgressDisplay(is_main()) as progress:
             if made is None:
                 made = synthesize(
