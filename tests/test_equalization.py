@@ -134,13 +134,31 @@ def test_scales_fill_the_range_and_saturated_channels_keep_theirs(uneven: Teache
     )
     values[:, 0] *= 1e-3
     values[:, 15] = (600 * values[:, 15]).clamp(max=6)
-    none, full = candidate_scales(edges_of(uneven)["depthwise"], values)
+    none, full = candidate_scales(edges_of(uneven)["depthwise"], values, 255)
     assert none.eq(1).all()
     reach = (values * full.view(-1, 1, 1)).amax((0, 2, 3))
     assert full[15] == 1
     assert full[0] == 8  # next to nothing stays so
     assert ((reach <= 6.05) | (full == 1)).all()
     assert (reach[full < 8] > 5.9).all()
+
+
+def test_few_levels_are_not_spread_as_far_as_rare_values_reach(uneven: Teacher) -> None:
+    """A channel reaches as far as a grid of its own best would: short of its largest values, where levels are few."""
+    values = torch.randn(64, 16, 8, 8, generator=torch.Generator().manual_seed(0)).relu()
+    depthwise = edges_of(uneven)["depthwise"]
+    (_, at_4_bits), (_, at_8_bits) = (candidate_scales(depthwise, values, steps) for steps in (15, 255))
+    largest = values.amax((0, 2, 3))
+    assert (6 / at_4_bits < 0.95 * largest).all()
+    assert (at_8_bits < 0.95 * at_4_bits).all()
+
+
+def test_weights_are_quantized_once_their_columns_may_have_been_scaled(uneven: Teacher) -> None:
+    student = Student(uneven, QuantizationSettings())
+    nodes = list(student.module.graph.nodes)
+    for layer in (node for node in nodes if node.target in WEIGHTED):
+        entering, weight = layer.args[:2]
+        assert nodes.index(entering) < nodes.index(weight) < nodes.index(layer)
 
 
 def test_reference_gives_the_teachers_logits_whatever_was_scaled(uneven: Teacher) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qimera import checkpoint
 from qimera.models import load_model
@@ -23,6 +24,7 @@ from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
 from tests.command_line import tiny_settings
 from tests.killed_runs import BEST_STEP, PLAIN, SYNTHESIS, WAYS, result, settings
+from tests.networks import NUM_CLASSES, SPEC, Head
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,6 +122,39 @@ def test_calls_from_python_go_on_too(tmp_path: Path, digits: Teacher) -> None:
     with pytest.raises(KeyboardInterrupt):
         quantize(digits, bank, settings=PLAIN, checkpoints=tmp_path / "b", progress=Stop("distillation", 10))
     resumed = quantize(digits, other_bank, settings=PLAIN, checkpoints=str(tmp_path / "b"))
+    assert states_equal(resumed.module, student.module)
+
+
+class Clamping(nn.Module):
+    """Two convolutions with ReLU6 between them, whose channels differ tenfold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.head = nn.Conv2d(8, 8, 3, groups=8), Head(8)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.logspace(-0.7, 0.3, 8))
+            self.second.weight /= self.norm.weight.view(-1, 1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(F.relu6(self.norm(self.first(x)))))
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_student_whose_teachers_channels_are_scaled_goes_on(tmp_path: Path) -> None:
+    """Scaled channels have clamps of their own, which a teacher that is captured anew has not."""
+    torch.manual_seed(0)
+    teacher = Teacher.capture(Clamping().eval(), SPEC)
+    labels = torch.full((32, NUM_CLASSES), 1 / NUM_CLASSES)
+    bank = SampleBank.from_images(torch.randn(32, *SPEC.shape), labels, teacher, SynthesisSettings(), 0)
+    asked = PLAIN.model_copy(update={"start": "compensated"})
+    student = quantize(teacher, bank, settings=asked)
+    assert "limit_of_relu6" in student.reference.state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        quantize(teacher, bank, settings=asked, checkpoints=tmp_path, progress=Stop("distillation", 10))
+    again = Stop()
+    resumed = quantize(teacher, bank, settings=asked, checkpoints=tmp_path, progress=again)
+    assert next(number for stage, number in again.seen if stage == "distillation") == 9
     assert states_equal(resumed.module, student.module)
 
 

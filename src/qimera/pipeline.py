@@ -16,6 +16,7 @@ from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
 from qimera.memory import draws_in_memory, images_in_memory, lessons_in_memory
 from qimera.progress import COMPILING, Progress, ProgressCallback, silent
+from qimera.quantization.equalization import restore_limits_
 from qimera.quantization.student import Student
 from qimera.recipes import recipe
 from qimera.seeds import Place, generator_for
@@ -139,8 +140,8 @@ def quantize_with(
     student = Student(teacher, quantization)
     distillation = lessons_in_memory(distillation, student)
     batches = bank.batches(quantization.num_range_samples, generator)
-    if kept.load():
-        pass  # the training reads it
+    if saved := kept.load():  # the training reads the rest
+        restore_limits_(student.reference, saved["reference"])
     elif quantization.scheme == "hardware" and distillation.start == "compensated":
         student.initialize_layers_(next(batches).images, generator, equalize=distillation.equalize)
     else:

@@ -1,7 +1,7 @@
 """Scales of channels between two layers, so that quiet channels use as much of their tensor's one grid as loud ones."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,20 +11,20 @@ from torch.fx import GraphModule, Node
 
 from qimera.graph import aten, node_at, tensor_of
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
-from qimera.quantization.ranges import thinned
+from qimera.quantization.ranges import search_affine_parameters, thinned
 from qimera.quantization.scheme import RELUS, is_move
 
-_QUANTILE = 0.999
-"""Share of a channel's values that a ReLU6 clamps no earlier than before."""
-
-_NUM_POSITIONS = 8192
-"""Values of a channel among which the quantile is looked up."""
+_NUM_POSITIONS = 2048
+"""Values of a channel by which its reach is searched."""
 
 _MAX_SCALE = 8.0
 """Largest scale; channels that are next to nothing stay so."""
 
 _POWERS = (0.25, 0.5)
 """Shares of the way to equal extents, in logarithms, that are tried where channels share a grid of weights."""
+
+_LIMIT = "limit_of_"
+"""What buffers of clamps are called by, before the name of the node that clamps."""
 
 _POOLINGS = {aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
 _COPIES = {aten.dropout.default, aten.clone.default, aten.contiguous.default}
@@ -119,22 +119,24 @@ def parameter_of(layer: Node, index: int) -> Node:
 
 
 def candidate_scales(
-    edge: Edge, values: Float[Tensor, "batch channel height width"]
+    edge: Edge, values: Float[Tensor, "batch channel height width"], num_steps: int
 ) -> Iterator[Float[Tensor, " channel"]]:
     """Yield scales worth trying, first of all ones.
 
-    Scales that go all the way let each channel's values reach as high as the tensor's, or up to the clamp. A depthwise
-    convolution has a grid of weights for each channel, so that this costs nothing there. Elsewhere the weights of one
-    output share a grid, which small scales disturb less.
+    A channel's reach is where a grid of its own would best be clamped. Scales that go all the way bring each reach to
+    the largest one, or up to the clamp. A depthwise convolution has a grid of weights for each channel, so that this
+    costs nothing there. Elsewhere the weights of one output share a grid, which small scales disturb less.
 
     Args:
         edge: Where the scales would be put.
         values: What ``edge.end`` returns.
+        num_steps: Steps of the tensor's grid, from its lowest to its highest level.
     """
-    rows = thinned(values.abs().movedim(1, 0).flatten(1), _NUM_POSITIONS)
-    extent = rows.kthvalue(math.ceil(_QUANTILE * rows.shape[1]), dim=1).values
-    top = extent.amax() if edge.limit == math.inf else torch.tensor(edge.limit, device=extent.device)
-    full = (top / extent.clamp(min=torch.finfo(extent.dtype).tiny)).clamp(1.0, _MAX_SCALE)
+    rows = thinned(values.movedim(1, 0).flatten(1), _NUM_POSITIONS)
+    num_steps = num_steps // 2 if (rows < 0).any() else num_steps  # to either side of zero
+    reach = search_affine_parameters(rows.abs(), 0, num_steps, symmetric=False, axis=0)[0] * num_steps
+    top = reach.amax() if edge.limit == math.inf else torch.tensor(edge.limit, device=reach.device)
+    full = (top / reach.clamp(min=torch.finfo(reach.dtype).tiny)).clamp(1.0, _MAX_SCALE)
     yield torch.ones_like(full)
     for power in (1.0,) if _groups(edge.reader) == len(full) else _POWERS:
         yield full**power
@@ -170,14 +172,22 @@ def scale_back_columns_(module: GraphModule, edge: Edge, scale: Float[Tensor, " 
 
 def clamp_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"]) -> None:
     """Let the activation function of ``edge`` clamp each channel at the scaled limit, so that nothing else changes."""
-    if edge.limit == math.inf:
-        return
-    end = _node_called(module, edge.end.name)
-    name = f"limit_of_{end.name}"
-    module.register_buffer(name, (edge.limit * scale).view(-1, 1, 1))
+    if edge.limit != math.inf:
+        _put_limit_(module, edge.end.name, (edge.limit * scale).view(-1, 1, 1))
+
+
+def restore_limits_(module: GraphModule, state: Mapping[str, Tensor]) -> None:
+    """Clamp where the graph did whose ``state`` this is, so that ``module`` can load it."""
+    for name in state.keys() - module.state_dict().keys():
+        _put_limit_(module, name.removeprefix(_LIMIT), state[name])
+
+
+def _put_limit_(module: GraphModule, activation: str, limit: Float[Tensor, "channel 1 1"]) -> None:
+    end = _node_called(module, activation)
+    module.register_buffer(_LIMIT + activation, limit)
     with module.graph.inserting_before(end):
         positive = module.graph.call_function(aten.relu.default, (end.args[0],))
-        end.args, end.kwargs = (positive, module.graph.get_attr(name)), {}
+        end.args, end.kwargs = (positive, module.graph.get_attr(_LIMIT + activation)), {}
     end.target = aten.minimum.default
     module.recompile()
 

@@ -20,6 +20,7 @@ from qimera.quantization.equalization import (
     scaled,
 )
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, round_to_grid
+from qimera.quantization.scheme import quantizer_of
 from qimera.quantization.walk import Walk
 
 _DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -87,7 +88,9 @@ def _equalize_(
     mine.advance_to(edge.end.name)
     unscaled, state = mine.value(edge.end.name), generator.get_state()
     weight = tensor_of(student, parameter_of(edge.reader, 1))
-    original, scales = weight.clone(), list(candidate_scales(edge, unscaled))
+    grid = quantizer_of(student, node_at(edge.reader, 0))
+    assert isinstance(grid, LearnedStepFakeQuantize)
+    original, scales = weight.clone(), list(candidate_scales(edge, unscaled, grid.quant_max - grid.quant_min))
 
     def put_(scale: Tensor, walk: Walk) -> None:
         weight.copy_(original)

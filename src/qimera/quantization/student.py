@@ -229,8 +229,18 @@ def _prepare(teacher: Teacher, settings: QuantizationSettings) -> GraphModule:
         warnings.simplefilter("ignore")  # torchao's own deprecations, nothing that a user can act on
         prepared = prepare_pt2e(graph, quantizer)
     if hardware:
+        _quantize_weights_late_(prepared)
         _link_biases_(prepared)
     return _lay_out_(prepared.requires_grad_(True))
+
+
+def _quantize_weights_late_(prepared: GraphModule) -> None:
+    """Let weights be quantized right before their layer, and so after their columns may have been scaled."""
+    for layer in [node for node in prepared.graph.nodes if node.target in WEIGHTED]:
+        weight = node_at(layer, 1)
+        if weight.op == "call_module" and len(weight.users) == 1:
+            layer.prepend(weight)
+    prepared.recompile()
 
 
 def _link_biases_(prepared: GraphModule) -> None:
