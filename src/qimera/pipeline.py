@@ -43,7 +43,9 @@ def synthesize(
         model: A trained classifier, or a ``Teacher`` captured from one. It is not changed.
         input_spec: What its images look like; a ``Teacher`` knows already.
         settings: How to make the samples; the recipe ``fast`` when absent.
-        seed: Same seed, settings and machine: same bank, bit for bit, on the CPU.
+        seed: Same seed, settings and machine: same bank, bit for bit, on the CPU. Each batch of samples has a seed of
+            its own; its samples are optimised together, towards statistics of them all, so that batches of another size
+            hold other samples.
         device: Where generator and images are trained, such as ``cuda``; the bank itself stays in main memory.
         checkpoints: Directory in which to keep what is done, so that the same call goes on there after an
             interruption; it may be removed once the bank is saved.
