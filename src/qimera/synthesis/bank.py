@@ -39,8 +39,11 @@ class Samples:
     """The teacher's."""
 
     def to(self, device: torch.device) -> "Samples":
-        """Return them on ``device``."""
-        return Samples(self.images.to(device), self.soft_labels.to(device), self.logits.to(device))
+        """Return them on ``device``; a GPU fetches them while the processor goes on."""
+        parts = [self.images, self.soft_labels, self.logits]
+        if device.type == "cuda":
+            parts = [part.pin_memory() for part in parts]
+        return Samples(*(part.to(device, non_blocking=True) for part in parts))
 
 
 @dataclass(frozen=True)
