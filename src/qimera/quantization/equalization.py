@@ -21,7 +21,7 @@ _MAX_SCALE = 8.0
 """Largest scale; channels that are next to nothing stay so."""
 
 _POWERS = (0.25, 0.5)
-"""Shares of the way to equal extents, in logarithms, that are tried where channels share a grid of weights."""
+"""Shares of the way to equal reaches, in logarithms, that are tried where channels share a grid of weights."""
 
 _LIMIT = "limit_of_"
 """What buffers of clamps are called by, before the name of the node that clamps."""

@@ -229,30 +229,28 @@ def _prepare(teacher: Teacher, settings: QuantizationSettings) -> GraphModule:
         warnings.simplefilter("ignore")  # torchao's own deprecations, nothing that a user can act on
         prepared = prepare_pt2e(graph, quantizer)
     if hardware:
-        _quantize_weights_late_(prepared)
+        _quantize_parameters_late_(prepared)
         _link_biases_(prepared)
     return _lay_out_(prepared.requires_grad_(True))
 
 
-def _quantize_weights_late_(prepared: GraphModule) -> None:
-    """Let weights be quantized right before their layer, and so after their columns may have been scaled."""
+def _quantize_parameters_late_(prepared: GraphModule) -> None:
+    """Let weight and bias be quantized right before their layer, so after the columns of the weight may be scaled."""
     for layer in [node for node in prepared.graph.nodes if node.target in WEIGHTED]:
-        weight = node_at(layer, 1)
-        if weight.op == "call_module" and len(weight.users) == 1:
-            layer.prepend(weight)
+        for parameter in [node for node in layer.all_input_nodes[1:] if node.op == "call_module"]:
+            if len(parameter.users) == 1:
+                layer.prepend(parameter)
     prepared.recompile()
 
 
 def _link_biases_(prepared: GraphModule) -> None:
-    """Let every bias quantizer follow those of its layer's input and weight, and run after them."""
+    """Let every bias quantizer follow those of its layer's input and weight, which run before it."""
     for layer in [node for node in prepared.graph.nodes if len(node.args) > 2]:
         activation, weight, bias = (quantizer_of(prepared, argument) for argument in layer.args[:3])
         if isinstance(bias, PerChannelBiasFakeQuantize):
             assert isinstance(activation, LearnedStepFakeQuantize)
             assert isinstance(weight, LearnedStepFakeQuantize)
             bias.follow_(activation, weight)
-            layer.prepend(node_at(layer, 2))
-    prepared.recompile()
 
 
 def _name_integers_(converted: GraphModule, layer: Node, name: str) -> None:
