@@ -23,7 +23,10 @@ def round_to_grid(x: Tensor, scale: Tensor, low: Levels, high: Levels) -> Tensor
 
     The arithmetic is that of ``torch.ops.quantized_decomposed`` (multiplying by the reciprocal), bit for bit.
     """
-    return (x * (1 / scale)).round_().clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
+    steps = x * (1 / scale)
+    if torch.compiler.is_compiling():  # fused anyway, and torch 2.11 loses the gradient of what is changed in place
+        return steps.round().clamp(low, high) * scale  # type: ignore[arg-type]
+    return steps.round_().clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
 
 
 class _LearnedStep(Function):
