@@ -40,7 +40,7 @@ def loss_and_gradients(teacher: Teacher, mode: Compile) -> tuple[float, dict[str
     images = SPEC.normalize(toy_pixels(32, seed=3)[0])
     student.initialize_ranges_([images])
     lesson = Lesson(student, DistillationSettings())
-    teach, losses = compiled(lesson.teach, mode, 1), compiled(lesson.losses, mode, 1)
+    teach, losses = (compiled(each, mode == "always", images.device) for each in (lesson.teach, lesson.losses))
     total, _ = losses(images, torch.full((32, NUM_CLASSES), 1 / NUM_CLASSES), *teach(images))
     total.backward()
     return float(total.detach()), {name: p.grad for name, p in student.module.named_parameters() if p.grad is not None}

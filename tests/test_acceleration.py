@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qimera.acceleration import Precision, autocast, compiled, has_fast_bfloat16, narrow_gradients_
+from qimera.acceleration import Precision, autocast, compiled, has_fast_bfloat16, is_compiled, narrow_gradients_
 from qimera.distillation import Lesson
 from qimera.quantization.student import Student
 from qimera.settings import DistillationSettings, QuantizationSettings
@@ -47,10 +47,16 @@ def test_at_bfloat16_the_teacher_answers_nearly_the_same_and_the_student_the_ver
     assert torch.equal(exact.losses(*arguments)[0], narrow.losses(*arguments)[0])
 
 
-def test_few_steps_are_not_compiled() -> None:
-    assert compiled(torch.relu, "auto", 10**6) is torch.relu
-    assert compiled(torch.relu, "never", 10**6) is torch.relu
-    assert compiled(torch.relu, "auto", 10**8) is not torch.relu
+@pytest.mark.parametrize(
+    ("device", "few", "many"), [("cpu", (100, 10**4), (100, 10**6)), ("cuda", (100, 10**6), (3000, 10))]
+)
+def test_few_steps_are_not_compiled(device: str, few: tuple[int, int], many: tuple[int, int]) -> None:
+    place = torch.device(device)
+    assert not is_compiled("auto", *few, place)
+    assert is_compiled("auto", *many, place)
+    assert is_compiled("always", *few, place)
+    assert not is_compiled("never", *many, place)
+    assert compiled(torch.relu, False, place) is torch.relu
 
 
 def test_without_a_compiler_steps_go_on_uncompiled_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -63,7 +69,7 @@ def test_without_a_compiler_steps_go_on_uncompiled_and_say_so(caplog: pytest.Log
         torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "compile_threads": 1}),
         caplog.at_level(logging.WARNING),
     ):
-        fast = compiled(step, "always", 1)
+        fast = compiled(step, True, CPU)
         x = torch.ones(3)
         assert torch.equal(fast(x), step(x))
         assert torch.equal(fast(x), step(x))

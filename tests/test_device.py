@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qimera import distillation as distillation_module
+from qimera import teacher as teacher_module
 from qimera.acceleration import find_device
 from qimera.distillation import Course, StepwiseAdam
 from qimera.errors import ConfigError
@@ -69,7 +70,7 @@ def bank(teacher: Teacher) -> SampleBank:
 def not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let steps do without what "meta" cannot: nothing is found infinite without numbers."""
     for module in (direct_module, synthesizer_module, distillation_module):
-        monkeypatch.setattr(module, "check_finite", lambda losses, step: losses)
+        monkeypatch.setattr(module, "check_finite", lambda losses, step, last: losses)
     for module in (direct_module, distillation_module):
         monkeypatch.setattr(module, "autocast", lambda precision, device: nullcontext())
     monkeypatch.setattr(distillation_module, "StepwiseAdam", partial(_unfused, distillation_module.StepwiseAdam))
@@ -88,6 +89,16 @@ def test_a_teacher_on_another_device_leaves_the_first_where_it_is(teacher: Teach
     assert (other.hash, other.device, teacher.device) == (teacher.hash, OTHER, torch.device("cpu"))
     assert teacher(torch.zeros(2, *SPEC.shape)).device == torch.device("cpu")
     assert teacher.on(torch.device("cpu")) is teacher
+
+
+def test_what_moves_is_a_copy(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's numbers take the place of the CPU's in the same parameters; those of "meta" are new ones."""
+    moved = []
+    monkeypatch.setattr(teacher_module, "to_device_", lambda module, device: moved.append(module))
+    teacher.on(OTHER)
+    own, others = ({id(each) for each in (*m.parameters(), *m.buffers())} for m in (teacher.module, moved[0]))
+    assert not own & others
+    assert teacher.module.state_dict().keys() == moved[0].state_dict().keys()
 
 
 def test_images_are_optimised_there(teacher: Teacher) -> None:
@@ -155,11 +166,3 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_made(name: str
     result = qimera("quantize", "mnist_cnn", "--device", name, "--output", f"{tmp_path}/run")
     assert result.exit_code == 2
     assert f"device: {name} cannot be used" in said(result)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")
-def test_a_gpu_makes_a_student_that_computes_on_the_cpu(teacher: Teacher) -> None:
-    bank = synthesize(teacher, settings=SYNTHESIS, device="cuda")
-    student = quantize(teacher, bank, settings=DistillationSettings(num_steps=20, batch_size=8), device="cuda")
-    assert student.device == torch.device("cpu")
-    assert torch.isfinite(student(bank.take(slice(0, 4)).images)).all()

@@ -288,12 +288,12 @@ def test_a_diverging_generator_stops_with_the_name_of_the_term(teacher: Teacher)
 def test_the_message_names_the_first_term_that_is_not_finite(value: float) -> None:
     losses = {"one": torch.tensor(1.0), "two": torch.tensor(value)}
     with pytest.raises(DivergenceError, match=f"two became {value} at step 7"):
-        check_finite(losses, 7)
+        check_finite(losses, 7, 10)
 
 
 def test_finite_losses_pass() -> None:
     losses = {"one": torch.tensor(1.0), "two": torch.tensor(2.0)}
-    assert check_finite(losses, 1) is losses
+    assert check_finite(losses, 1, 10) is losses
 
 
 def test_the_images_of_the_synthesizer_are_valid(teacher: Teacher) -> None:

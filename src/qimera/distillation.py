@@ -9,7 +9,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera.acceleration import at_least_float32, autocast, compiled, is_compiled, narrow_gradients_
+from qimera.acceleration import (
+    at_least_float32,
+    autocast,
+    begin_step,
+    compiled,
+    exact_convolutions,
+    is_compiled,
+    narrow_gradients_,
+)
 from qimera.checkpoint import Checkpoint, State
 from qimera.distributed import average_gradients_, own_share, pooled_variances, world_size
 from qimera.errors import ConfigError
@@ -88,13 +96,13 @@ class Course:
     ) -> None:
         self.student, self.settings, self.generator, self.training = student, settings, generator, training
         lesson = Lesson(student, settings)
-        num_pixels = settings.num_steps * settings.batch_size * math.prod(bank.input_spec.shape[1:])
-        self.is_compiled = is_compiled(settings.compile, num_pixels)
-        self._teach = compiled(lesson.teach, settings.compile, num_pixels)
-        self._learn = compiled(lesson.losses, settings.compile, num_pixels)
+        num_pixels = settings.batch_size * math.prod(bank.input_spec.shape[1:])
+        self.is_compiled = is_compiled(settings.compile, settings.num_steps, num_pixels, student.device)
+        self._teach = compiled(lesson.teach, self.is_compiled, student.device)
+        self._learn = compiled(lesson.losses, self.is_compiled, student.device)
         self._optimizer = _optimizer(student, settings)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: _rate(step, settings))
-        self._batches = _Batches(bank, settings, generator, training, student.device)
+        self._batches = _Batches(bank, settings, generator, training, student.device, self.is_compiled)
         self.best = BestState(student, teacher, bank, settings)
         self.num_steps = 0
 
@@ -110,19 +118,22 @@ class Course:
         for _ in range(self.settings.generator_steps_per_step if self.training else 0):
             assert self.training is not None
             self.training.step()
+        begin_step(self.student.device)
         images, soft_label = next(self._batches)
         num_samples, share = len(images), own_share(len(images))
         images, soft_label = images[share].contiguous(memory_format=torch.channels_last), soft_label[share]
         weight = len(images) * world_size() / num_samples
         target, features = self._teach(images)
-        total, losses = self._learn(images, soft_label, target, features, pooled_variances(features, weight))
+        variances = pooled_variances(features, weight)
+        with exact_convolutions(images.device):
+            total, losses = self._learn(images, soft_label, target, features, variances)
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
         average_gradients_(self.student.parameters(), weight)
         self._optimizer.step()
         self._schedule.step()
         self.num_steps += 1
-        check_finite(losses, self.num_steps)
+        check_finite(losses, self.num_steps, self.settings.num_steps)
         self.best.consider(self.num_steps)
         return losses
 
@@ -292,11 +303,14 @@ class _Batches(Iterator[tuple[Tensor, Tensor]]):
         generator: torch.Generator,
         training: SynthesizerTraining | None,
         device: torch.device,
+        is_compiled: bool,
     ) -> None:
         self._settings, self._generator = settings, generator
         self._num_fresh = round(settings.fresh_share * settings.batch_size)
         self._synthesizer = training.synthesizer if training else bank.synthesizer
         self._device = device
+        if self._synthesizer is not None:
+            self._synthesize = compiled(self._synthesizer, is_compiled, self._synthesizer.device)
         if self._num_fresh and self._synthesizer is None:
             raise ConfigError(f"fresh_share is {settings.fresh_share}, but the bank has no generator; set it to 0")
         self._num_stored = settings.batch_size - self._num_fresh
@@ -320,7 +334,7 @@ class _Batches(Iterator[tuple[Tensor, Tensor]]):
             labels.append(soft_label)
         if self._num_fresh and self._synthesizer is not None:
             with torch.no_grad():
-                fresh, soft_label = self._synthesizer(self._synthesizer.draw(self._num_fresh, self._generator))
+                fresh, soft_label = self._synthesize(self._synthesizer.draw(self._num_fresh, self._generator))
             images.append(fresh.to(self._device))
             labels.append(soft_label.to(self._device))
         return torch.cat(images).contiguous(memory_format=torch.channels_last), torch.cat(labels)

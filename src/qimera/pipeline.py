@@ -2,15 +2,16 @@
 
 import copy
 import math
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from qimera.acceleration import find_device, is_compiled
+from qimera.acceleration import exact_convolutions, find_device, is_compiled
 from qimera.bits import parse_bits, parse_layer_bits
 from qimera.checkpoint import Checkpoint, Checkpoints, State
-from qimera.distillation import distill_
+from qimera.distillation import REPORT_EVERY, distill_
 from qimera.distributed import copy_from_main_, gathered, rank, world_size
 from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
@@ -49,7 +50,7 @@ def synthesize(
         device: Where generator and images are trained, such as ``cuda``; the bank itself stays in main memory.
         checkpoints: Directory in which to keep what is done, so that the same call goes on there after an
             interruption; it may be removed once the bank is saved.
-        progress: Called after every step.
+        progress: Called after every step; on a GPU after every tenth.
 
     Raises:
         ConfigError: the input spec is missing or the model refuses such images.
@@ -94,8 +95,7 @@ def quantize(
         layer_bits: Exceptions by layer name, such as ``conv1=8,*fc*=w8a4``.
         settings: How to train; the recipe ``fast`` when absent.
         seed: Same seed, settings, bank and machine: same student, bit for bit, on the CPU.
-        device: Where the student is trained, such as ``cuda``; its first integers are found on the CPU, and it is
-            returned there.
+        device: Where the student is made and trained, such as ``cuda``; it is returned on the CPU.
         checkpoints: Directory in which to keep what is done, so that the same call goes on there after an
             interruption; it may be removed once the student is saved.
         progress: Called every few steps.
@@ -141,22 +141,24 @@ def quantize_with(
     kept = Checkpoints(checkpoints, "student", teacher.hash, bank_hash, quantization, distillation, seed).of("student")
     student = Student(teacher, quantization)
     distillation = lessons_in_memory(distillation, student)
-    batches = bank.batches(quantization.num_range_samples, generator)
-    if saved := kept.load():  # the training reads the rest
-        restore_limits_(student.reference, saved["reference"])
-    elif quantization.scheme == "hardware" and distillation.start == "compensated":
-        student.initialize_layers_(next(batches).images, generator, equalize=distillation.equalize)
-    else:
-        student.initialize_ranges_(next(batches).images for _ in range(NUM_RANGE_BATCHES))
+    worker, training = teacher.on(find_device(device)), None
+    student.move_(worker.device)
+    images = (batch.to(worker.device).images for batch in bank.batches(quantization.num_range_samples, generator))
+    with exact_convolutions(worker.device):
+        if saved := kept.load():  # the training reads the rest
+            restore_limits_(student.reference, saved["reference"])
+        elif quantization.scheme == "hardware" and distillation.start == "compensated":
+            student.initialize_layers_(next(images), generator, equalize=distillation.equalize)
+        else:
+            student.initialize_ranges_(islice(images, NUM_RANGE_BATCHES))
     for part in (student.module, student.reference):
         copy_from_main_(part.state_dict().values())
     progress(Progress("ranges", 1, 1))
-    worker, training = teacher.on(find_device(device)), None
-    student.move_(worker.device)
     if distillation.generator_steps_per_step and bank.synthesizer is not None:
         synthesizer = copy.deepcopy(bank.synthesizer).to(worker.device)  # the bank serves other runs as it is
         drawing = draws_in_memory(bank.settings, worker, synthesizer)
-        training = SynthesizerTraining(synthesizer, worker, drawing, seed, student)
+        num_steps = distillation.num_steps * distillation.generator_steps_per_step
+        training = SynthesizerTraining(synthesizer, worker, drawing, seed, student, num_steps)
     distill_(student, worker, bank, distillation, generator, training=training, checkpoint=kept, progress=progress)
     student.move_(torch.device("cpu"))
     return student
@@ -232,8 +234,9 @@ def _make_parts(
         saved = checkpoint.load()
         if "pixels" not in saved:
             if part.is_optimized and is_first:
-                pixels = part.num_alike * each * len(part.first) * math.prod(teacher.input_spec.shape[1:])
-                note = COMPILING if is_compiled(settings.direct.compile, pixels) else ""
+                pixels = len(part.first) * math.prod(teacher.input_spec.shape[1:])
+                wanted = is_compiled(settings.direct.compile, part.num_alike * each, pixels, teacher.device)
+                note = COMPILING if wanted else ""
                 progress(Progress("direct", before + saved.get("step", 0), total, note=note))
                 is_first = False
             report = _report(progress, "direct", before, total)
@@ -253,4 +256,6 @@ def _report(progress: ProgressCallback, stage: str, before: int, total: int) -> 
 
 
 def _tell(progress: ProgressCallback, stage: str, step: int, total: int, losses: dict[str, Tensor]) -> None:
-    progress(Progress(stage, step, total, {name: float(value) for name, value in losses.items()}))
+    """Report a step; a GPU is waited for at every tenth and at the last one alone."""
+    if step % REPORT_EVERY == 0 or step == total or not any(loss.is_cuda for loss in losses.values()):
+        progress(Progress(stage, step, total, {name: float(value) for name, value in losses.items()}))

@@ -77,6 +77,9 @@ class GeneratorSettings(Settings):
     milestones: tuple[int, ...] = ()
     """Steps after which the learning rate is divided by ten."""
 
+    compile: Compile = "auto"
+    """Fuse the step with ``torch.compile``, as in the training of the student."""
+
 
 class DirectSettings(Settings):
     """Images optimised directly against the generator's losses (ZeroQ, with labels and superposition)."""

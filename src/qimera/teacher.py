@@ -150,6 +150,7 @@ class Teacher(nn.Module):
         if device == self.device:
             return self
         other = Teacher(self.program, self.input_spec)
+        other.module = copy.deepcopy(other.module)  # every module of a program has the program's own parameters
         to_device_(other.module, device)
         other._read()
         return other

@@ -178,8 +178,9 @@ def clamp_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"]) ->
 
 def restore_limits_(module: GraphModule, state: Mapping[str, Tensor]) -> None:
     """Clamp where the graph did whose ``state`` this is, so that ``module`` can load it."""
+    device = next(module.parameters()).device
     for name in state.keys() - module.state_dict().keys():
-        _put_limit_(module, name.removeprefix(_LIMIT), state[name])
+        _put_limit_(module, name.removeprefix(_LIMIT), state[name].to(device))
 
 
 def _put_limit_(module: GraphModule, activation: str, limit: Float[Tensor, "channel 1 1"]) -> None:

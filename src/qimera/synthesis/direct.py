@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from qimera.acceleration import autocast, compiled
+from qimera.acceleration import autocast, begin_step, compiled, is_compiled
 from qimera.checkpoint import Checkpoint, State
 from qimera.settings import DirectSettings
 from qimera.synthesis.augmentation import flip_at_random, shift_batch
@@ -52,12 +52,13 @@ def optimize_images(
     scales = _scales(start, settings.num_scales)
     optimizer = torch.optim.Adam(scales, settings.learning_rate, betas=(0.5, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.num_steps)
-    num_pixels = (num_calls or settings.num_steps) * start[:, 0].numel()
-    judge = compiled(_losses, settings.compile, num_pixels)
+    wanted = is_compiled(settings.compile, num_calls or settings.num_steps, start[:, 0].numel(), start.device)
+    judge = compiled(_losses, wanted, start.device)
     checkpoint = checkpoint or Checkpoint()
     done = _restore_(scales, optimizer, schedule, generator, checkpoint.load())
     with checkpoint.guarding():
         for step in range(done + 1, settings.num_steps + 1):
+            begin_step(start.device)
             images = _compose(scales, low, high)
             seen = flip_at_random(images, generator) if settings.flip else images
             seen = shift_batch(seen, settings.max_shift, generator) if settings.max_shift else seen
@@ -66,7 +67,7 @@ def optimize_images(
             loss.backward()
             optimizer.step()
             schedule.step()
-            report(step, check_finite(losses, step))
+            report(step, check_finite(losses, step, settings.num_steps))
             checkpoint.after_step(partial(_state, step, scales, optimizer, schedule, generator))
     return _compose(scales, low, high).detach()
 

@@ -1,5 +1,6 @@
 """Class embeddings, mapping, superposition and generator in one piece, and the training of it against the teacher."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qimera.acceleration import begin_step, compiled, is_compiled
 from qimera.checkpoint import State
 from qimera.distributed import average_gradients_, rank, world_size
 from qimera.errors import DivergenceError
@@ -44,21 +46,28 @@ class Synthesizer(nn.Module):
                 latent_dim = spec.mapping_dim
             self.generator = Generator(latent_dim, teacher.input_spec, spec, num_classes)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.embedding.weight.device
+
     def draw(self, num_samples: int, generator: torch.Generator, first: Int[Tensor, " batch"] | None = None) -> Draw:
-        """Draw what ``num_samples`` images are made from; their first classes take turns where they are not given."""
+        """Draw what ``num_samples`` images are made from; their first classes take turns where they are not given.
+
+        Drawn on the CPU, so that every device sees the same, and brought to where the generator is.
+        """
         first = take_turns(num_samples, self.num_classes, generator) if first is None else first
         label, weight = draw_mixtures(first, self.num_classes, self.labels, generator)
         noise = torch.randn(*label.shape, self.embedding.latent_dim, generator=generator)
-        return Draw(label, weight, noise)
+        return Draw(*(each.to(self.device) for each in (label, weight, noise)))
 
     def forward(
         self, drawn: Draw
     ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch num_classes"]]:
         """Return the images and their soft labels."""
-        label, weight, noise = (each.to(self.embedding.weight.device) for each in drawn)
-        soft_label = soft_labels(label, weight, self.num_classes)
-        latent = self.mapping(self.embedding(label, noise))  # (batch, k, latent)
-        return self.generator(superpose(latent, weight), soft_label), soft_label
+        soft_label = soft_labels(drawn.label, drawn.weight, self.num_classes)
+        latent = self.mapping(self.embedding(drawn.label, drawn.noise))  # (batch, k, latent)
+        return self.generator(superpose(latent, drawn.weight), soft_label), soft_label
 
 
 class SynthesizerTraining:
@@ -71,9 +80,15 @@ class SynthesizerTraining:
         settings: SynthesisSettings,
         seed: int,
         student: nn.Module | None = None,
+        num_steps: int = 0,
     ) -> None:
+        """``num_steps`` are those that it will make, by which compiling is decided; 0 if they are the settings' own."""
         self.synthesizer, self.teacher, self.student = synthesizer, teacher, student
         self.settings, self.seed = settings.generator, seed
+        self._last_step = num_steps or self.settings.num_steps
+        num_pixels = self.settings.batch_size * math.prod(teacher.input_spec.shape[1:])
+        wanted = is_compiled(self.settings.compile, self._last_step, num_pixels, teacher.device)
+        self._judge = compiled(self._losses, wanted, teacher.device)
         self.optimizer = torch.optim.Adam(synthesizer.parameters(), self.settings.learning_rate, betas=(0.5, 0.999))
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, list(self.settings.milestones), 0.1)
         self.num_steps = 0
@@ -90,26 +105,32 @@ class SynthesizerTraining:
         Raises:
             DivergenceError: a term is NaN or infinite.
         """
+        begin_step(self.teacher.device)
         self.synthesizer.train()
         place = Place.TRAINING_ALONE if self.student is None else Place.TRAINING_BESIDE_STUDENT
         generator = generator_for(self.seed, place, self.num_steps, rank())
         num_samples = -(-self.settings.batch_size // world_size())
-        images, soft_label = self.synthesizer(self.synthesizer.draw(num_samples, generator))
-        logits, entering = self.teacher.forward_with_taps(images.contiguous(memory_format=torch.channels_last))
-        ce = soft_cross_entropy(logits, soft_label)
-        bns = bns_loss(entering, self.teacher.batch_norms, relative=self.settings.relative_bns)
-        terms = {"generator_ce": ce, "generator_bns": bns}
-        loss = self.settings.ce_weight * ce + self.settings.bns_weight * bns
-        if self.student is not None and self.settings.adversarial_weight:
-            terms["generator_gap"] = F.l1_loss(self.student(images), logits)
-            loss = loss - self.settings.adversarial_weight * terms["generator_gap"]
+        loss, losses = self._judge(self.synthesizer.draw(num_samples, generator))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=list(self.synthesizer.parameters()))  # the student's own gradients are not touched
         average_gradients_(self.synthesizer.parameters())
         self.optimizer.step()
         self.schedule.step()
         self.num_steps += 1
-        return check_finite({name: term.detach() for name, term in terms.items()}, self.num_steps)
+        return check_finite(losses, self.num_steps, self._last_step)
+
+    def _losses(self, drawn: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of all terms, and each of them without its weight or gradient."""
+        images, soft_label = self.synthesizer(drawn)
+        logits, entering = self.teacher.forward_with_taps(images.contiguous(memory_format=torch.channels_last))
+        ce = soft_cross_entropy(logits, soft_label)
+        bns = bns_loss(entering, self.teacher.batch_norms, relative=self.settings.relative_bns)
+        terms = {"generator_ce": ce, "generator_bns": bns}
+        total = self.settings.ce_weight * ce + self.settings.bns_weight * bns
+        if self.student is not None and self.settings.adversarial_weight:
+            terms["generator_gap"] = F.l1_loss(self.student(images), logits)
+            total = total - self.settings.adversarial_weight * terms["generator_gap"]
+        return total, {name: term.detach() for name, term in terms.items()}
 
     def state_dict(self) -> State:
         """Return what ``load_state_dict`` needs to go on."""
@@ -128,8 +149,13 @@ class SynthesizerTraining:
         self.num_steps = int(state["num_steps"])
 
 
-def check_finite(losses: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-    """Return ``losses``; raise DivergenceError naming the term and the step when one is NaN or infinite."""
+def check_finite(losses: dict[str, Tensor], step: int, last: int) -> dict[str, Tensor]:
+    """Return ``losses``; raise DivergenceError naming the term and the step when one is NaN or infinite.
+
+    A GPU is waited for at every tenth and at the last step alone: what is NaN once stays so.
+    """
+    if step % 10 and step != last and any(loss.is_cuda for loss in losses.values()):
+        return losses
     if not torch.isfinite(sum(losses.values(), torch.zeros(()))):
         name = next(name for name, value in losses.items() if not torch.isfinite(value))
         raise DivergenceError(

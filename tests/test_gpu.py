@@ -1,0 +1,87 @@
+"""What only a GPU can show; ``pytest -m gpu tests/test_gpu.py`` where there is one."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qimera.distillation import Course
+from qimera.pipeline import quantize, synthesize
+from qimera.quantization.student import Student
+from qimera.settings import (
+    DirectSettings,
+    DistillationSettings,
+    GeneratorSettings,
+    QuantizationSettings,
+    SynthesisSettings,
+)
+from qimera.teacher import Teacher
+from tests.networks import SPEC, trained_tiny_net
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here"),
+]
+
+
+def steps_on(device: str, kind: str, *modes: str) -> dict[str, Any]:
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "tests.device_steps", device, kind, *modes]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), os.environ.get("PYTHONPATH", "")])}
+    output = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stdout
+    return dict(json.loads(output.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("kind", ["images", "generator", "student", "both"])
+def test_a_gpu_learns_as_the_cpu_does_in_whole_graphs(kind: str) -> None:
+    expected, found = steps_on("cpu", kind, "plain")["losses"]["plain"], steps_on("cuda", kind, "plain", "compiled")
+    for losses in found["losses"].values():
+        assert losses[0] == pytest.approx(expected[0], rel=0.1)  # on another processor the samples differ a little
+        assert losses == pytest.approx(expected, rel=0.35)  # a value over the edge between two levels, and what follows
+        assert sum(losses) == pytest.approx(sum(expected), rel=0.1)
+    assert found["breaks"] == []
+    assert found["skips"] == 0
+
+
+def test_a_gpu_makes_a_student_that_computes_on_the_cpu() -> None:
+    synthesis = SynthesisSettings(
+        num_generated=8,
+        num_optimized=8,
+        generator=GeneratorSettings(batch_size=8, num_steps=1),
+        direct=DirectSettings(num_steps=2, batch_size=8),
+    )
+    teacher = Teacher.capture(trained_tiny_net(), SPEC)
+    bank = synthesize(teacher, settings=synthesis, device="cuda")
+    settings = DistillationSettings(num_steps=20, batch_size=8, fresh_share=0.5, generator_steps_per_step=1)
+    student = quantize(teacher, bank, settings=settings, device="cuda")
+    assert student.device == torch.device("cpu")
+    assert torch.isfinite(student(bank.take(slice(0, 4)).images)).all()
+
+
+def test_a_training_goes_on_as_if_it_had_never_stopped() -> None:
+    teacher, device = Teacher.capture(trained_tiny_net(), SPEC), torch.device("cuda")
+    bank = synthesize(teacher, settings=SynthesisSettings(num_optimized=32, direct=DirectSettings(num_steps=5)))
+
+    def course() -> Course:
+        student = Student(teacher, QuantizationSettings())
+        student.initialize_ranges_([bank.take(slice(0, 32)).images])
+        student.move_(device)
+        settings = DistillationSettings(num_steps=20, batch_size=8, compile="never")
+        return Course(student, teacher.on(device), bank, settings, torch.Generator().manual_seed(0))
+
+    def losses(course: Course) -> list[float]:
+        return [sum(float(loss) for loss in course.step().values()) for _ in range(10)]
+
+    whole, second = course(), course()
+    losses(whole)
+    kept = io.BytesIO()
+    torch.save(whole.state_dict(), kept)
+    kept.seek(0)
+    second.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
+    assert losses(second) == pytest.approx(losses(whole), rel=0.02)
