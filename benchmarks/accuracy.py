@@ -12,11 +12,12 @@ were trained on it.
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
 import torch
-from measurement import RESULTS, keep, prepare
+from measurement import RESULTS, device_name, keep, prepare
 from zoo import load_training_images
 
 from qimera import Evaluation, LabelledImages, QuantizationSettings, SampleBank, Teacher, evaluate, recipe, synthesize
@@ -61,7 +62,18 @@ def _run_seed(
                 weight_bits=weight_bits, activation_bits=activation_bits, scheme=options.scheme
             )
             start = time.perf_counter()
-            student = quantize_with(teacher, bank, quantization, distillation, seed=seed, progress=progress)
+            unfinished = options.banks / f"{options.network}-{_path(options, bits, seed).stem}.unfinished"
+            student = quantize_with(
+                teacher,
+                bank,
+                quantization,
+                distillation,
+                seed=seed,
+                device=options.device,
+                checkpoints=unfinished,
+                progress=progress,
+            )
+            shutil.rmtree(unfinished, ignore_errors=True)
             student_seconds = time.perf_counter() - start
             result = evaluate(student, images, teacher.input_spec, teacher=teacher)
             _write(options, bits, seed, full, result, bank, (bank_seconds, student_seconds))
@@ -78,11 +90,16 @@ def _bank(
     if options.samples != "bank":
         return _other_samples(options, teacher, settings, seed), 0.0
     path = options.banks / f"{options.network}-{options.recipe}{_variant(options)}-{seed}"
-    return kept_bank(path, teacher, settings, seed, progress)
+    return kept_bank(path, teacher, settings, seed, progress, options.device)
 
 
 def kept_bank(
-    path: Path, teacher: Teacher, settings: SynthesisSettings, seed: int, progress: ProgressCallback
+    path: Path,
+    teacher: Teacher,
+    settings: SynthesisSettings,
+    seed: int,
+    progress: ProgressCallback,
+    device: str = "cpu",
 ) -> tuple[SampleBank, float]:
     """Return the bank in ``path`` and the seconds that it took; it is made if it is not there."""
     timing = path.with_suffix(".json")
@@ -92,7 +109,7 @@ def kept_bank(
             return bank, float(json.loads(timing.read_text())["seconds"])
         raise SystemExit(f"{path}: a bank of other settings; remove it, or choose another --banks")
     start = time.perf_counter()
-    bank = synthesize(teacher, settings=settings, seed=seed, progress=progress)
+    bank = synthesize(teacher, settings=settings, seed=seed, device=device, progress=progress)
     seconds = time.perf_counter() - start
     bank.save(path)
     timing.write_text(json.dumps({"seconds": seconds, "threads": torch.get_num_threads()}) + "\n")
@@ -145,6 +162,7 @@ def _write(
         "num_samples": len(bank),
         "bank_seconds": round(seconds[0], 1),
         "student_seconds": round(seconds[1], 1),
+        "device": device_name(options.device),
     }
     keep(_path(options, bits, seed), values, f"top-1 {result.top1:.2f}, drop {full - result.top1:.2f}")
 
@@ -170,6 +188,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--no-superposition", action="store_true")
     parser.add_argument("--samples", default="bank", choices=("bank", "noise", "real"), help="what the student sees")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="where samples and students are trained")
     parser.add_argument("--banks", type=Path, default=Path(__file__).parent / ".banks", help="where banks are kept")
     return parser.parse_args()
 

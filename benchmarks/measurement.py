@@ -38,6 +38,11 @@ def _full_precision(network: str, teacher: Teacher, images: LabelledImages) -> f
     return float(json.loads(path.read_text())["full_precision"])
 
 
+def device_name(device: str) -> str:
+    """Return what a result says of the device that trained it."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
 def keep(path: Path, values: dict[str, object], said: str) -> None:
     """Write a result with where, when and by which command it was made, and say what it came to."""
     made = {

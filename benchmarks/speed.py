@@ -107,10 +107,8 @@ def _stages(teacher: Teacher, batch: int, bits: str) -> dict[str, Stage]:
     """Return all kinds of steps at one batch size; the paper's student sees what its generator draws."""
     spec, classes = teacher.input_spec, teacher.num_classes
     paper, ours = recipe("paper", spec, classes), recipe("fast", spec, classes)
-    bank = _drawn_bank(teacher, paper.synthesis, batch)
-    assert bank.synthesizer is not None
-    training = SynthesizerTraining(bank.synthesizer, teacher, paper.synthesis, 0)
-    training.settings = training.settings.model_copy(update={"batch_size": batch})
+    bank = drawn_bank(teacher, paper.synthesis, batch)
+    training = _training(teacher, bank, batch)
     published = paper.distillation.model_copy(
         update={"num_steps": MANY, "batch_size": batch, "generator_steps_per_step": 0, "compile": "never"}
     )
@@ -125,7 +123,15 @@ def _stages(teacher: Teacher, batch: int, bits: str) -> dict[str, Stage]:
     }
 
 
-def _drawn_bank(teacher: Teacher, settings: SynthesisSettings, batch: int) -> SampleBank:
+def _training(teacher: Teacher, bank: SampleBank, batch: int) -> SynthesizerTraining:
+    """Return a generator's training as published: every operation by itself."""
+    assert bank.synthesizer is not None
+    published = bank.settings.generator.model_copy(update={"batch_size": batch, "compile": "never"})
+    settings = bank.settings.model_copy(update={"generator": published})
+    return SynthesizerTraining(bank.synthesizer, teacher, settings, 0)
+
+
+def drawn_bank(teacher: Teacher, settings: SynthesisSettings, batch: int) -> SampleBank:
     """Return samples of a generator that is not trained: a step takes as long on any."""
     synthesizer = Synthesizer(teacher, settings, generator_for(0, Place.GENERATOR)).eval()
     images = noise_images(2 * batch, teacher.input_spec.shape, 3, torch.Generator().manual_seed(0))
@@ -262,10 +268,9 @@ def _results(options: argparse.Namespace) -> None:
     teacher, images, full = prepare(options)
     paper = recipe("paper", teacher.input_spec, teacher.num_classes)
     batch = paper.distillation.batch_size
-    bank = _drawn_bank(teacher, paper.synthesis, batch)
-    assert bank.synthesizer is not None
-    training = SynthesizerTraining(bank.synthesizer, teacher, paper.synthesis, 0)
-    published = paper.distillation.model_copy(update={"generator_steps_per_step": 0})
+    bank = drawn_bank(teacher, paper.synthesis, batch)
+    training = _training(teacher, bank, batch)
+    published = paper.distillation.model_copy(update={"generator_steps_per_step": 0, "compile": "never"})
     student = _student(teacher, bank, options.bits, published, published, "paper")
     weight_bits, activation_bits = parse_bits(options.bits)
     quantization = QuantizationSettings(weight_bits=weight_bits, activation_bits=activation_bits)

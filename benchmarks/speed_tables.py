@@ -8,8 +8,8 @@ SPEED = Path(__file__).parent / "results" / "speed"
 
 
 def speed_tables() -> dict[str, str]:
-    """Return both tables by name."""
-    return {"steps": _steps(), "prices": _prices()}
+    """Return all tables by name."""
+    return {"steps": _steps(), "loops": _loops(), "prices": _prices()}
 
 
 def _steps() -> str:
@@ -22,6 +22,18 @@ def _steps() -> str:
             each = " | ".join("" if value is None else f"{1000 * value / stage['batch']:.1f}" for value in work)
             milliseconds = f"{stage['milliseconds_per_sample']:.2f}"
             rows.append(f"| {result['network']} | {name} | {stage['batch']} | {each} | {milliseconds} |\n")
+    return "".join(rows)
+
+
+def _loops() -> str:
+    """One row per network and kind of loop: how fast it is, and how long until it starts."""
+    head = "| device | network | loop | samples at a time | steps/s, plain | steps/s, compiled | compiling, s |\n"
+    rows = [head, "|---|---|---|---|---|---|---|\n"]
+    for result in _results("loops-*"):
+        for step, row in result["steps"].items():
+            rates = " | ".join(f"{row[name]:.1f}" for name in ("plain", "compiled"))
+            where = f"| {result['device']} | {result['network']} | {step} | {result['batch']} "
+            rows.append(f"{where}| {rates} | {row['compiled_start_seconds']:.0f} |\n")
     return "".join(rows)
 
 

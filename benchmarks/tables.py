@@ -88,7 +88,7 @@ def reached() -> str:
         trained = any((network, bits, other) in groups for other in ("fast", "best"))
         wide = bits.endswith("a8") and "imagenet" not in network
         if recipe in (("fast", "best") if trained and not wide else ("ptq",)):
-            minutes = statistics.mean(each["bank_seconds"] + each["student_seconds"] for each in found) / 60
+            minutes = sum(_minutes(found))
             rows.append(
                 f"| {network} | {bits.upper()} | **{_mean(found, 'drop')}** | {_mean(found, 'agreement')} | "
                 f"{_PUBLISHED.get((network, bits), '')} | {recipe} | {_seeds(found)} | {minutes:.0f} |\n"
@@ -113,9 +113,7 @@ def drops() -> str:
     ceilings = _grouped("network", "bits", "recipe", samples="real", **kind)
     groups = _grouped("network", "bits", "recipe", samples="bank", **kind)
     for (network, bits, recipe), found in sorted(groups.items(), key=lambda item: _place(*item[0])):
-        minutes = [
-            f"{statistics.mean(each[key] for each in found) / 60:.1f}" for key in ("bank_seconds", "student_seconds")
-        ]
+        minutes = [f"{each:.1f}" for each in _minutes(found)]
         limits = _limits(found, floors.get((network, bits), []), ceilings.get((network, bits, recipe), []))
         rows.append(
             f"| {network} | {bits.upper()} | {recipe} | {found[0]['full_precision']:.2f} | {_mean(found, 'top1')} | "
@@ -123,6 +121,12 @@ def drops() -> str:
             f"{' + '.join(minutes)} |\n"
         )
     return "".join(rows)
+
+
+def _minutes(found: list[Result]) -> list[float]:
+    """Return the minutes of bank and student on the CPU, or elsewhere where there are no others."""
+    on_cpu = [each for each in found if each.get("device", "cpu") == "cpu"] or found
+    return [statistics.mean(each[key] for each in on_cpu) / 60 for key in ("bank_seconds", "student_seconds")]
 
 
 def _limits(found: list[Result], floor: list[Result], ceiling: list[Result]) -> list[str]:
