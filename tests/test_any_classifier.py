@@ -154,26 +154,30 @@ def done(result: Result) -> Result:
 
 
 OF_LIBRARIES = {
-    "timm:legacy_seresnet18": "squeeze-and-excitation by linear layers, residual additions",
-    "timm:mobilenetv3_small_050": "depthwise, hard-swish, a batch norm subclass with an activation inside",
     "timm:tf_mobilenetv3_small_minimal_100": "padding as TensorFlow does it",
     "timm:test_efficientnet": "SiLU and stochastic depth",
-    "timm:skresnet18": "dilated convolutions and attention between branches",
     "timm:resnetv2_18": "norms before convolutions, a 1x1 convolution as classifier",
+    "torchvision:googlenet": "inception blocks, pooling with ceil, unused auxiliary heads",
+    "torchvision:shufflenet_v2_x0_5": "channel split and shuffle",
+    "torchvision:mobilenet_v3_small": "a head of two linear layers, writing in place",
+}
+MORE_OF_LIBRARIES = {
+    "timm:legacy_seresnet18": "squeeze-and-excitation by linear layers, residual additions",
+    "timm:mobilenetv3_small_050": "depthwise, hard-swish, a batch norm subclass with an activation inside",
+    "timm:skresnet18": "dilated convolutions and attention between branches",
     "timm:dla46x_c": "grouped convolutions and concatenations in a tree",
     "timm:repvit_m0_9": "GELU, and a norm before the classifier",
     "timm:ghostnet_050": "slices and cheap branches",
     "timm:mobilenetv4_conv_small": "no squeeze-and-excitation, odd kernels",
     "timm:hardcorenas_a": "searched blocks",
-    "torchvision:googlenet": "inception blocks, pooling with ceil, unused auxiliary heads",
-    "torchvision:shufflenet_v2_x0_5": "channel split and shuffle",
-    "torchvision:mobilenet_v3_small": "a head of two linear layers, writing in place",
     "torchvision:regnet_x_400mf": "grouped bottlenecks",
 }
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
 @pytest.mark.filterwarnings("ignore")  # of libraries that are not ours
-@pytest.mark.parametrize("source", OF_LIBRARIES)
+@pytest.mark.parametrize(
+    "source", [*OF_LIBRARIES, *(pytest.param(source, marks=pytest.mark.slow) for source in MORE_OF_LIBRARIES)]
+)
 def test_an_architecture_of_a_library_passes_every_stage(source: str) -> None:
     assert reason_against(examine(source, 64)) == ""
