@@ -1,9 +1,4 @@
-import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,20 +10,24 @@ from qimera.quantization.student import Student
 from qimera.settings import DistillationSettings, QuantizationSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
+from tests.program_result import result_of
 
 CPU = torch.device("cpu")
 
 
 def test_a_compiled_step_is_one_graph_with_the_losses_and_gradients_of_the_plain_one() -> None:
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.compiled_step"]
-    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
-    output = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stdout
-    found = json.loads(output.splitlines()[-1])
+    found = result_of("tests.compiled_step")
     assert found["breaks"] == []  # a step in parts is compiled anew every time, and slower than one that is not
     assert found["fused"] == pytest.approx(found["plain"], rel=1e-4)  # sums in another order
     # Another order of summation moves some value over the edge between two levels.
     assert max(found["distances"].values()) < 0.05
+
+
+def test_a_compiled_generator_learns_as_the_plain_one() -> None:
+    found = result_of("tests.device_steps", "cpu", "generator", "plain", "compiled")
+    assert found["breaks"] == []
+    assert found["losses"]["compiled"] == pytest.approx(found["losses"]["plain"], rel=0.02)
+    assert found["losses"]["plain"][-1] < 0.6 * found["losses"]["plain"][0]
 
 
 def test_at_bfloat16_the_teacher_answers_nearly_the_same_and_the_student_the_very_same(

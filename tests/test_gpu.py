@@ -1,12 +1,6 @@
 """What only a GPU can show; ``pytest -m gpu tests/test_gpu.py`` where there is one."""
 
 import io
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +17,7 @@ from qimera.settings import (
 )
 from qimera.teacher import Teacher
 from tests.networks import SPEC, trained_tiny_net
+from tests.program_result import result_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,17 +25,10 @@ pytestmark = [
 ]
 
 
-def steps_on(device: str, kind: str, *modes: str) -> dict[str, Any]:
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "tests.device_steps", device, kind, *modes]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "src"), os.environ.get("PYTHONPATH", "")])}
-    output = subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True, text=True).stdout
-    return dict(json.loads(output.splitlines()[-1]))
-
-
 @pytest.mark.parametrize("kind", ["images", "generator", "student", "both"])
 def test_a_gpu_learns_as_the_cpu_does_in_whole_graphs(kind: str) -> None:
-    expected, found = steps_on("cpu", kind, "plain")["losses"]["plain"], steps_on("cuda", kind, "plain", "compiled")
+    expected = result_of("tests.device_steps", "cpu", kind, "plain")["losses"]["plain"]
+    found = result_of("tests.device_steps", "cuda", kind, "plain", "compiled")
     for losses in found["losses"].values():
         assert losses[0] == pytest.approx(expected[0], rel=0.1)  # on another processor the samples differ a little
         assert losses == pytest.approx(expected, rel=0.35)  # a value over the edge between two levels, and what follows

@@ -203,6 +203,8 @@ def _train_generator(
     training = SynthesizerTraining(synthesizer, teacher, settings, seed)
     if saved := checkpoint.load():
         training.load_state_dict(saved)
+    if training.is_compiled:
+        progress(Progress("generator", training.num_steps, settings.generator.num_steps, note=COMPILING))
     with checkpoint.guarding():
         for step in range(training.num_steps + 1, settings.generator.num_steps + 1):
             _tell(progress, "generator", step, settings.generator.num_steps, training.step())

@@ -87,8 +87,8 @@ class SynthesizerTraining:
         self.settings, self.seed = settings.generator, seed
         self._last_step = num_steps or self.settings.num_steps
         num_pixels = self.settings.batch_size * math.prod(teacher.input_spec.shape[1:])
-        wanted = is_compiled(self.settings.compile, self._last_step, num_pixels, teacher.device)
-        self._judge = compiled(self._losses, wanted, teacher.device)
+        self.is_compiled = is_compiled(self.settings.compile, self._last_step, num_pixels, teacher.device)
+        self._judge = compiled(self._losses, self.is_compiled, teacher.device)
         self.optimizer = torch.optim.Adam(synthesizer.parameters(), self.settings.learning_rate, betas=(0.5, 0.999))
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, list(self.settings.milestones), 0.1)
         self.num_steps = 0
