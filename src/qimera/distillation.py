@@ -22,7 +22,7 @@ from qimera.checkpoint import Checkpoint, State
 from qimera.distributed import average_gradients_, own_share, pooled_variances, world_size
 from qimera.errors import ConfigError
 from qimera.graph import with_outputs
-from qimera.progress import COMPILING, Progress, ProgressCallback, silent
+from qimera.progress import COMPILING, Progress, ProgressCallback, is_reported, silent
 from qimera.quantization.student import Student, block_outputs
 from qimera.selection import BestState
 from qimera.settings import DistillationSettings
@@ -30,9 +30,6 @@ from qimera.synthesis.augmentation import blend_at_random, flip_at_random, shift
 from qimera.synthesis.bank import SampleBank, Samples
 from qimera.synthesis.synthesizer import SynthesizerTraining, check_finite
 from qimera.teacher import Teacher
-
-REPORT_EVERY = 10
-"""Steps between two reports; each costs one copy from the device."""
 
 
 def distill_(
@@ -58,7 +55,7 @@ def distill_(
         generator: Draws batches and augmentation.
         training: The generator's training, when it continues beside the student's.
         checkpoint: Keeps the state between steps; from one of the same call the training goes on.
-        progress: Called at the start and every ``REPORT_EVERY`` steps.
+        progress: Called at the start and every ``progress.REPORT_EVERY`` steps.
 
     Raises:
         ConfigError: fresh samples are asked for and there is no generator, or selection and no held-out samples.
@@ -74,7 +71,7 @@ def distill_(
     with checkpoint.guarding():
         while course.num_steps < settings.num_steps:
             losses = course.step()
-            if course.num_steps % REPORT_EVERY == 0 or course.num_steps == settings.num_steps:
+            if is_reported(course.num_steps, settings.num_steps):
                 metrics = {name: float(value) for name, value in losses.items()}
                 progress(Progress("distillation", course.num_steps, settings.num_steps, metrics))
             checkpoint.after_step(course.state_dict)

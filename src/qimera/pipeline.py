@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qimera.acceleration import exact_convolutions, find_device, is_compiled
 from qimera.bits import parse_bits, parse_layer_bits
 from qimera.checkpoint import Checkpoint, Checkpoints, State
-from qimera.distillation import REPORT_EVERY, distill_
+from qimera.distillation import distill_
 from qimera.distributed import copy_from_main_, gathered, rank, world_size
 from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
@@ -24,7 +24,7 @@ from qimera.seeds import Place, generator_for
 from qimera.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.parts import Part, Report, make_part, parts_of
-from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
+from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining, are_read
 from qimera.teacher import Teacher
 
 
@@ -258,6 +258,5 @@ def _report(progress: ProgressCallback, stage: str, before: int, total: int) -> 
 
 
 def _tell(progress: ProgressCallback, stage: str, step: int, total: int, losses: dict[str, Tensor]) -> None:
-    """Report a step; a GPU is waited for at every tenth and at the last one alone."""
-    if step % REPORT_EVERY == 0 or step == total or not any(loss.is_cuda for loss in losses.values()):
+    if are_read(losses, step, total):
         progress(Progress(stage, step, total, {name: float(value) for name, value in losses.items()}))

@@ -19,6 +19,15 @@ class Progress:
 COMPILING = "the first step is compiled, which takes a minute"
 
 
+REPORT_EVERY = 10
+"""Steps between two reports where each costs one copy from the device."""
+
+
+def is_reported(step: int, total: int) -> bool:
+    """Return whether a step is reported where not all of them are."""
+    return step % REPORT_EVERY == 0 or step == total
+
+
 ProgressCallback = Callable[[Progress], None]
 
 

@@ -12,6 +12,7 @@ from qimera.acceleration import begin_step, compiled, is_compiled
 from qimera.checkpoint import State
 from qimera.distributed import average_gradients_, rank, world_size
 from qimera.errors import DivergenceError
+from qimera.progress import is_reported
 from qimera.seeds import Place, generator_for
 from qimera.settings import SynthesisSettings
 from qimera.synthesis.embeddings import ClassEmbedding, DisentanglementMapping
@@ -149,12 +150,17 @@ class SynthesizerTraining:
         self.num_steps = int(state["num_steps"])
 
 
+def are_read(losses: dict[str, Tensor], step: int, last: int) -> bool:
+    """Return whether losses are looked at after this step; a GPU is not waited for at every one."""
+    return is_reported(step, last) or not any(loss.is_cuda for loss in losses.values())
+
+
 def check_finite(losses: dict[str, Tensor], step: int, last: int) -> dict[str, Tensor]:
     """Return ``losses``; raise DivergenceError naming the term and the step when one is NaN or infinite.
 
-    A GPU is waited for at every tenth and at the last step alone: what is NaN once stays so.
+    Where losses are not read at every step: what is NaN once stays so.
     """
-    if step % 10 and step != last and any(loss.is_cuda for loss in losses.values()):
+    if not are_read(losses, step, last):
         return losses
     if not torch.isfinite(sum(losses.values(), torch.zeros(()))):
         name = next(name for name, value in losses.items() if not torch.isfinite(value))
