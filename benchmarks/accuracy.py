@@ -12,7 +12,6 @@ were trained on it.
 
 import argparse
 import json
-import shutil
 import time
 from pathlib import Path
 
@@ -62,18 +61,9 @@ def _run_seed(
                 weight_bits=weight_bits, activation_bits=activation_bits, scheme=options.scheme
             )
             start = time.perf_counter()
-            unfinished = options.banks / f"{options.network}-{_path(options, bits, seed).stem}.unfinished"
             student = quantize_with(
-                teacher,
-                bank,
-                quantization,
-                distillation,
-                seed=seed,
-                device=options.device,
-                checkpoints=unfinished,
-                progress=progress,
+                teacher, bank, quantization, distillation, seed=seed, device=options.device, progress=progress
             )
-            shutil.rmtree(unfinished, ignore_errors=True)
             student_seconds = time.perf_counter() - start
             result = evaluate(student, images, teacher.input_spec, teacher=teacher)
             _write(options, bits, seed, full, result, bank, (bank_seconds, student_seconds))
