@@ -16,17 +16,14 @@ from functools import partial
 
 import torch
 from measurement import device_name, keep, prepare
-from speed import MANY, drawn_bank
+from speed import MANY, drawn_bank, make_course, make_training
 from speed_tables import SPEED
 
-from qimera import QuantizationSettings, SampleBank, Student, Teacher, recipe
+from qimera import Teacher, recipe
 from qimera.acceleration import Compile, find_device
-from qimera.bits import parse_bits
 from qimera.distillation import Course
-from qimera.seeds import Place, generator_for
-from qimera.settings import DirectSettings, DistillationSettings
+from qimera.settings import DirectSettings
 from qimera.synthesis.direct import noise_images, optimize_images
-from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
 
 Steps = Callable[[int], object]
 """Makes so many steps."""
@@ -58,40 +55,17 @@ def main() -> None:
 def _loops(teacher: Teacher, device: torch.device, options: argparse.Namespace, mode: Compile) -> dict[str, Steps]:
     """Return all kinds of loops at one batch size."""
     spec, classes, batch = teacher.input_spec, teacher.num_classes, options.batch
-    worker = teacher.on(device)
     paper, ours = recipe("paper", spec, classes), recipe("fast", spec, classes)
-    bank = drawn_bank(teacher, paper.synthesis, batch)
+    bank, worker = drawn_bank(teacher, paper.synthesis, batch), teacher.on(device)
+    training = make_training(worker, bank, batch, mode)
     adapted = {"num_steps": MANY, "batch_size": batch, "compile": mode}
-    settings = paper.synthesis.generator.model_copy(update=adapted)
-    synthesis = paper.synthesis.model_copy(update={"generator": settings})
-    training = SynthesizerTraining(
-        Synthesizer(teacher, synthesis, generator_for(0, Place.GENERATOR)).to(device), worker, synthesis, 0
-    )
     published = paper.distillation.model_copy(update=adapted)
     learned = ours.distillation.model_copy(update=adapted)
-    direct = ours.synthesis.direct.model_copy(update=adapted)
     return {
-        "paper": _repeated(_course(teacher, worker, bank, options, published, "paper", training)),
-        "images": partial(_optimize, worker, direct),
-        "student": _repeated(_course(teacher, worker, bank, options, learned, "hardware")),
+        "paper": _repeated(make_course(teacher, bank, options.bits, "paper", published, device, training)),
+        "images": partial(_optimize, worker, ours.synthesis.direct.model_copy(update=adapted)),
+        "student": _repeated(make_course(teacher, bank, options.bits, "hardware", learned, device)),
     }
-
-
-def _course(
-    teacher: Teacher,
-    worker: Teacher,
-    bank: SampleBank,
-    options: argparse.Namespace,
-    settings: DistillationSettings,
-    scheme: str,
-    training: SynthesizerTraining | None = None,
-) -> Course:
-    weight_bits, activation_bits = parse_bits(options.bits)
-    quantization = QuantizationSettings(weight_bits=weight_bits, activation_bits=activation_bits, scheme=scheme)
-    student = Student(teacher, quantization)
-    student.initialize_ranges_([bank.take(slice(0, 32)).images] * 4)
-    student.move_(worker.device)
-    return Course(student, worker, bank, settings, torch.Generator().manual_seed(0), training)
 
 
 def _repeated(course: Course) -> Steps:

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from qimera import QuantizationSettings, SampleBank, Student, Teacher, evaluate, recipe, synthesize
-from qimera.acceleration import autocast
+from qimera.acceleration import Compile, autocast
 from qimera.bits import parse_bits
 from qimera.distillation import Course
 from qimera.graph import WEIGHTED
@@ -45,6 +45,7 @@ from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
 PAPER_STEPS = 80_000
 """Of 200 samples: 400 epochs of 200 steps (Choi et al. 2021)."""
 
+CPU = torch.device("cpu")
 MANY = 1_000_000
 """Steps that a training is said to have, so that it is compiled where that pays."""
 
@@ -108,7 +109,7 @@ def _stages(teacher: Teacher, batch: int, bits: str) -> dict[str, Stage]:
     spec, classes = teacher.input_spec, teacher.num_classes
     paper, ours = recipe("paper", spec, classes), recipe("fast", spec, classes)
     bank = drawn_bank(teacher, paper.synthesis, batch)
-    training = _training(teacher, bank, batch)
+    training = make_training(teacher, bank, batch)
     published = paper.distillation.model_copy(
         update={"num_steps": MANY, "batch_size": batch, "generator_steps_per_step": 0, "compile": "never"}
     )
@@ -123,12 +124,29 @@ def _stages(teacher: Teacher, batch: int, bits: str) -> dict[str, Stage]:
     }
 
 
-def _training(teacher: Teacher, bank: SampleBank, batch: int) -> SynthesizerTraining:
-    """Return a generator's training as published: every operation by itself."""
+def make_training(teacher: Teacher, bank: SampleBank, batch: int, mode: Compile = "never") -> SynthesizerTraining:
+    """Return a generator's training as published, every operation by itself unless ``mode`` asks for other."""
     assert bank.synthesizer is not None
-    published = bank.settings.generator.model_copy(update={"batch_size": batch, "compile": "never"})
+    published = bank.settings.generator.model_copy(update={"batch_size": batch, "compile": mode})
     settings = bank.settings.model_copy(update={"generator": published})
-    return SynthesizerTraining(bank.synthesizer, teacher, settings, 0)
+    return SynthesizerTraining(bank.synthesizer.to(teacher.device), teacher, settings, 0)
+
+
+def make_course(
+    teacher: Teacher,
+    bank: SampleBank,
+    bits: str,
+    scheme: str,
+    settings: DistillationSettings,
+    device: torch.device = CPU,
+    training: SynthesizerTraining | None = None,
+) -> Course:
+    """Return a student's training."""
+    weights, activations = parse_bits(bits)
+    student = Student(teacher, QuantizationSettings(weight_bits=weights, activation_bits=activations, scheme=scheme))
+    student.initialize_ranges_([bank.take(slice(0, 32)).images] * 4)
+    student.move_(device)
+    return Course(student, teacher.on(device), bank, settings, torch.Generator().manual_seed(0), training)
 
 
 def drawn_bank(teacher: Teacher, settings: SynthesisSettings, batch: int) -> SampleBank:
@@ -148,14 +166,7 @@ def _student(
     plain: DistillationSettings,
     scheme: str,
 ) -> Stage:
-    weight_bits, activation_bits = parse_bits(bits)
-    quantization = QuantizationSettings(weight_bits=weight_bits, activation_bits=activation_bits, scheme=scheme)
-
-    def course(settings: DistillationSettings) -> Course:
-        student = Student(teacher, quantization)
-        student.initialize_ranges_([bank.take(slice(0, 32)).images] * 4)
-        return Course(student, teacher, bank, settings, torch.Generator().manual_seed(0))
-
+    course = partial(make_course, teacher, bank, bits, scheme)
     return Stage(settings.batch_size, _timed(course(settings).step), course(plain).step)
 
 
@@ -190,7 +201,7 @@ class Convolutions:
 
     def __call__(self) -> None:
         """Compute all of them once without gradients, as the teacher does, and once with both."""
-        narrow = autocast(self.settings.precision, torch.device("cpu"))
+        narrow = autocast(self.settings.precision, CPU)
         with torch.no_grad(), narrow:
             for target, tensors, rest in self.calls:
                 target(*tensors, *rest)
@@ -269,7 +280,7 @@ def _results(options: argparse.Namespace) -> None:
     paper = recipe("paper", teacher.input_spec, teacher.num_classes)
     batch = paper.distillation.batch_size
     bank = drawn_bank(teacher, paper.synthesis, batch)
-    training = _training(teacher, bank, batch)
+    training = make_training(teacher, bank, batch)
     published = paper.distillation.model_copy(update={"generator_steps_per_step": 0, "compile": "never"})
     student = _student(teacher, bank, options.bits, published, published, "paper")
     weight_bits, activation_bits = parse_bits(options.bits)
