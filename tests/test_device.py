@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,9 +161,16 @@ def test_the_cpu_by_name_makes_the_same(teacher: Teacher, bank: SampleBank) -> N
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "gpu"])
-def test_a_device_that_is_not_there_is_refused_before_anything_is_made(name: str, tmp_path: object) -> None:
+@pytest.mark.parametrize(
+    "words", [("quantize", "mnist_cnn", "--output", "run"), ("evaluate", "run", "--data", "test.npz")]
+)
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made_or_read(
+    name: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"device: {name} cannot be used .*there are cpu"):
         find_device(name)
-    result = qimera("quantize", "mnist_cnn", "--device", name, "--output", f"{tmp_path}/run")
+    result = qimera(*words, "--device", name)
     assert result.exit_code == 2
     assert f"device: {name} cannot be used" in said(result)
+    assert not list(tmp_path.iterdir())

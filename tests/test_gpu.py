@@ -1,13 +1,20 @@
 """What only a GPU can show; ``pytest -m gpu tests/test_gpu.py`` where there is one."""
 
 import io
+from dataclasses import astuple
+from pathlib import Path
 
 import pytest
 import torch
 
+from qimera.data import LabelledImages
 from qimera.distillation import Course
+from qimera.models import load_model
 from qimera.pipeline import quantize, synthesize
+from qimera.progress import silent
 from qimera.quantization.student import Student
+from qimera.run import carry_out, evaluate_run
+from qimera.run_directory import RunDirectory
 from qimera.settings import (
     DirectSettings,
     DistillationSettings,
@@ -16,6 +23,7 @@ from qimera.settings import (
     SynthesisSettings,
 )
 from qimera.teacher import Teacher
+from tests.command_line import tiny_settings
 from tests.networks import SPEC, trained_tiny_net
 from tests.program_result import result_of
 
@@ -50,6 +58,18 @@ def test_a_gpu_makes_a_student_that_computes_on_the_cpu() -> None:
     student = quantize(teacher, bank, settings=settings, device="cuda")
     assert student.device == torch.device("cpu")
     assert torch.isfinite(student(bank.take(slice(0, 4)).images)).all()
+
+
+def test_a_gpu_scores_as_the_cpu_does(tmp_path: Path) -> None:
+    settings = tiny_settings()
+    teacher = Teacher.capture(load_model("mnist_cnn"), settings.input)
+    run = RunDirectory.start(tmp_path / "run", settings)
+    carry_out(run, teacher, None, silent)
+    pixels = torch.randint(0, 256, (200, 28, 28, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = LabelledImages(pixels.numpy(), torch.arange(200).numpy() % 10)
+    expected, found = (evaluate_run(run, images, silent, torch.device(name)) for name in ("cpu", "cuda"))
+    # Whole numbers are summed either way; the teacher's sums are of another order.
+    assert astuple(found) == pytest.approx(astuple(expected), abs=1)
 
 
 def test_a_training_goes_on_as_if_it_had_never_stopped() -> None:

@@ -27,7 +27,6 @@ from qimera.arguments import (
 )
 from qimera.console import ProgressDisplay, errors_as_messages, print_table
 from qimera.errors import ConfigError
-from qimera.progress import Progress
 
 if TYPE_CHECKING:
     from qimera.diagnostics import Diagnosis
@@ -222,29 +221,24 @@ def evaluate(
         Path, typer.Option(metavar="PATH", help=".npz with uint8 images (NHWC) and labels, or a folder per class.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: Device = "cpu",
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
     """Compare the student of a run with its teacher on labelled images."""
     with errors_as_messages(debug):
-        from qimera import evaluation
+        from qimera.acceleration import find_device
         from qimera.data import load_labelled_images
         from qimera.report.run import keep_evaluation
-        from qimera.run import load_student
+        from qimera.run import evaluate_run
         from qimera.run_directory import RunDirectory
         from qimera.tables import evaluation_table, evaluation_values
 
+        place = find_device(device)
         directory = RunDirectory.open(run)
         images = load_labelled_images(data, directory.settings.input, directory.summary().num_classes)
-        student, teacher = load_student(directory)
-        with ProgressDisplay() as display:
-            result = evaluation.evaluate(
-                student,
-                images,
-                directory.settings.input,
-                teacher=teacher,
-                progress=lambda done, total: display(Progress("evaluation", done, total)),
-            )
+        with ProgressDisplay() as progress:
+            result = evaluate_run(directory, images, progress, place)
         if as_json:
             typer.echo(json.dumps(evaluation_values(run, data, result), indent=2))
         else:

@@ -7,15 +7,17 @@ from pathlib import Path
 import torch
 
 from qimera import pipeline
-from qimera.acceleration import find_device
+from qimera.acceleration import exact_convolutions, find_device
 from qimera.allocation import Allocation, allocate
 from qimera.budget import check_budget
 from qimera.checkpoint import Checkpoints
+from qimera.data import LabelledImages
 from qimera.distributed import from_main, is_main
 from qimera.errors import ConfigError
 from qimera.estimation import estimate_drop
+from qimera.evaluation import Evaluation, evaluate
 from qimera.files import replacing
-from qimera.progress import ProgressCallback
+from qimera.progress import Progress, ProgressCallback
 from qimera.quantization.student import Student
 from qimera.run_directory import ALLOCATION, BANK, STUDENT, RunDirectory
 from qimera.run_settings import RunSettings
@@ -114,6 +116,22 @@ def _finish(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleB
     )
     run.finish(summary)
     return summary
+
+
+def evaluate_run(
+    run: RunDirectory, images: LabelledImages, progress: ProgressCallback, device: torch.device
+) -> Evaluation:
+    """Return how the student of a finished run and its teacher do on labelled images, computed on ``device``."""
+    student, teacher = load_student(run)
+    student.move_(device)
+    with exact_convolutions(device):
+        return evaluate(
+            student,
+            images,
+            run.settings.input,
+            teacher=teacher.on(device),
+            progress=lambda done, total: progress(Progress("evaluation", done, total)),
+        )
 
 
 def load_student(run: RunDirectory) -> tuple[Student, Teacher]:
