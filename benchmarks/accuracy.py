@@ -19,7 +19,18 @@ import torch
 from measurement import RESULTS, device_name, keep, prepare
 from zoo import load_training_images
 
-from qimera import Evaluation, LabelledImages, QuantizationSettings, SampleBank, Teacher, evaluate, recipe, synthesize
+from qimera import (
+    Estimate,
+    Evaluation,
+    LabelledImages,
+    QuantizationSettings,
+    SampleBank,
+    Teacher,
+    estimate_drop,
+    evaluate,
+    recipe,
+    synthesize,
+)
 from qimera.bits import parse_bits
 from qimera.console import ProgressDisplay
 from qimera.pipeline import quantize_with
@@ -65,8 +76,9 @@ def _run_seed(
                 teacher, bank, quantization, distillation, seed=seed, device=options.device, progress=progress
             )
             student_seconds = time.perf_counter() - start
+            estimate = estimate_drop(student, teacher, bank) if bank.settings.num_held_out else None
             result = evaluate(student, images, teacher.input_spec, teacher=teacher)
-            _write(options, bits, seed, full, result, bank, (bank_seconds, student_seconds))
+            _write(options, bits, seed, full, result, estimate, bank, (bank_seconds, student_seconds))
 
 
 def _bank(
@@ -133,6 +145,7 @@ def _write(
     seed: int,
     full: float,
     result: Evaluation,
+    estimate: Estimate | None,
     bank: SampleBank,
     seconds: tuple[float, float],
 ) -> None:
@@ -148,6 +161,7 @@ def _write(
         "top1": result.top1,
         "drop": full - result.top1,
         "agreement": result.agreement,
+        "estimate": None if estimate is None else _numbers(estimate),
         "num_images": result.num_images,
         "num_samples": len(bank),
         "bank_seconds": round(seconds[0], 1),
@@ -155,6 +169,12 @@ def _write(
         "device": device_name(options.device),
     }
     keep(_path(options, bits, seed), values, f"top-1 {result.top1:.2f}, drop {full - result.top1:.2f}")
+
+
+def _numbers(estimate: Estimate) -> dict[str, float]:
+    """Return what a user is told in the place of the drop, in points."""
+    values = {"drop": estimate.drop, "low": estimate.low, "high": estimate.high}
+    return {name: round(value, 3) for name, value in values.items()}
 
 
 def _path(options: argparse.Namespace, bits: str, seed: int) -> Path:

@@ -58,7 +58,7 @@ FEW = (
 )
 MANY = (*FEW, Run("w4a3"), Run("w2a8"), Run("w4a4", "nearest", 200), Run("w5a5", "nearest"))
 DIGITS = (Run("w8a8"), Run("w4a4"), Run("w3a3"), Run("w2a4"), Run("w3a2"), Run("w2a2"))
-LARGE = (Run("w8a8"), Run("w4a8"), Run("w5a5"))
+LARGE = (Run("w8a8"), Run("w4a8"), Run("w5a5"), Run("w4a4"))
 
 
 @dataclass(frozen=True)
