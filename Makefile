@@ -13,11 +13,14 @@ PYTHON ?= $(shell for each in python3.11 python3 python3.12 python3.13 python3.1
 demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py
 
+# A process for each core, of one thread each; a file's tests stay together, for they share what is slow to make.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --timeout 3600
+	$(PYTEST) -m "not gpu" --timeout 3600
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
