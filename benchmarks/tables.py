@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    update(README, {"reached": reached(), "superposition": superposition()}, check=check)
+    update(README, {"reached": reached(), "published": published(), "superposition": superposition()}, check=check)
     update(ACCURACY, {"drops": drops()}, check=check)
     update(INGREDIENTS, {"peers": peers()}, check=check)
     update(SPEED_PAGE, speed_tables(), check=check)
@@ -78,22 +78,47 @@ def update(path: Path, tables: dict[str, str], *, check: bool) -> None:
 
 
 def reached() -> str:
-    """One row per network, width and recipe that is meant for it: the drop, beside what was published."""
-    rows = [
-        "| network | bits | drop | agreement | published drops | recipe | seeds | minutes |\n",
-        "|---|---|---|---|---|---|---|---|\n",
-    ]
-    groups = _grouped("network", "bits", "recipe", samples="bank", superposition=True, scheme="hardware")
-    for (network, bits, recipe), found in sorted(groups.items(), key=lambda item: _place(*item[0])):
-        trained = any((network, bits, other) in groups for other in ("fast", "best"))
-        wide = bits.endswith("a8") and "imagenet" not in network
-        if recipe in (("fast", "best") if trained and not wide else ("ptq",)):
-            minutes = sum(_minutes(found))
-            rows.append(
-                f"| {network} | {bits.upper()} | **{_mean(found, 'drop')}** | {_mean(found, 'agreement')} | "
-                f"{_PUBLISHED.get((network, bits), '')} | {recipe} | {_seeds(found)} | {minutes:.0f} |\n"
-            )
+    """One row per network: the drop at each width, without training where training brings nothing, else of ``fast``."""
+    widths = ["w8a8", "w4a8", "w5a5", "w4a4", "w3a3"]
+    head = " | ".join(bits.upper() for bits in widths)
+    rows = [f"| network | full precision | {head} | minutes |\n", f"|---|---|{'---|' * len(widths)}---|\n"]
+    groups = _recipes()
+    for network in sorted({network for network, _, _ in groups}):
+        found = [_chosen(groups, network, bits) for bits in widths]
+        cells = " | ".join(_cell(each) if each else "" for each in found)
+        trained = [sum(_minutes(each)) for each in found if each and each[0]["recipe"] == "fast"]
+        rows.append(f"| {network} | {found[0][0]['full_precision']:.2f} | {cells} | {statistics.mean(trained):.0f} |\n")
     return "".join(rows)
+
+
+def _chosen(groups: dict[tuple[Any, ...], list[Result]], network: str, bits: str) -> list[Result]:
+    wide = bits.endswith("a8") and "imagenet" not in network
+    order = ("ptq", "fast") if wide else ("fast", "ptq")
+    return next((groups[network, bits, recipe] for recipe in order if (network, bits, recipe) in groups), [])
+
+
+def _cell(found: list[Result]) -> str:
+    recipe = found[0]["recipe"]
+    return _mean(found, "drop") + (f" ({recipe})" if recipe != "fast" else "") + _lone(found)
+
+
+def published() -> str:
+    """One row per published drop: what ours are."""
+    rows = ["| network | bits | published | `fast` | `best` |\n", "|---|---|---|---|---|\n"]
+    groups = _recipes()
+    for network, bits in sorted(_PUBLISHED, key=lambda key: _place(*key, "")):
+        ours = [groups.get((network, bits, recipe)) for recipe in ("fast", "best")]
+        drops = " | ".join(_mean(each, "drop") + _lone(each) if each else "" for each in ours)
+        rows.append(f"| {network} | {bits.upper()} | {_PUBLISHED[network, bits]} | {drops} |\n")
+    return "".join(rows)
+
+
+def _lone(found: list[Result]) -> str:
+    return " (one seed)" if len(found) == 1 else ""
+
+
+def _recipes() -> dict[tuple[Any, ...], list[Result]]:
+    return _grouped("network", "bits", "recipe", samples="bank", superposition=True, scheme="hardware")
 
 
 def _place(network: str, bits: str, recipe: str) -> tuple[str, int, str]:
@@ -111,7 +136,7 @@ def drops() -> str:
     kind = {"superposition": True, "scheme": "hardware"}
     floors = _grouped("network", "bits", samples="noise", **kind)
     ceilings = _grouped("network", "bits", "recipe", samples="real", **kind)
-    groups = _grouped("network", "bits", "recipe", samples="bank", **kind)
+    groups = _recipes()
     for (network, bits, recipe), found in sorted(groups.items(), key=lambda item: _place(*item[0])):
         minutes = [f"{each:.1f}" for each in _minutes(found)]
         limits = _limits(found, floors.get((network, bits), []), ceilings.get((network, bits, recipe), []))
