@@ -118,7 +118,7 @@ def recipes() -> str:
     head = "| network | bits | recipe | seed | real drop | estimate | interval |\n"
     rows = [head, "|---|---|---|---|---|---|---|\n"]
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/w*.json"))]
-    for each in (result for result in found if result.get("estimate")):
+    for each in (result for result in found if result.get("estimate") and result["scheme"] == "hardware"):
         told = each["estimate"]
         rows.append(
             f"| {each['network']} | {each['bits'].upper()} | {each['recipe']} | {each['seed']} | {each['drop']:.2f} "
