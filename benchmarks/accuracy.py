@@ -13,6 +13,7 @@ were trained on it.
 import argparse
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -161,7 +162,7 @@ def _write(
         "top1": result.top1,
         "drop": full - result.top1,
         "agreement": result.agreement,
-        "estimate": None if estimate is None else _numbers(estimate),
+        "estimate": None if estimate is None else asdict(estimate),
         "num_images": result.num_images,
         "num_samples": len(bank),
         "bank_seconds": round(seconds[0], 1),
@@ -169,12 +170,6 @@ def _write(
         "device": device_name(options.device),
     }
     keep(_path(options, bits, seed), values, f"top-1 {result.top1:.2f}, drop {full - result.top1:.2f}")
-
-
-def _numbers(estimate: Estimate) -> dict[str, float]:
-    """Return what a user is told in the place of the drop, in points."""
-    values = {"drop": estimate.drop, "low": estimate.low, "high": estimate.high}
-    return {name: round(value, 3) for name, value in values.items()}
 
 
 def _path(options: argparse.Namespace, bits: str, seed: int) -> Path:

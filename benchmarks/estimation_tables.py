@@ -15,7 +15,7 @@ Result = dict[str, Any]
 def estimation_tables() -> dict[str, str]:
     """Return every table of the page by its name."""
     made = {"estimation": estimation(), "estimators": estimators(), "estimates": estimates(), "choices": choices()}
-    return {**made, "recipes": recipes(), "steps": steps()}
+    return {**made, "steps": steps()}
 
 
 def estimation() -> str:
@@ -110,20 +110,6 @@ def choices() -> str:
                     f"| {network} | {bits.upper()} | {'; '.join(map(_student, same))} | **{chosen:.2f}** "
                     f"| {min(drops):.2f} | {max(drops):.2f} |\n"
                 )
-    return "".join(rows)
-
-
-def recipes() -> str:
-    """What users were told, and what they lost: students of benchmarks/accuracy.py, by the shipped constants."""
-    head = "| network | bits | recipe | seed | real drop | estimate | interval |\n"
-    rows = [head, "|---|---|---|---|---|---|---|\n"]
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/w*.json"))]
-    for each in (result for result in found if result.get("estimate") and result["scheme"] == "hardware"):
-        told = each["estimate"]
-        rows.append(
-            f"| {each['network']} | {each['bits'].upper()} | {each['recipe']} | {each['seed']} | {each['drop']:.2f} "
-            f"| {told['drop']:.2f} | {told['low']:.1f} to {told['high']:.1f} |\n"
-        )
     return "".join(rows)
 
 

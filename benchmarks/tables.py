@@ -55,7 +55,7 @@ def main() -> None:
     update(ACCURACY, {"drops": drops()}, check=check)
     update(INGREDIENTS, {"peers": peers()}, check=check)
     update(SPEED_PAGE, speed_tables(), check=check)
-    update(ESTIMATION_PAGE, estimation_tables(), check=check)
+    update(ESTIMATION_PAGE, {**estimation_tables(), "recipes": told()}, check=check)
     update(MIXED_PRECISION, {"pareto": pareto()}, check=check)
     update(EXPORT_TARGETS, {"inference": inference(), "agreement": agreement()}, check=check)
 
@@ -78,7 +78,7 @@ def update(path: Path, tables: dict[str, str], *, check: bool) -> None:
 
 
 def reached() -> str:
-    """One row per network: the drop at each width, without training where training brings nothing, else of ``fast``."""
+    """One row per network: the drop at each width, of ``ptq`` where training has little to win, else of ``fast``."""
     widths = ["w8a8", "w4a8", "w5a5", "w4a4", "w3a3"]
     head = " | ".join(bits.upper() for bits in widths)
     rows = [f"| network | full precision | {head} | minutes |\n", f"|---|---|{'---|' * len(widths)}---|\n"]
@@ -161,6 +161,19 @@ def _limits(found: list[Result], floor: list[Result], ceiling: list[Result]) -> 
         return [*shown, ""]
     reached, lowest, highest = (statistics.mean(each["drop"] for each in group) for group in (found, floor, ceiling))
     return [*shown, f"{100 * (lowest - reached) / (lowest - highest):.1f} %"]
+
+
+def told() -> str:
+    """What users are told by the shipped constants, and what they lose: the students that an estimate was kept of."""
+    head = "| network | bits | recipe | seed | real drop | estimate | interval |\n"
+    rows = [head, "|---|---|---|---|---|---|---|\n"]
+    for each in (each for found in _recipes().values() for each in found if each.get("estimate")):
+        estimate = each["estimate"]
+        rows.append(
+            f"| {each['network']} | {each['bits'].upper()} | {each['recipe']} | {each['seed']} | {each['drop']:.2f} "
+            f"| {estimate['drop']:.2f} | {estimate['low']:.1f} to {estimate['high']:.1f} |\n"
+        )
+    return "".join(rows)
 
 
 def superposition() -> str:
