@@ -25,7 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks.architectures import ARCHITECTURES, PYTORCHCV
 from qimera import InputSpec, QimeraError, QuantizationSettings, Student, Teacher, export_onnx
-from qimera.graph import BATCH_NORM, batch_norms, fold_batch_norms
+from qimera.folding import fold_batch_norms
+from qimera.graph import BATCH_NORM, batch_norms
 from qimera.models import load_model
 from qimera.synthesis.direct import noise_images
 

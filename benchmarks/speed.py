@@ -145,7 +145,7 @@ def make_course(
     weights, activations = parse_bits(bits)
     student = Student(teacher, QuantizationSettings(weight_bits=weights, activation_bits=activations, scheme=scheme))
     student.initialize_ranges_([bank.take(slice(0, 32)).images] * 4)
-    student.move_(device)
+    student.to(device)
     return Course(student, teacher.on(device), bank, settings, torch.Generator().manual_seed(0), training)
 
 

@@ -87,7 +87,7 @@ def student(teacher: Teacher, bank: SampleBank, device: torch.device, mode: Comp
     )
     trained = Student(teacher, QuantizationSettings(weight_bits=4, activation_bits=4))
     trained.initialize_ranges_([bank.take(slice(0, 32)).images])
-    trained.move_(device)
+    trained.to(device)
     worker, draws = teacher.on(device), torch.Generator().manual_seed(0)
     course = Course(trained, worker, bank, settings, draws, _training(worker, mode) if fresh else None)
     return [_sum(course.step()) for _ in range(NUM_STEPS)]

@@ -115,7 +115,7 @@ def test_a_generator_is_trained_there_beside_a_student(teacher: Teacher, changes
     settings = SYNTHESIS.model_copy(update={"generator": SYNTHESIS.generator.model_copy(update=changes)})
     synthesizer = Synthesizer(teacher, settings, generator_for(0, Place.GENERATOR)).to(OTHER)
     student = Student(teacher, QuantizationSettings())
-    student.move_(OTHER)
+    student.to(OTHER)
     training = SynthesizerTraining(synthesizer, teacher.on(OTHER), settings, 0, student)
     training.settings = training.settings.model_copy(update={"adversarial_weight": 0.1})
     assert {each.device for each in training.step().values()} == {OTHER}
@@ -136,7 +136,7 @@ def test_a_student_is_trained_there(teacher: Teacher, bank: SampleBank, scheme: 
     )
     student = Student(teacher, QuantizationSettings(scheme=scheme))
     student.initialize_ranges_([bank.take(slice(0, 4)).images])
-    student.move_(OTHER)
+    student.to(OTHER)
     course = Course(student, teacher.on(OTHER), bank, settings, torch.Generator().manual_seed(0))
     assert {each.device for each in course.step().values()} == {OTHER}
     assert {each.device for each in student.module.state_dict().values()} == {OTHER}

@@ -11,7 +11,8 @@ from torch.autograd import gradcheck
 
 from qimera.distillation import StepwiseAdam, distill_, feature_loss, kl_loss
 from qimera.errors import ConfigError, DivergenceError
-from qimera.graph import fold_batch_norms, with_outputs
+from qimera.folding import fold_batch_norms
+from qimera.graph import with_outputs
 from qimera.progress import Progress
 from qimera.quantization.student import Student, block_outputs
 from qimera.settings import DistillationSettings, QuantizationSettings

@@ -83,7 +83,7 @@ def test_the_command_makes_one_run(tmp_path: Path) -> None:
             "student.safetensors",
             "summary.json",
             "summary.txt",
-            "teacher.pt2",
+            "teacher.safetensors",
         ),
         *("report.html", "report.json"),
     }

@@ -79,7 +79,7 @@ def test_the_command_says_which_file_and_what_to_do(tmp_path: Path) -> None:
     with room_for(100_000):
         full = qimera(*command)
     assert full.exit_code == 2
-    assert "run/teacher.pt2: File too large; make room, then give the same command again" in said(full)
+    assert "run/teacher.safetensors: File too large; make room, then give the same command again" in said(full)
     assert [each.name for each in (tmp_path / "run").iterdir()] == ["settings.json"]
     assert qimera(*command).exit_code == 0
 

@@ -63,7 +63,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory, teacher: Teacher, bank: 
     measured.save(folder / "evaluation.json")
     Checkpoints(folder, "fuzz").of("checkpoint").save({"step": 3, "state": {"a": torch.zeros(50)}})
     quantize(teacher, bank, settings=DistillationSettings(num_steps=0)).save(folder / "student.safetensors")
-    teacher.save(folder / "teacher.pt2")
+    teacher.save(folder / "teacher.safetensors")
     torch.save(TinyNet().state_dict(), folder / "weights.pt")
     save_file(TinyNet().state_dict(), folder / "weights.safetensors")
     pixels = np.random.default_rng(0).integers(0, 256, (6, *SPEC.shape[1:], SPEC.shape[0]), np.uint8)
@@ -94,7 +94,9 @@ def subjects(teacher: Teacher) -> dict[str, Subject]:
             lambda folder: Student.load(folder / "student.safetensors", teacher, QuantizationSettings()),
             0.1,
         ),
-        "teacher": Subject(["teacher.pt2"], lambda folder: Teacher.load(folder / "teacher.pt2", SPEC), 0.5),
+        "teacher": Subject(
+            ["teacher.safetensors"], lambda folder: Teacher.load(folder / "teacher.safetensors", SPEC), 0.5
+        ),
         "weights.pt": Subject(["weights.pt"], lambda folder: load_weights_(TinyNet(), folder / "weights.pt")),
         "weights.safetensors": Subject(
             ["weights.safetensors"], lambda folder: load_weights_(TinyNet(), folder / "weights.safetensors")

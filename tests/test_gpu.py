@@ -79,7 +79,7 @@ def test_a_training_goes_on_as_if_it_had_never_stopped() -> None:
     def course() -> Course:
         student = Student(teacher, QuantizationSettings())
         student.initialize_ranges_([bank.take(slice(0, 32)).images])
-        student.move_(device)
+        student.to(device)
         settings = DistillationSettings(num_steps=20, batch_size=8, compile="never")
         return Course(student, teacher.on(device), bank, settings, torch.Generator().manual_seed(0))
 

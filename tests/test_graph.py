@@ -3,16 +3,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from qimera.graph import (
-    BATCH_NORM,
-    WEIGHTED,
-    aten,
-    fold_batch_norms,
-    layer_name,
-    logits_node,
-    unfold_batch_norms,
-    with_outputs,
-)
+from qimera.folding import fold_batch_norms, unfold_batch_norms
+from qimera.graph import BATCH_NORM, WEIGHTED, aten, layer_name, logits_node, with_outputs
 from qimera.teacher import Teacher
 from tests.networks import NETWORKS, SPEC, random_network
 

@@ -73,7 +73,7 @@ def test_a_whole_run_leaves_the_teacher_bit_for_bit_as_it_was(teacher: Teacher) 
     for tap, (mean, var) in zip(teacher.batch_norms, statistics, strict=True):
         assert torch.equal(tap.mean, mean)
         assert torch.equal(tap.var, var)
-    assert Teacher(teacher.program, SPEC).hash == hash_before
+    assert Teacher(teacher.module, SPEC).hash == hash_before
 
 
 def test_a_model_and_its_teacher_give_the_same(tiny_model: TinyNet, teacher: Teacher) -> None:

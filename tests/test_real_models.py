@@ -6,7 +6,7 @@ import torch
 from benchmarks.zoo import FOLDER, load_subject, load_zoo
 from qimera.data import LabelledImages
 from qimera.evaluation import evaluate
-from qimera.graph import fold_batch_norms
+from qimera.folding import fold_batch_norms
 from qimera.pipeline import quantize, synthesize
 from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
 

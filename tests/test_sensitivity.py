@@ -4,7 +4,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera.distillation import kl_loss
-from qimera.graph import fold_batch_norms, with_outputs
+from qimera.folding import fold_batch_norms
+from qimera.graph import with_outputs
 from qimera.progress import Progress
 from qimera.sensitivity import Sensitivity, measure_sensitivity
 from qimera.settings import SynthesisSettings

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from qimera.bits import parse_bits, parse_layer_bits
 from qimera.errors import ConfigError
-from qimera.graph import WEIGHTED, aten, fold_batch_norms, with_outputs
+from qimera.folding import fold_batch_norms
+from qimera.graph import WEIGHTED, aten, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
 from qimera.quantization.student import Student, block_outputs
 from qimera.settings import QuantizationSettings

@@ -1,6 +1,7 @@
 import torch
 
-from qimera.graph import fold_batch_norms, with_outputs
+from qimera.folding import fold_batch_norms
+from qimera.graph import with_outputs
 from qimera.quantization.walk import Walk
 from qimera.teacher import Teacher
 

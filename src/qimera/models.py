@@ -85,7 +85,7 @@ def load_model(source: str, weights: Path | None = None, *, untrained: bool = Fa
             )
         model = libraries.build(library, name, given)
     elif Path(source).suffix == ".pt2":
-        model = programs.network_of(programs.read_program(Path(source)), Path(source))
+        model = programs.read_program(Path(source))
     elif ":" in source:
         model = _build_from_function(*source.rsplit(":", 1))
     else:

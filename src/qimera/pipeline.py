@@ -142,7 +142,7 @@ def quantize_with(
     student = Student(teacher, quantization)
     distillation = lessons_in_memory(distillation, student)
     worker, training = teacher.on(find_device(device)), None
-    student.move_(worker.device)
+    student.to(worker.device)
     images = (batch.to(worker.device).images for batch in bank.batches(quantization.num_range_samples, generator))
     with exact_convolutions(worker.device):
         if saved := kept.load():  # the training reads the rest
@@ -158,10 +158,9 @@ def quantize_with(
         synthesizer = copy.deepcopy(bank.synthesizer).to(worker.device)  # the bank serves other runs as it is
         drawing = draws_in_memory(bank.settings, worker, synthesizer)
         num_steps = distillation.num_steps * distillation.generator_steps_per_step
-        training = SynthesizerTraining(synthesizer, worker, drawing, seed, student, num_steps)
+        training = SynthesizerTraining(synthesizer, worker, drawing, seed, student.module, num_steps)
     distill_(student, worker, bank, distillation, generator, training=training, checkpoint=kept, progress=progress)
-    student.move_(torch.device("cpu"))
-    return student
+    return student.to("cpu")
 
 
 def as_teacher(model: nn.Module, input_spec: InputSpec | None) -> Teacher:

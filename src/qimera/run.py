@@ -123,7 +123,7 @@ def evaluate_run(
 ) -> Evaluation:
     """Return how the student of a finished run and its teacher do on labelled images, computed on ``device``."""
     student, teacher = load_student(run)
-    student.move_(device)
+    student.to(device)
     with exact_convolutions(device):
         return evaluate(
             student,

@@ -41,7 +41,7 @@ class RunDirectory:
         self.path = path
         self.settings = settings
         self.metrics = Metrics(path / "metrics.jsonl")
-        self.teacher_file = path / "teacher.pt2"
+        self.teacher_file = path / "teacher.safetensors"
         self.bank_directory = path / "bank"
         self.checkpoints_directory = path / "checkpoints"
         self.allocation_file = path / "allocation.json"

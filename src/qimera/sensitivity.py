@@ -8,7 +8,8 @@ from torch.fx import GraphModule, Node
 
 from qimera.budget import WIDTHS
 from qimera.distillation import kl_loss
-from qimera.graph import aten, fold_batch_norms, has_bias, has_parameter, layer_name, node_at, tensor_of, with_outputs
+from qimera.folding import fold_batch_norms
+from qimera.graph import aten, has_bias, has_parameter, layer_name, node_at, tensor_of, with_outputs
 from qimera.progress import Progress, ProgressCallback, silent
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.ranges import integer_range

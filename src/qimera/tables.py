@@ -6,7 +6,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from qimera.evaluation import Evaluation
-from qimera.graph import batch_norms, fold_batch_norms
+from qimera.folding import fold_batch_norms
+from qimera.graph import batch_norms
 from qimera.input_spec import InputSpec
 from qimera.quantization.scheme import float_operations
 from qimera.recipes import RECIPE_NAMES, recipe

@@ -1,37 +1,35 @@
 """A trained classifier -> the teacher: its ATen graph, its batch-norm statistics and its classifier weight."""
 
-import copy
 import hashlib
-import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 from qimera.acceleration import to_device_
+from qimera.capture import capture
 from qimera.errors import ConfigError, UnsupportedModelError, first_line
 from qimera.graph import (
     BATCH_NORM,
     WEIGHTED,
     aten,
     batch_norms,
+    copied,
     has_parameter,
     layer_name,
     logits_node,
     node_at,
-    simplify_,
     tensor_of,
     to_channels_last_,
     with_outputs,
 )
+from qimera.graph_files import describe, load_graph, propagate_shapes_, save_graph
 from qimera.input_spec import InputSpec
-from qimera.outputs import choose_logits
-from qimera.programs import read_program
 
 
 @dataclass(frozen=True)
@@ -65,16 +63,16 @@ class Classifier:
 
 
 class Teacher(nn.Module):
-    """The full-precision classifier as an exported graph that nothing here ever changes.
+    """The full-precision classifier as a graph that nothing here ever changes.
 
-    Calling it maps normalised images (batch, channel, height, width) to logits (batch, num_classes).
+    Calling it maps normalised images (batch, channel, height, width) to logits (batch, num_classes). It computes as in
+    evaluation, whatever ``train`` or ``eval`` is called.
     """
 
-    def __init__(self, program: ExportedProgram, input_spec: InputSpec) -> None:
+    def __init__(self, module: GraphModule, input_spec: InputSpec) -> None:
         super().__init__()
         self.input_spec = input_spec
-        self.program = program
-        self.module = _graph_of(program)
+        self.module = module
         self.layers = _layers(self.module)
         self.hash = _hash(self.module)
         self._read()
@@ -90,10 +88,11 @@ class Teacher(nn.Module):
     def capture(
         cls, model: nn.Module, input_spec: InputSpec, logits: str = "", *, without_batch_norms: bool = False
     ) -> "Teacher":
-        """Export a copy of ``model`` in eval mode with a dynamic batch.
+        """Export a copy of ``model`` in evaluation mode and float32, for batches of any size, and compare the two.
 
         Args:
-            model: A trained classifier.
+            model: A trained classifier, on any device and of any floating-point type; wrappers such as
+                ``nn.DataParallel`` and compiled modules are taken off.
             input_spec: What its images look like.
             logits: Which of several outputs the logits are, such as ``0`` or ``head.logits``; found if empty.
             without_batch_norms: Take a model that has none. Its samples then follow from its classes alone, and teach
@@ -101,44 +100,30 @@ class Teacher(nn.Module):
 
         Raises:
             ConfigError: the model refuses images of ``input_spec.shape``, or has no output ``logits``.
-            UnsupportedModelError: it cannot be exported, returns no logits or several, has no batch norm, or holds NaN,
-                infinite values or negative variances.
+            UnsupportedModelError: it cannot be copied or exported, returns no logits or several, has no batch norm,
+                holds NaN, infinite values or negative variances, uses an operation that qimera does not know, or
+                answers differently when it is asked again.
         """
-        model = copy.deepcopy(model).eval().requires_grad_(False)
-        _refuse_broken_numbers(model)
-        images = torch.zeros(2, *input_spec.shape)
-        _return_logits_alone_(model, images, logits)
-        try:
-            program = torch.export.export(model, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be captured by torch.export: {first_line(error)}; "
-                "remove data-dependent control flow and operations that fix the batch size"
-            ) from error
-        if not without_batch_norms and not _batch_norms(_graph_of(program)):
-            raise UnsupportedModelError(
-                f"no batch norm with running statistics found in {type(model).__name__} "
-                f"({len(list(model.modules()))} modules); samples are synthesised from these statistics, "
-                "so bring the model with its batch norms, before folding them. For one that never had any, "
-                "--without-batch-norms makes samples from its classes alone, which are little better than noise"
-            )
-        return cls(program, input_spec)
+        return cls(capture(model, input_spec, logits, without_batch_norms=without_batch_norms), input_spec)
 
     @classmethod
     def load(cls, path: Path | str, input_spec: InputSpec) -> "Teacher":
-        """Read a teacher written by ``save``."""
+        """Read a teacher written by ``save``; nothing in the file is executed.
+
+        Raises:
+            ConfigError: no such file, a damaged one, or one that asks for more than operations on tensors.
+        """
+        module = load_graph(Path(path))
         try:
-            return cls(read_program(Path(path)), input_spec)
-        except ConfigError:
-            raise
-        except Exception as error:
+            propagate_shapes_(module, input_spec.shape)
+            to_channels_last_(module)
+            return cls(module, input_spec)
+        except Exception as error:  # whatever a graph does that does not fit together
             raise ConfigError(f"{path}: not a teacher saved by qimera: {first_line(error)}") from error
 
     def save(self, path: Path | str) -> None:
-        """Write the exported program (.pt2)."""
-        buffer = io.BytesIO()
-        torch.export.save(self.program, buffer)
-        Path(path).write_bytes(buffer.getvalue())
+        """Write the graph and its tensors (safetensors)."""
+        save_graph(self.module, Path(path))
 
     @property
     def device(self) -> torch.device:
@@ -149,11 +134,17 @@ class Teacher(nn.Module):
         """Return this teacher if it computes there, else a copy that does."""
         if device == self.device:
             return self
-        other = Teacher(self.program, self.input_spec)
-        other.module = copy.deepcopy(other.module)  # every module of a program has the program's own parameters
-        to_device_(other.module, device)
-        other._read()
-        return other
+        return Teacher(copied(self.module), self.input_spec).to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Teacher":
+        """Let the graph make its own tensors where the rest is, and read from there what samples are made from."""
+        before = self.device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = next(self.module.parameters()).device
+        if device != before:
+            to_device_(self.module, device)
+            self._read()
+        return self
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch num_classes"]:
         """Return the logits."""
@@ -167,46 +158,6 @@ class Teacher(nn.Module):
         """Return the logits and the input of every batch norm, in the order of ``batch_norms``."""
         logits, taps = self._tapped(images)
         return logits, taps
-
-
-def _refuse_broken_numbers(model: nn.Module) -> None:
-    """Raise UnsupportedModelError for values that no trained network has."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            count = int((~value.isfinite()).sum())
-            raise UnsupportedModelError(
-                f"{name}: {count} of {value.numel()} values are NaN or infinite; the training diverged, or the file is "
-                "damaged: bring an earlier checkpoint"
-            )
-        if name.endswith("running_var") and bool((value < 0).any()):
-            raise UnsupportedModelError(
-                f"{name}: {int((value < 0).sum())} of {value.numel()} variances are negative; the file is damaged, or "
-                "the values are of something else: bring the weights again"
-            )
-
-
-def _graph_of(program: ExportedProgram) -> GraphModule:
-    module = program.module(check_guards=False)
-    assert isinstance(module, GraphModule)
-    module.requires_grad_(False)
-    simplify_(module)
-    to_channels_last_(module)
-    return module
-
-
-def _return_logits_alone_(model: nn.Module, images: Tensor, wanted: str) -> None:
-    """Let ``model`` return (batch, num_classes) where it returns more, or positions of size one behind the classes."""
-    try:
-        with torch.no_grad():
-            output = model(images)
-    except Exception as error:
-        raise ConfigError(
-            f"input_shape {tuple(images.shape[1:])}: {type(model).__name__} cannot process such images: "
-            f"{first_line(error)}"
-        ) from error
-    place = choose_logits(output, len(images), wanted, type(model).__name__)
-    if place.path or place.is_map:
-        model.register_forward_hook(lambda _module, _images, returned: place.logits_of(returned))
 
 
 def _batch_norms(module: GraphModule) -> list[BatchNormTap]:
@@ -262,10 +213,10 @@ def _layers(module: GraphModule) -> list[Layer]:
 
 
 def _hash(module: GraphModule) -> str:
-    """SHA-256 over names, shapes and values of all floating-point parameters and buffers, in order of name."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        if value.is_floating_point():
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    """SHA-256 over the graph, whatever its nodes are called, and the names and values of the tensors that it reads."""
+    digest = hashlib.sha256(describe(module, named=False).encode())
+    read = {str(node.target): tensor_of(module, node) for node in module.graph.find_nodes(op="get_attr")}
+    for name, value in sorted(read.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

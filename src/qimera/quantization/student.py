@@ -3,7 +3,7 @@
 import copy
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,17 +18,8 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from qimera.acceleration import to_device_
 from qimera.errors import ConfigError
 from qimera.files import save_tensors
-from qimera.graph import (
-    WEIGHTED,
-    aten,
-    fold_batch_norms,
-    node_at,
-    tensor_of,
-    to_channels_last_,
-    unfold_batch_norms,
-    unshare_biases_,
-    with_outputs,
-)
+from qimera.folding import fold_batch_norms, unfold_batch_norms, unshare_biases_
+from qimera.graph import WEIGHTED, aten, node_at, tensor_of, to_channels_last_, with_outputs
 from qimera.quantization.exact import with_exact_sums
 from qimera.quantization.fake_quantize import (
     FakeQuantize,
@@ -49,8 +40,9 @@ _READING_ON = {*WEIGHTED, *JOINS, *POOLINGS, aten.max_pool2d.default}
 class Student(nn.Module):
     """The quantized model in training form; calling it maps normalised images to logits, as the teacher does.
 
-    Where gradients are recorded, layers compute in floating point; elsewhere their sums are exact, as those of integer
-    kernels are. The logits of both differ where rounding errors carry a sum over the edge between two levels.
+    In evaluation mode, in which it is made, it computes as integer kernels do: sums are exact, and no gradients are
+    recorded. In training mode layers compute in floating point, with gradients. The logits of both differ where
+    rounding errors carry a sum over the edge between two levels.
     """
 
     def __init__(self, teacher: Teacher, settings: QuantizationSettings) -> None:
@@ -63,6 +55,7 @@ class Student(nn.Module):
         # Tuples, for neither holds parameters that the student owns beside those of self.module.
         self._exact = (with_exact_sums(self.module),)
         self._reference = (fold_batch_norms(teacher.module),)
+        self.eval()
 
     @classmethod
     def load(cls, path: Path | str, teacher: Teacher, settings: QuantizationSettings) -> "Student":
@@ -83,16 +76,23 @@ class Student(nn.Module):
         """Where it computes."""
         return next(self.module.parameters()).device
 
-    def move_(self, device: torch.device) -> None:
-        """Let it, and its reference, compute on ``device``."""
-        if device != self.device:
-            to_device_(self.module, device)
-            to_device_(self.reference, device)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Student":
+        """Move the reference along, and let graphs make their own tensors where the rest is."""
+        before = self.device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.device != before:
+            for graph in (self.module, self.reference):
+                to_device_(graph, self.device)
             self._exact = (with_exact_sums(self.module),)
+        return self
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch num_classes"]:
         """Return the logits."""
-        logits = self.module(images) if torch.is_grad_enabled() else self._exact[0](images)
+        if self.training:
+            logits = self.module(images)
+        else:
+            with torch.no_grad():
+                logits = self._exact[0](images)
         assert isinstance(logits, Tensor)
         return logits
 
@@ -231,6 +231,8 @@ def _prepare(teacher: Teacher, settings: QuantizationSettings) -> GraphModule:
     if hardware:
         _quantize_parameters_late_(prepared)
         _link_biases_(prepared)
+    for method in ("train", "eval"):  # torchao lets them raise, though they change nothing
+        vars(prepared).pop(method, None)
     return _lay_out_(prepared.requires_grad_(True))
 
 
