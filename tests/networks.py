@@ -1,5 +1,8 @@
 """Small classifiers, one for each thing that a graph can do, and a task that the first of them learns in a second."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,6 +83,31 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(x.mean((2, 3)))
+
+
+class Lambda(nn.Module):
+    """A function as a layer; with a tensor of its own, a parameter or ``fixed``, as its second argument."""
+
+    def __init__(self, function: Callable[..., Any], weight: Tensor | None = None, *, fixed: bool = False) -> None:
+        super().__init__()
+        self.function = function
+        if weight is not None and fixed:
+            self.register_buffer("weight", weight)
+        else:
+            self.weight = None if weight is None else nn.Parameter(weight)
+
+    def forward(self, x: Any) -> Any:
+        return self.function(x) if self.weight is None else self.function(x, self.weight)
+
+
+def calibrated(model: nn.Module) -> nn.Module:
+    """Let batch norms record smooth noise, and return ``model`` in evaluation mode."""
+    coarse = torch.randn(32, SPEC.shape[0], 4, 4, generator=torch.Generator().manual_seed(0))
+    for norm in [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]:
+        norm.momentum = None
+    with torch.no_grad():
+        model.train()(F.interpolate(coarse, SPEC.shape[1:], mode="bilinear"))
+    return model.eval()
 
 
 class Plain(nn.Module):

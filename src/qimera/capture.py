@@ -185,7 +185,9 @@ def _exported(model: nn.Module, images: Tensor, name: str) -> ExportedProgram:
     takes_any = first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL
     batch = {0: Dim.DYNAMIC}
     try:
-        return torch.export.export(model, (images,), dynamic_shapes=((batch,),) if takes_any else (batch,))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as of attributes that are assigned anew in every call
+            return torch.export.export(model, (images,), dynamic_shapes=((batch,),) if takes_any else (batch,))
     except Exception as error:
         for path, module in model.named_modules():
             if type(module).__module__.startswith("torchvision.transforms"):

@@ -168,25 +168,47 @@ def _max_pool2d(module: GraphModule, node: Node) -> None:
 
 
 def _adaptive_max_pool2d(module: GraphModule, node: Node) -> None:
-    """The largest value of each channel, where nothing else is asked for."""
-    if list(_each(argument(node, "output_size"), 2)) == [1, 1]:
+    """The largest value of each channel, or of windows that cover the image evenly."""
+    size = node_at(node, 0).meta["val"].shape[-2:]
+    wanted = _each(argument(node, "output_size"), 2)
+    window = [whole // parts for whole, parts in zip(size, wanted, strict=True)]
+    if wanted == [1, 1]:
         _replace_first(aten.amax.default)(node, (node.args[0], [-2, -1], True))
+    elif all(whole % parts == 0 for whole, parts in zip(size, wanted, strict=True)):
+        _replace_first(aten.max_pool2d.default)(node, (node.args[0], window, window))
 
 
 def _avg_pool2d(module: GraphModule, node: Node) -> None:
-    """A divisor of its own is the usual average, zeros counted in, times a number."""
-    divisor = argument(node, "divisor_override")
-    if divisor is None:
-        return
-    if argument(node, "ceil_mode"):
+    """Average over whole windows, or over what of them lies within the image and its padding.
+
+    Runtimes disagree on zeros that are counted in beside windows that reach beyond them, so there the image is padded
+    first. A divisor of its own is the usual average, zeros counted in, times a number.
+    """
+    x, kernel, stride, padding, ceil_mode, counts_zeros, divisor = _arguments(node)
+    kernel, padding = _each(kernel, 2), _each(padding, 2)
+    stride = _each(stride, 2) if stride else kernel
+    if divisor is not None and ceil_mode:
         raise UnsupportedModelError(
             f"{node.name}: average pooling with ceil_mode and divisor_override has no integer kernel; leave one out"
         )
-    x, kernel, stride, padding = (argument(node, name) for name in ("self", "kernel_size", "stride", "padding"))
-    kernel = _each(kernel, 2)
-    mean = node.graph.call_function(aten.avg_pool2d.default, (x, kernel, stride or kernel, padding, False, True))
-    mean.meta = dict(node.meta)
-    _replace(node, aten.mul.Tensor, mean, kernel[0] * kernel[1] / divisor)
+    if divisor is not None:
+        mean = node.graph.call_function(aten.avg_pool2d.default, (x, kernel, stride, padding, False, True))
+        mean.meta = dict(node.meta)
+        _replace(node, aten.mul.Tensor, mean, kernel[0] * kernel[1] / divisor)
+    elif ceil_mode and counts_zeros:
+        if any(padding):
+            sides = [padding[1], padding[1], padding[0], padding[0]]
+            padded = node.graph.call_function(aten.constant_pad_nd.default, (x, sides))
+            padded.meta["val"] = aten.constant_pad_nd.default(x.meta["val"], sides)
+            x = padded
+        _replace(node, aten.avg_pool2d.default, x, kernel, stride, [0, 0], True, False)
+
+
+def _copy(module: GraphModule, node: Node) -> None:
+    """A copy into a tensor that nothing else reads is what is copied, spread to its shape."""
+    into, source = node_at(node, 0), node_at(node, 1)
+    if into.meta["val"].dtype == source.meta["val"].dtype:
+        _replace(node, aten.expand_as.default, source, into)
 
 
 def _clamp(module: GraphModule, node: Node) -> None:
@@ -226,6 +248,7 @@ _REWRITES: dict[object, Callable[[GraphModule, Node], None]] = {
     aten._softmax.default: _same_as(aten.softmax.int, 2),
     aten._log_softmax.default: _same_as(aten.log_softmax.int, 2),
     aten._unsafe_view.default: _same_as(aten.view.default, 2),
+    aten.copy.default: _copy,
     aten.clamp.default: _clamp,
     aten.clamp_min.default: _clamp,
 }

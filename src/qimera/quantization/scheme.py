@@ -25,12 +25,19 @@ POOLINGS = {
     aten.avg_pool2d.default,
     aten.adaptive_avg_pool2d.default,
     aten.adaptive_max_pool2d.default,
+    aten.amax.default,
     aten.mean.dim,
 }
 RELUS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default}
 _PADDINGS = {aten.pad.default, aten.constant_pad_nd.default}
-_MOVES = {
+_SPLITS = {
     aten.chunk.default,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.unbind.int,
+}
+_MOVES = {
+    *_SPLITS,
     aten.clone.default,
     aten.contiguous.default,
     aten.dropout.default,
@@ -40,16 +47,12 @@ _MOVES = {
     aten.reshape.default,
     aten.select.int,
     aten.slice.Tensor,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
     aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.transpose.int,
-    aten.unbind.int,
     aten.unsqueeze.default,
     aten.view.default,
-    operator.getitem,
 }
 
 _Edge = tuple[Node, Node, int]
@@ -174,6 +177,8 @@ def before_moves(tensor: Node) -> Node:
 
 def is_move(node: Node) -> bool:
     """Whether every value that ``node`` returns is one of its first argument, or zero."""
+    if node.target is operator.getitem:  # of other tuples each part is something else
+        return node_at(node, 0).target in _SPLITS
     if node.target in _PADDINGS:
         mode, value = (node.args[2:] + ("constant", None)[len(node.args) - 2 :])[:2]
         return mode in ("constant", 0, 0.0) and not value
