@@ -20,7 +20,7 @@ from qimera import libraries, programs
 from qimera.embedded import MnistCnn
 from qimera.errors import ConfigError, describe_value, enumerate_names, suggest
 from qimera.input_spec import InputSpec
-from qimera.state_dicts import load_state_dict_, read_state_dict
+from qimera.state_dicts import load_state_dict_, read_state_dict, tensors_by_name
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def load_model(source: str, weights: Path | None = None, *, untrained: bool = Fa
                 f"weights: missing; {source} is an architecture with random weights. Give the file of its trained "
                 "weights, or fetch both from the hub with hf-hub:REPO"
             )
-        model = libraries.build(library, name, given)
+        model = libraries.build(library, name, None if given is None else tensors_by_name(given))
     elif Path(source).suffix == ".pt2":
         model = programs.read_program(Path(source))
     elif ":" in source:
