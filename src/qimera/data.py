@@ -1,7 +1,7 @@
 """Files of labelled images -> uint8 arrays, for evaluation alone; nothing here reaches training."""
 
-import logging
-import re
+import math
+import os
 import struct
 import tokenize
 import zipfile
@@ -12,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64, Integer, UInt8
-from numpy.lib.npyio import NpzFile
+from numpy.lib import format as npy
 from PIL import Image
 
+from qimera.class_folders import find_class_files
 from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
 
-logger = logging.getLogger(__name__)
+_IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What Pillow may take a file for, whatever its name: for others, such as EPS, it starts programs."""
 
-_IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_MOST_PIXELS = 1 << 27
+"""Of one image in any step of its preparation, so that a small file cannot take all memory."""
+
 IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 # What NumPy and zipfile raise for damaged archives, by where the damage is.
 _UNREADABLE = (
@@ -36,7 +40,6 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-_INTEGER = re.compile(r"-?\d+")
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,8 @@ def load_labelled_images(path: Path | str, input_spec: InputSpec, num_classes: i
 
     Args:
         path: An ``.npz`` file with ``images`` (uint8, (n, height, width, channel), or (n, height, width) for one
-            channel) and ``labels`` (integers, (n,)); or a folder with one sub-folder of images per class, in
-            sorted order. Sub-folders whose names are all integers say their class index themselves.
+            channel) and ``labels`` (integers, (n,)); or a folder with one sub-folder of images per class. Classes
+            are counted in the order of the names as text, as torchvision's ``ImageFolder`` counts them.
         input_spec: The shape of one image. Image files of another size are resized until they cover it and cropped
             to their centre; arrays are not resized.
         num_classes: Classes of the model.
@@ -101,7 +104,8 @@ def load_labelled_images(path: Path | str, input_spec: InputSpec, num_classes: i
     """
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path, input_spec, num_classes)
+        files, classes = find_class_files(path, num_classes)
+        return LabelledImages(ImageFiles(tuple(files), input_spec.shape), np.array(classes, dtype=np.int64))
     if not path.exists():
         raise ConfigError(
             f"{path}: no such file or folder; give an .npz file or a folder with one sub-folder per class"
@@ -115,9 +119,59 @@ def load_labelled_images(path: Path | str, input_spec: InputSpec, num_classes: i
 
 
 def _load_arrays(path: Path, input_spec: InputSpec, num_classes: int) -> LabelledImages:
-    arrays = _read_npz(path)
-    images = _checked_images(path, arrays["images"], input_spec.shape)
-    labels = arrays["labels"]
+    try:
+        with path.open("rb") as file:
+            _refuse_other_files(path, file.read(6))
+            with zipfile.ZipFile(file) as archive:
+                _check_headers(path, _headers(path, archive), input_spec.shape)
+                arrays = {name: _read_array(archive, name) for name in ("images", "labels")}
+    except _UNREADABLE as error:
+        raise ConfigError(
+            f"{path}: cannot be read as an .npz file of plain arrays ({error}); it is damaged, or another kind of file"
+        ) from error
+    _check_classes(path, arrays["labels"], num_classes)
+    images = arrays["images"]
+    return LabelledImages(images[..., np.newaxis] if images.ndim == 3 else images, arrays["labels"].astype(np.int64))
+
+
+def _refuse_other_files(path: Path, start: bytes) -> None:
+    if start == b"\x93NUMPY":
+        raise ConfigError(f"{path}: holds one array without a name; write it with numpy.savez_compressed")
+    if start[:1] == b"\x80":
+        raise ConfigError(
+            f"{path}: cannot be read as an .npz file, for it is a pickle, which could execute code; "
+            "write the arrays with numpy.savez_compressed"
+        )
+
+
+def _headers(path: Path, archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    """Return arrays of the right shapes and types that take no memory, whatever the archive would unpack to."""
+    found = [name.removesuffix(".npy") for name in archive.namelist()]
+    missing = {"images", "labels"} - set(found)
+    if missing:
+        raise ConfigError(
+            f"{path}: array {' and '.join(map(repr, sorted(missing)))} missing, found {sorted(found)}; "
+            "write it with numpy.savez_compressed(path, images=images, labels=labels)"
+        )
+    headers = {}
+    for name in ("images", "labels"):
+        with archive.open(f"{name}.npy") as member:
+            # Headers of later versions can be gigabytes long, and plain arrays never have them.
+            if npy.read_magic(member) != (1, 0):
+                raise ValueError(f"{name} is no plain array")
+            shape, _, dtype = npy.read_array_header_1_0(member)
+        if dtype.hasobject:
+            raise ConfigError(
+                f"{path}: {name} holds Python objects, which are not read, since reading them could execute code; "
+                f"save {name} as {'uint8' if name == 'images' else 'int64'}"
+            )
+        headers[name] = np.broadcast_to(np.zeros((), dtype), shape)
+    return headers
+
+
+def _check_headers(path: Path, headers: dict[str, np.ndarray], shape: tuple[int, int, int]) -> None:
+    images, labels = headers["images"], headers["labels"]
+    _check_images(path, images, shape)
     if labels.dtype.kind not in "iu":
         raise ConfigError(f"{path}: labels must be integers, given {labels.dtype}; save them with .astype(numpy.int64)")
     if labels.shape != images.shape[:1]:
@@ -127,39 +181,28 @@ def _load_arrays(path: Path, input_spec: InputSpec, num_classes: int) -> Labelle
         )
     if len(labels) == 0:
         raise ConfigError(f"{path}: holds no images; give at least one")
-    _check_classes(path, labels, num_classes)
-    return LabelledImages(images, labels.astype(np.int64))
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    try:
-        # Opened here, because np.load leaves a damaged file open.
-        with path.open("rb") as file:
-            return _named_arrays(path, np.load(file, allow_pickle=False))
-    except _UNREADABLE as error:
+    size = math.prod(images.shape)
+    if size > _memory_bytes():
         raise ConfigError(
-            f"{path}: cannot be read as an .npz file of plain arrays ({error}); it is damaged, or holds Python objects"
-        ) from error
-
-
-def _named_arrays(path: Path, content: object) -> dict[str, np.ndarray]:
-    if not isinstance(content, NpzFile):
-        raise ConfigError(f"{path}: holds one array without a name; write it with numpy.savez_compressed")
-    missing = {"images", "labels"} - set(content.files)
-    if missing:
-        raise ConfigError(
-            f"{path}: array {' and '.join(map(repr, sorted(missing)))} missing, found {sorted(content.files)}; "
-            "write it with numpy.savez_compressed(path, images=images, labels=labels)"
+            f"{path}: its images would take {size / 1e9:.0f} GB, more than this machine has; "
+            "give fewer, or a folder of image files, which are read batch by batch"
         )
-    arrays = {name: content[name] for name in ("images", "labels")}
-    if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # bytes, where a member is no .npy file
-        raise ValueError("a member is not an array")
-    return arrays
 
 
-def _checked_images(
-    path: Path, images: np.ndarray, shape: tuple[int, int, int]
-) -> UInt8[np.ndarray, "batch height width channel"]:
+def _memory_bytes() -> float:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return math.inf
+    return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as member:
+        array = npy.read_array(member, allow_pickle=False)
+        assert isinstance(array, np.ndarray)
+        return array
+
+
+def _check_images(path: Path, images: np.ndarray, shape: tuple[int, int, int]) -> None:
     channels, height, width = shape
     if images.dtype != np.uint8:
         raise ConfigError(f"{path}: images must be uint8 pixels (0 to 255, not normalised), given {images.dtype}")
@@ -173,7 +216,6 @@ def _checked_images(
             f"{path}: images must have shape (n, {height}, {width}, {channels}) for a model with input shape {shape}, "
             f"given {images.shape}; {advice}"
         )
-    return images
 
 
 def _check_classes(path: Path, labels: Integer[np.ndarray, " batch"], num_classes: int) -> None:
@@ -186,59 +228,16 @@ def _check_classes(path: Path, labels: Integer[np.ndarray, " batch"], num_classe
         )
 
 
-def _load_folder(path: Path, input_spec: InputSpec, num_classes: int) -> LabelledImages:
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
-        raise ConfigError(f"{path}: holds no class folders; put the images into one sub-folder per class")
-    files: list[Path] = []
-    labels: list[int] = []
-    for folder, index in zip(folders, _class_indices(path, folders, num_classes), strict=True):
-        found = _image_files(folder)
-        files += found
-        labels += [index] * len(found)
-    if not files:
-        raise ConfigError(
-            f"{path}: no images in its {len(folders)} class folders; known are {' '.join(sorted(_IMAGE_SUFFIXES))}"
-        )
-    return LabelledImages(ImageFiles(tuple(files), input_spec.shape), np.array(labels, dtype=np.int64))
-
-
-def _class_indices(path: Path, folders: list[Path], num_classes: int) -> list[int]:
-    if len(folders) > num_classes:
-        raise ConfigError(
-            f"{path}: {len(folders)} class folders, the model has {num_classes} classes; "
-            "remove the folders of classes that the model does not know"
-        )
-    if all(_INTEGER.fullmatch(folder.name) for folder in folders):
-        indices = [int(folder.name) for folder in folders]
-        _check_classes(path, np.array(indices), num_classes)
-        return indices
-    if len(folders) < num_classes:
-        logger.warning(
-            "%s: %d class folders for %d classes are counted from 0 in sorted order; "
-            "if classes are absent, name each folder by its class index",
-            path,
-            len(folders),
-            num_classes,
-        )
-    return list(range(len(folders)))
-
-
-def _image_files(folder: Path) -> list[Path]:
-    visible = (file for file in folder.rglob("*") if not file.name.startswith("."))
-    return sorted(file for file in visible if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file())
-
-
 def _read_image(path: Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channel"]:
     channels, height, width = shape
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=_IMAGE_FORMATS) as file:
             # Pillow would clip these to 255 and return an almost white image.
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"pixels of mode {file.mode} have more than 8 bits")
             image = _cover_and_crop(file.convert(IMAGE_MODES[channels]), height, width)
-    # Pillow reports damaged files by all of these.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    # A damaged file can make Pillow fail in any way.
+    except Exception as error:
         raise ConfigError(
             f"{path}: cannot be read as an image ({error}); save it with 8 bits per channel, replace or remove it"
         ) from error
@@ -251,6 +250,8 @@ def _cover_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     scale = max(height / image.height, width / image.width)
     # max(): rounding down must not leave a side one pixel short.
     covering = (max(width, int(image.width * scale)), max(height, int(image.height * scale)))
+    if math.prod(covering) > _MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too narrow for {width} x {height}")
     image = image.resize(covering, Image.Resampling.BILINEAR)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
