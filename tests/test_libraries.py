@@ -1,4 +1,5 @@
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 
@@ -51,6 +52,33 @@ def test_torchvision_classes_are_those_of_the_weights(tmp_path: Path) -> None:
     assert (
         load_model("torchvision:mobilenet_v3_small", tmp_path / "weights.pt")(torch.zeros(2, 3, 64, 64)).shape[1] == 7
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "auxiliary"), [("googlenet", True), ("googlenet", False), ("inception_v3", True), ("inception_v3", False)]
+)
+@pytest.mark.parametrize("num_classes", [1000, 7])
+def test_torchvisions_inceptions_change_their_input_as_torchvision_lets_them(
+    tmp_path: Path, name: str, auxiliary: bool, num_classes: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    build = getattr(libraries._import("torchvision.models"), name)
+    # As torchvision builds it for its own weights, which fine-tuning starts from.
+    saved = build(transform_input=True, aux_logits=auxiliary, num_classes=num_classes, init_weights=False).eval()
+    torch.save(saved.state_dict(), tmp_path / "weights.pt")
+    with caplog.at_level(logging.INFO, logger="qimera.libraries"):
+        model = load_model(f"torchvision:{name}", tmp_path / "weights.pt")
+    images = torch.randn(2, 3, 80, 80, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model(images), saved(images))
+    assert "transform_input=True" in caplog.text
+    assert known_input(f"torchvision:{name}", model)["mean"] == pytest.approx((0.485, 0.456, 0.406))
+
+
+def test_no_other_architecture_of_torchvision_changes_its_input() -> None:
+    models = libraries._import("torchvision.models")
+    names = [name for name in models.list_models(module=models) if not name.startswith(("vit_", "swin", "regnet"))]
+    with torch.device("meta"):
+        built = {name: models.get_model(name, weights=None) for name in names if name not in libraries._AUXILIARY}
+    assert not [name for name, model in built.items() if hasattr(model, "transform_input")]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ LIBRARIES = ("timm", "torchvision", "hf-hub")
 _CLASSES = 1000
 """What both libraries build an architecture for, unless they are told another number."""
 
+_AUXILIARY = {"googlenet": "aux1", "inception_v3": "AuxLogits"}
+"""Architectures of torchvision that change how their images are normalised, and a part that only training uses."""
+
 
 def build(library: str, name: str, weights: Mapping[str, Tensor] | None) -> nn.Module:
     """Return the network called ``name`` of a library, with as many classes and channels as ``weights`` are for.
@@ -95,15 +98,35 @@ def _build_torchvision(name: str, weights: Mapping[str, Tensor] | None) -> nn.Mo
     names = models.list_models(module=models)
     if name not in names:
         raise ConfigError(f"model: torchvision has no classifier {name!r}{suggest(name, names)}")
-    model = models.get_model(name, weights=None)
+    options = _options_for_torchvision(name, weights)
+    model = models.get_model(name, weights=None, **options)
     assert isinstance(model, nn.Module)
     last = [key for key, value in model.named_parameters() if value.ndim > 1][-1]
     given = None if weights is None else _ending_with(weights, last)
     if given is not None and given.shape[0] != _CLASSES:
         logger.info("num_classes: %d instead of %d, as the weights have it", given.shape[0], _CLASSES)
-        model = models.get_model(name, weights=None, num_classes=given.shape[0])
+        model = models.get_model(name, weights=None, num_classes=given.shape[0], **options)
         assert isinstance(model, nn.Module)
     return model
+
+
+def _options_for_torchvision(name: str, weights: Mapping[str, Tensor] | None) -> dict[str, bool]:
+    """Return what torchvision sets itself when it loads its own weights, which were trained for other mean and std.
+
+    Fine-tuning keeps it, so it is right for every network that began with those weights.
+    """
+    if name not in _AUXILIARY:
+        return {}
+    if weights is None:
+        return {"init_weights": True}
+    logger.info(
+        "%s: images are normalised with ImageNet's mean and std, and the network changes that to 0.5 itself, as "
+        "torchvision's own weights and those fine-tuned from them need (transform_input=True); for a network that was "
+        "trained from scratch without it, give a function that builds it",
+        name,
+    )
+    has_auxiliary = any(_AUXILIARY[name] in key.split(".") for key in weights)
+    return {"transform_input": True, "aux_logits": has_auxiliary, "init_weights": False}
 
 
 def _ending_with(weights: Mapping[str, Tensor], key: str) -> Tensor | None:
