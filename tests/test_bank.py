@@ -254,6 +254,14 @@ def test_a_manifest_cannot_name_files_outside_of_the_bank(teacher: Teacher, save
         SampleBank.load(saved, teacher)
 
 
+def test_a_manifest_cannot_name_a_shard_twice(teacher: Teacher, saved: Path) -> None:
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["shards"] *= 2
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="a shard is named twice"):
+        SampleBank.load(saved, teacher)
+
+
 def test_an_empty_directory_is_no_bank(teacher: Teacher, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is this a bank"):
         SampleBank.load(tmp_path, teacher)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qimera.errors import ConfigError
 from qimera.files import naming
 from qimera.progress import Progress, ProgressCallback
 
@@ -38,7 +39,12 @@ class Metrics:
         """Yield a callback that appends one line per step and then calls ``also``.
 
         A stage that goes on after an interruption takes the place of the lines of the steps that it does again.
+
+        Raises:
+            ConfigError: the file is a link to another one.
         """
+        if self.path.is_symlink():
+            raise ConfigError(f"{self.path}: is a link, and nothing is written outside of a run; replace or remove it")
         start, stages = time.monotonic() - (self.seconds(part) or 0.0), set[str]()
         with self.path.open("ab", buffering=0) as file:
             self._forget(lambda line: False)  # but for what was cut off
@@ -76,9 +82,12 @@ class Metrics:
 def _parse(line: str) -> Line | None:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and found.keys() >= KEYS else None
+    if not isinstance(found, dict) or not found.keys() >= KEYS:
+        return None
+    are_numbers = all(type(found[key]) in (int, float) for key in ("step", "total", "seconds"))
+    return found if are_numbers and isinstance(found["part"], str) and isinstance(found["stage"], str) else None
 
 
 KEYS = {"part", "stage", "step", "total", "seconds"}

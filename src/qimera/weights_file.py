@@ -80,12 +80,14 @@ torch itself allows its functions that rebuild tensors, ``OrderedDict``, ``Count
 
 
 @contextmanager
-def _allowing_only() -> Iterator[None]:
-    """Allow ``_ALLOWED`` for the moment, and not what other libraries allowed torch in this process."""
+def allowing_only(
+    allowed: list[Callable[..., object] | tuple[Callable[..., object], str]],
+) -> Iterator[None]:
+    """Let ``torch.load`` read ``allowed`` beside tensors, and not what libraries allowed it in this process."""
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
+        with torch.serialization.safe_globals(allowed):
             yield
     finally:
         torch.serialization.clear_safe_globals()
@@ -109,7 +111,7 @@ def read_content(path: Path) -> object:
             raise ConfigError(f"{path}: not a safetensors file, or damaged ({error}); save or copy it again") from error
     with path.open("rb") as file:
         try:
-            with _allowing_only(), warnings.catch_warnings():
+            with allowing_only(_ALLOWED), warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore"
                 )  # of old protocols and kinds of tensors, which are refused by name later

@@ -196,6 +196,8 @@ class SampleBank:
             names = [str(name) for name in manifest["shards"]]
             if any(Path(name).name != name for name in names):
                 raise ConfigError(f"bank {directory}: a shard lies outside of the directory: {names}")
+            if len(set(names)) < len(names):
+                raise ConfigError(f"bank {directory}: damaged (a shard is named twice: {names}); synthesise it again")
             shards = [load_file(directory / name) for name in names]
             parts = [torch.cat([shard[key] for shard in shards]) for key in ("pixels", "soft_labels", "logits")]
         except (FileNotFoundError, NotADirectoryError) as error:
