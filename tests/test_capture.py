@@ -66,6 +66,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_a_wrapper_of_pytorch_is_taken_off(tiny_model: TinyNet, teacher: Teacher, name: str) -> None:
     captured = Teacher.capture(WRAPPERS[name](copy.deepcopy(tiny_model)), SPEC)
