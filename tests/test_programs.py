@@ -70,7 +70,10 @@ def test_a_truncated_program_is_refused(archive: Path, tmp_path_factory: pytest.
     path = tmp_path_factory.mktemp("truncated") / "tiny.pt2"
     content = archive.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ConfigError, match=r"not a file of torch\.export\.save, or damaged|and was not executed"):
+    with pytest.raises(
+        ConfigError,
+        match=r"not a file of torch\.export\.save, or damaged|is not in the format|nothing of it was executed",
+    ):
         read_program(path)
 
 

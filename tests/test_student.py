@@ -202,10 +202,23 @@ def test_a_student_shares_no_memory_with_its_teacher(teacher: Teacher) -> None:
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
 
+def test_a_student_answers_as_integer_kernels_do_unless_it_is_trained(teacher: Teacher, toy_images: Tensor) -> None:
+    student = student_of(teacher, toy_images[:64])
+    with torch.no_grad():
+        expected, in_floats = student(toy_images[64:96]), student.module(toy_images[64:96])
+    for logits in (student(toy_images[64:96]), student.eval()(toy_images[64:96]), student.to("cpu")(toy_images[64:96])):
+        assert torch.equal(logits, expected)
+        assert not logits.requires_grad
+    trained = student.train()(toy_images[64:96])
+    assert trained.requires_grad
+    assert torch.equal(trained, in_floats)
+    assert torch.equal(student.eval()(toy_images[64:96]), expected)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_parameter_gets_a_gradient(teacher: Teacher, toy_images: Tensor, scheme: str) -> None:
     student = student_of(teacher, toy_images[:64], "w3a3", scheme)
-    (student(toy_images[:64]) ** 2).sum().backward()
+    (student.train()(toy_images[:64]) ** 2).sum().backward()
     without = [name for name, each in student.named_parameters() if each.grad is None or not each.grad.any()]
     assert without == []
 

@@ -131,6 +131,31 @@ def test_the_hash_depends_on_weights_statistics_and_graph(tiny_model: TinyNet, t
         assert Teacher.capture(changed, SPEC).hash != teacher.hash, name
 
 
+def test_the_hash_tells_networks_of_the_same_weights_apart(tiny_model: TinyNet, teacher: Teacher) -> None:
+    others = [nn.LeakyReLU(0.2), nn.LeakyReLU(0.1), nn.SiLU()]
+    hashes = {teacher.hash}
+    for activation in others:
+        model = copy.deepcopy(tiny_model)
+        model.relu6 = activation  # type: ignore[assignment]
+        hashes.add(Teacher.capture(model, SPEC).hash)
+    assert len(hashes) == 4
+
+
+def test_modes_change_nothing_about_a_teacher(tiny_model: TinyNet) -> None:
+    teacher = Teacher.capture(tiny_model, SPEC)
+    with torch.no_grad():
+        expected = teacher(images())
+        assert torch.equal(teacher.train()(images()), expected)
+        assert torch.equal(teacher.eval().to("cpu")(images()), expected)
+
+
+def test_a_teacher_moves_with_its_statistics(tiny_model: TinyNet) -> None:
+    teacher = Teacher.capture(tiny_model, SPEC).to("meta")
+    assert teacher.device.type == "meta"
+    assert {tap.mean.device.type for tap in teacher.batch_norms} == {"meta"}
+    assert teacher.forward_with_taps(images().to("meta"))[0].device.type == "meta"
+
+
 def test_a_teacher_comes_back_as_it_was_saved(teacher: Teacher, tmp_path: Path) -> None:
     teacher.save(str(tmp_path / "teacher.safetensors"))
     loaded = Teacher.load(str(tmp_path / "teacher.safetensors"), SPEC)
@@ -237,17 +262,6 @@ class DataDependent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x) if x.sum() > 0 else self.network(-x)
-
-
-class WritesIntoPart(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        x[:, :2] *= 2
-        return self.head(x.mean((2, 3)))
 
 
 UNSUPPORTED: dict[str, tuple[nn.Module, str]] = {

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from qimera.errors import ConfigError, UnsupportedModelError, first_line
 from qimera.graph import BATCH_NORM, aten, batch_norms, logits_node, node_at, to_channels_last_
-from qimera.graph_files import propagate_shapes_, unsupported_operation
+from qimera.graph_files import propagate_shapes_, rebuilt, unsupported_operation
 from qimera.input_spec import InputSpec
 from qimera.operations import operation_name
 from qimera.outputs import choose_logits
@@ -60,6 +60,7 @@ def capture(model: nn.Module, input_spec: InputSpec, logits: str, *, without_bat
     _refuse_training_mode(module, name)
     simplify_(module)
     _refuse_unknown_operations(module)
+    module = rebuilt(module)
     propagate_shapes_(module, input_spec.shape)
     to_channels_last_(module)
     if not without_batch_norms and not batch_norms(module):
@@ -72,8 +73,7 @@ def capture(model: nn.Module, input_spec: InputSpec, logits: str, *, without_bat
     expected = check_answers(model, input_spec, name)
     if not check_graph(module, expected, is_narrow=is_narrow):
         raise_for_another_graph(module, _graph_of(program)[0], expected, name)
-    _return_logits_before_softmax_(module, name)
-    return module
+    return _without_softmax(module, name)
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -234,8 +234,8 @@ def _refuse_unknown_operations(module: GraphModule) -> None:
             raise UnsupportedModelError(unsupported_operation(node))
 
 
-def _return_logits_before_softmax_(module: GraphModule, name: str) -> None:
-    """Take off a softmax at the end, with which classes cannot be told apart from each other by their logits."""
+def _without_softmax(module: GraphModule, name: str) -> GraphModule:
+    """Take off a softmax at the end: what it takes its probabilities of are the logits."""
     logits = logits_node(module)
     while logits.target in _SOFTMAXES and logits.args[1] in (1, -1):
         entering = node_at(logits, 0)
@@ -244,3 +244,4 @@ def _return_logits_before_softmax_(module: GraphModule, name: str) -> None:
         module.graph.erase_node(logits)
         logits = entering
     module.recompile()
+    return module

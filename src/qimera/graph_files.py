@@ -29,7 +29,10 @@ _KEY = "qimera_graph"
 """Under which a safetensors file holds the graph."""
 
 _NODE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
-_TENSOR_NAME = re.compile(r"(?!__)[A-Za-z0-9_]{1,100}(\.(?!__)[A-Za-z0-9_]{1,100}){0,30}")
+_PART = r"(?!__)[A-Za-z0-9_ !#$%&()*+,/:;<=>?@^~|-]{1,100}"
+_TENSOR_NAME = re.compile(rf"{_PART}(\.{_PART}){{0,30}}")
+"""Code that reads a tensor has its name between quotation marks, so these and backslashes are not allowed."""
+
 _WORD = re.compile(r"[A-Za-z0-9_ ,>.-]{0,100}")
 _MAX_NODES = 100_000
 _MAX_DEPTH = 8
@@ -258,11 +261,20 @@ def _decoded(value: object, builder: GraphBuilder, depth: int = 0) -> Any:
     raise ConfigError(f"has the argument {value!r:.100}, which is none")
 
 
+def tensors_of(module: GraphModule) -> dict[str, Tensor]:
+    """Return the parameters and buffers that a graph reads, by name."""
+    return {str(node.target): tensor_of(module, node).detach() for node in module.graph.find_nodes(op="get_attr")}
+
+
+def rebuilt(module: GraphModule) -> GraphModule:
+    """Return a network as it would come back from a file, which shares the tensors of ``module``."""
+    return _built(json.loads(describe(module)), tensors_of(module))
+
+
 def save_graph(module: GraphModule, path: Path) -> None:
     """Write a network as a safetensors file whose metadata holds its graph."""
-    with torch.no_grad():  # tensors of a network may share memory, which the format does not allow
-        read = {str(node.target): tensor_of(module, node) for node in module.graph.find_nodes(op="get_attr")}
-        tensors = {name: value.detach().cpu().clone() for name, value in read.items()}
+    # copied, for tensors of a network may share memory, which the format does not allow
+    tensors = {name: value.cpu().clone() for name, value in tensors_of(module).items()}
     save_tensors(tensors, path, {_KEY: describe(module)})
 
 

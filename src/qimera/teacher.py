@@ -28,7 +28,7 @@ from qimera.graph import (
     to_channels_last_,
     with_outputs,
 )
-from qimera.graph_files import describe, load_graph, propagate_shapes_, save_graph
+from qimera.graph_files import describe, load_graph, propagate_shapes_, save_graph, tensors_of
 from qimera.input_spec import InputSpec
 
 
@@ -215,8 +215,7 @@ def _layers(module: GraphModule) -> list[Layer]:
 def _hash(module: GraphModule) -> str:
     """SHA-256 over the graph, whatever its nodes are called, and the names and values of the tensors that it reads."""
     digest = hashlib.sha256(describe(module, named=False).encode())
-    read = {str(node.target): tensor_of(module, node) for node in module.graph.find_nodes(op="get_attr")}
-    for name, value in sorted(read.items()):
+    for name, value in sorted(tensors_of(module).items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
