@@ -37,7 +37,8 @@ from qimera.models import EMBEDDED_MODELS, load_model
 from qimera.pipeline import quantize_with
 from qimera.progress import ProgressCallback
 from qimera.recipes import recipe
-from qimera.summary import float_bytes, packed_bytes, readable_bytes
+from qimera.sizes import float_bytes, packed_bytes
+from qimera.summary import readable_bytes
 
 MODEL = "mnist_cnn"
 OUTPUT = Path("runs") / "demo"

@@ -1,13 +1,16 @@
 import re
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from qimera.budget import Budget, check_budget, layer_choices
+from qimera.budget import Budget, bit_operations, check_budget, fixed_cost, layer_choices
 from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
+from qimera.quantization.student import Student
 from qimera.settings import LayerBits, QuantizationSettings
-from qimera.summary import float_bytes, packed_bytes
+from qimera.sizes import float_bytes, packed_bytes, unquantized_bytes
 from qimera.teacher import Teacher
 from tests.networks import NETWORKS, SPEC, random_network
 
@@ -49,7 +52,7 @@ def test_sizes_of_layers_add_up_to_packed_bytes(name: str, bits: int) -> None:
     choices = layer_choices(teacher, settings("size=1"), Budget("size", 1.0))
     assert len({choice.name for choice in choices}) == len(choices)
     expected = packed_bytes(teacher, QuantizationSettings(weight_bits=bits))
-    assert sum(choice.costs[bits, 4] for choice in choices) == expected
+    assert sum(choice.costs[bits, 4] for choice in choices) + unquantized_bytes(teacher.module) == expected
 
 
 def test_bit_operations_count_weights_times_activations_and_the_input_at_its_own_bits(toy: Teacher) -> None:
@@ -60,10 +63,54 @@ def test_bit_operations_count_weights_times_activations_and_the_input_at_its_own
     assert Budget("bops", 0.5).limit(toy) == (72 * 36 + 864) * 32 * 16
 
 
+class Attention(nn.Module):
+    """Sixteen tokens of six numbers, whose products of activations have two forms, behind a layer called twice."""
+
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__()
+        self.stem, self.again, self.head = nn.Conv2d(1, 6, 2, stride=2), nn.Conv2d(6, 6, 1), nn.Linear(6, 3)
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.again(self.again(self.stem(x)).relu()).flatten(2).transpose(1, 2)
+        if self.fused:
+            return self.head(F.scaled_dot_product_attention(x, x, x).mean(1))
+        return self.head(torch.bmm((x @ x.transpose(1, 2)).softmax(-1), x).mean(1))
+
+
+@pytest.mark.parametrize(("fused", "bits_of_products"), [(False, 5), (True, 32)])
+def test_products_of_activations_count_at_their_bits_beside_what_is_decided(fused: bool, bits_of_products: int) -> None:
+    """An attention that is one operation is computed in floating point."""
+    teacher = Teacher.capture(Attention(fused=fused), TOY, without_batch_norms=True)
+    given = settings("bops=1", ("again", 7, 6), weight_bits=3, activation_bits=5, input_bits=8)
+    stem, again, head, products = 16 * 6 * 4 * 3 * 8, 2 * 16 * 36 * 7 * 6, 18 * 3 * 5, 2 * 16 * 16 * 6
+    assert bit_operations(teacher, given) == stem + again + head + products * bits_of_products**2
+    assert fixed_cost(teacher, given, Budget("bops", 1.0)) == products * bits_of_products**2
+    assert Budget("bops", 1.0).full(teacher) == 1024 * (16 * 6 * 4 + 2 * 16 * 36 + 18 + products)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_decided_and_what_is_not_add_up_to_the_bit_operations_of_a_report(name: str) -> None:
+    teacher = Teacher.capture(random_network(name), SPEC)
+    given, budget = settings("bops=1", weight_bits=3, activation_bits=6), Budget("bops", 1.0)
+    expected = sum(each.costs[3, 6] for each in layer_choices(teacher, given, budget))
+    assert bit_operations(teacher, given) == expected + fixed_cost(teacher, given, budget)
+
+
+@pytest.mark.parametrize("name", ["shared convolution", "shared convolution with bias"])
+def test_all_calls_of_a_layer_have_the_bits_of_its_rule(name: str) -> None:
+    student = Student(Teacher.capture(random_network(name), SPEC), settings("", ("conv", 3, 8)))
+    student.initialize_ranges_([torch.randn(4, *SPEC.shape, generator=torch.Generator().manual_seed(0))])
+    integers = student.converted()
+    for call in ("conv", "conv@1", "conv@2"):
+        weight = integers.get_submodule(call).weight
+        assert (int(weight.min()), int(weight.max())) == (-4, 3)
+
+
 def test_a_layer_with_a_rule_keeps_its_bits_and_counts(toy: Teacher) -> None:
     convolution, linear = layer_choices(toy, settings("size=1", ("3", 7, 5)), Budget("size", 1.0))
     assert (convolution.is_fixed, linear.is_fixed) == (False, True)
-    assert linear.costs == {(7, 5): 864 * 7 // 8 + 3 * 8}
+    assert linear.costs == {(7, 5): 864 * 7 // 8 + 3 * 12}
 
 
 def test_a_budget_below_two_bits_or_above_eight_is_refused_with_what_can_be_reached(toy: Teacher) -> None:

@@ -15,7 +15,7 @@ from qimera.run import carry_out, load_student
 from qimera.run_directory import RunDirectory
 from qimera.run_settings import RunSettings
 from qimera.settings import LayerBits, QuantizationSettings
-from qimera.summary import float_bytes, layer_bytes, packed_bytes
+from qimera.sizes import float_bytes, packed_bytes, stored_layers
 from tests.command_line import qimera, said, tiny_settings
 
 MODEL = """
@@ -68,11 +68,12 @@ def test_no_layer_could_lose_less_with_what_the_budget_leaves(finished_run: Path
     """Of these untrained weights a wider layer may lose more, so that some of the budget is left."""
     run = RunDirectory.open(finished_run)
     student, teacher = load_student(run)
-    allocation, layers = Allocation.load(run.allocation_file), {layer.name: layer for layer in teacher.layers}
+    allocation, layers = Allocation.load(run.allocation_file), stored_layers(teacher.module)
     size, limit = packed_bytes(teacher, student.settings), 0.2 * float_bytes(teacher)
     for given in allocation.layers:
         for bits in range(2, 9):
-            changed = size + layer_bytes(layers[given.name], bits) - layer_bytes(layers[given.name], given.weight_bits)
+            stored = layers[given.name]
+            changed = size + stored.num_bytes(bits) - stored.num_bytes(given.weight_bits)
             loss = allocation.sensitivity.loss(given.name, bits, None)
             assert changed > limit or loss >= given.loss, (given, bits)
 

@@ -2,7 +2,6 @@ import json
 from pathlib import Path
 
 import pytest
-from torch import nn
 
 from qimera.errors import ConfigError
 from qimera.estimation import Estimate
@@ -12,8 +11,7 @@ from qimera.progress import Progress, silent
 from qimera.run_directory import RunDirectory, refuse_other_content
 from qimera.run_settings import RunSettings
 from qimera.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
-from qimera.summary import Summary, packed_bytes, readable_bytes
-from qimera.teacher import Teacher
+from qimera.summary import Summary, readable_bytes
 
 SPEC = InputSpec(shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
 
@@ -265,14 +263,6 @@ def test_a_summary_from_before_there_were_held_out_samples_is_read(tmp_path: Pat
     (tmp_path / "summary.json").write_text(json.dumps({**values, "bank_agreement": 93.75}))
     text = Summary.load(tmp_path / "summary.json").text()
     assert "none; 93.8 % agreement on synthetic samples it was trained on" in text
-
-
-def test_packed_bytes_count_weights_at_their_bits_and_a_scale_and_a_bias_per_channel() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 6 * 6, 3))
-    teacher = Teacher.capture(model, SPEC)
-    convolution, linear = 8 * 9, 3 * 8 * 6 * 6
-    expected = convolution * 4 // 8 + linear * 4 // 8 + (8 + 3) * 8
-    assert packed_bytes(teacher, QuantizationSettings(weight_bits=4)) == expected
 
 
 @pytest.mark.parametrize(("num_bytes", "text"), [(999, "1.0 kB"), (41_304, "41.3 kB"), (46_800_000, "46.80 MB")])

@@ -6,7 +6,7 @@ import textwrap
 from torch import nn
 
 from qimera.bits import parse_bits, parse_layer_bits, spell_layer_bits
-from qimera.budget import Budget, LayerChoice, check_budget, layer_choices
+from qimera.budget import Budget, LayerChoice, check_budget, fixed_cost, layer_choices
 from qimera.knapsack import Option, choose
 from qimera.pipeline import as_teacher, check_bank
 from qimera.progress import ProgressCallback, silent
@@ -103,8 +103,9 @@ def allocate_bits(
     Args:
         model: The classifier that the bank was made from, or its ``Teacher``. It is not changed.
         bank: From ``synthesize``, or loaded.
-        budget: ``size=0.14``: packed weights, scales and biases take at most this share of the teacher's float32 bytes.
-            ``bops=0.05``: multiply-adds times weight bits times activation bits at most this share of those at 32 bits.
+        budget: ``size=0.14``: packed weights, scales, biases and what stays in float32 take at most this share of the
+            teacher's float32 bytes. ``bops=0.05``: multiply-adds times weight bits times activation bits at most this
+            share of those at 32 bits.
         bits: What the budget leaves open: with ``size``, the activation bits of every layer.
         layer_bits: Bits by layer name that are kept, and count in the budget.
         sensitivity: Of an earlier call, or of ``measure_sensitivity``; it does not depend on the budget.
@@ -142,9 +143,9 @@ def allocate(
         activations = budget.measure == "bops"
         sensitivity = measure_sensitivity(teacher, bank, activations=activations, seed=seed, progress=progress)
     options = [_options(choice, sensitivity, budget) for choice in choices]
-    limit = budget.limit(teacher)
-    chosen = choose(options, limit)
-    layers, cost = [], 0
+    limit, fixed = budget.limit(teacher), fixed_cost(teacher, quantization, budget)
+    chosen = choose(options, limit - fixed)
+    layers, cost = [], fixed
     for choice, layer_options, index in zip(choices, options, chosen, strict=True):
         weight_bits, activation_bits = list(choice.costs)[index]
         cost += layer_options[index].cost

@@ -5,10 +5,14 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from torch.fx import Node
+
+from qimera.costs import multiply_adds, total_multiply_adds
 from qimera.errors import ConfigError
-from qimera.quantization.scheme import reading_network_input
+from qimera.graph import has_parameter, layer_name
+from qimera.quantization.scheme import is_integer_product, reading_network_input, reads_network_input
 from qimera.settings import QuantizationSettings
-from qimera.summary import float_bytes, layer_bytes
+from qimera.sizes import float_bytes, stored_layers, unquantized_bytes
 from qimera.teacher import Teacher
 
 WIDTHS = tuple(range(2, 9))
@@ -26,8 +30,8 @@ class Budget:
     """A share of what the teacher takes in float32."""
 
     measure: Literal["size", "bops"]
-    """``size``: bytes of packed weights, scales and biases, over those of the teacher. ``bops``: multiply-adds times
-    weight bits times activation bits, summed over layers, over the same at 32 bits."""
+    """``size``: bytes of packed weights, scales, biases and what stays in float32, over those of the teacher. ``bops``:
+    multiply-adds times weight bits times activation bits, summed over layers and products, over the same at 32 bits."""
 
     share: float
     """More than 0, at most 1."""
@@ -53,7 +57,7 @@ class Budget:
         """Return what the teacher takes: bytes, or multiply-adds times bits squared."""
         if self.measure == "size":
             return float_bytes(teacher)
-        return sum(layer.macs for layer in teacher.layers) * _FLOAT_BITS**2
+        return total_multiply_adds(teacher.module) * _FLOAT_BITS**2
 
     def limit(self, teacher: Teacher) -> int:
         """Return what the student may take, in the same unit."""
@@ -71,23 +75,58 @@ class LayerChoice:
 
 
 def layer_choices(teacher: Teacher, quantization: QuantizationSettings, budget: Budget) -> list[LayerChoice]:
-    """Return what is to be decided for each layer, by its name; what it costs in several calls counts together."""
+    """Return what is to be decided for each layer, by its name: all its calls compute, and all read the same weight."""
     at_input = reading_network_input(teacher.module)
+    calls: dict[str, list[Node]] = {}
+    for node in teacher.module.graph.nodes:
+        if has_parameter(node):
+            calls.setdefault(layer_name(node), []).append(node)
     choices = []
-    for name in dict.fromkeys(layer.name for layer in teacher.layers):
-        calls = [layer for layer in teacher.layers if layer.name == name]
+    for name, stored in stored_layers(teacher.module).items():
         given, is_fixed = quantization.bits_of(name), quantization.has_rule_for(name)
         by_budget = budget.measure == "bops" and name not in at_input
         pairs = [(bits, other) for bits in WIDTHS for other in (WIDTHS if by_budget else given[1:])]
         costs = {}
         for weight_bits, activation_bits in [given] if is_fixed else pairs:
-            read = quantization.input_bits if name in at_input else activation_bits
-            costs[weight_bits, activation_bits] = sum(
-                layer_bytes(call, weight_bits) if budget.measure == "size" else call.macs * weight_bits * read
-                for call in calls
+            costs[weight_bits, activation_bits] = (
+                stored.num_bytes(weight_bits)
+                if budget.measure == "size"
+                else sum(_operations(call, weight_bits, activation_bits, quantization) for call in calls[name])
             )
         choices.append(LayerChoice(name, costs, is_fixed))
     return choices
+
+
+def fixed_cost(teacher: Teacher, quantization: QuantizationSettings, budget: Budget) -> int:
+    """Return what the student takes beside its layers: what stays in float32, or products of activations."""
+    if budget.measure == "size":
+        return unquantized_bytes(teacher.module)
+    return sum(
+        multiply_adds(node) * (quantization.activation_bits if _is_integer(node, quantization) else _FLOAT_BITS) ** 2
+        for node in teacher.module.graph.nodes
+        if not has_parameter(node)
+    )
+
+
+def bit_operations(teacher: Teacher, quantization: QuantizationSettings) -> int:
+    """Return multiply-adds times weight bits times activation bits for one image, of the whole network.
+
+    Products of activations count at the activation bits twice, and at 32 bits where they are in floating point.
+    """
+    layers = [node for node in teacher.module.graph.nodes if has_parameter(node)]
+    return fixed_cost(teacher, quantization, Budget("bops", 1.0)) + sum(
+        _operations(layer, *quantization.bits_of(layer_name(layer)), quantization) for layer in layers
+    )
+
+
+def _operations(layer: Node, weight_bits: int, activation_bits: int, quantization: QuantizationSettings) -> int:
+    """Return the bit operations of one call of a layer."""
+    read = quantization.input_bits if reads_network_input(layer) else activation_bits
+    return multiply_adds(layer) * weight_bits * read
+
+
+def _is_integer(product: Node, quantization: QuantizationSettings) -> bool:
+    return quantization.scheme == "hardware" and is_integer_product(product)
 
 
 def check_budget(teacher: Teacher, quantization: QuantizationSettings) -> None:
@@ -103,7 +142,8 @@ def check_budget(teacher: Teacher, quantization: QuantizationSettings) -> None:
     budget = Budget.parse(quantization.budget)
     choices = layer_choices(teacher, quantization, budget)
     full = budget.full(teacher)
-    lowest, highest = (sum(pick(choice.costs.values()) for choice in choices) for pick in (min, max))
+    fixed = fixed_cost(teacher, quantization, budget)
+    lowest, highest = (fixed + sum(pick(choice.costs.values()) for choice in choices) for pick in (min, max))
     # Rounded inwards, so that what the message names can be given.
     reachable = (
         f"{budget.measure}={math.ceil(1e4 * lowest / full) / 1e4:g} to {math.floor(1e4 * highest / full) / 1e4:g}"

@@ -1,6 +1,5 @@
 """A finished run -> what it was made from, what it cost and how large the student is."""
 
-import math
 import platform
 import textwrap
 from datetime import UTC, datetime
@@ -14,12 +13,9 @@ from qimera.bits import spell_layer_bits
 from qimera.errors import ConfigError
 from qimera.estimation import Estimate
 from qimera.run_settings import RunSettings
-from qimera.settings import QuantizationSettings
+from qimera.sizes import float_bytes, packed_bytes
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Layer, Teacher
-
-_SCALE_BYTES = 4
-_BIAS_BYTES = 4
+from qimera.teacher import Teacher
 
 
 class Summary(BaseModel):
@@ -68,7 +64,8 @@ class Summary(BaseModel):
     """Parameters and buffers in float32."""
 
     student_bytes: int
-    """Weights packed at their bits, one float32 scale and one 32-bit bias per output channel."""
+    """What the student's ONNX file holds beside its operations: weights packed at their bits, scales, biases, and in
+    float32 what stays as it is."""
 
     bank_seconds: float | None
     """None for a bank made earlier."""
@@ -153,23 +150,6 @@ class Summary(BaseModel):
         return "".join(
             f"{name:<11}{textwrap.indent(fact, ' ' * 11).lstrip()}\n" for name, fact in facts.items() if fact
         )
-
-
-def float_bytes(teacher: Teacher) -> int:
-    """Return the bytes of all floating-point parameters and buffers in float32."""
-    return sum(4 * value.numel() for value in teacher.module.state_dict().values() if value.is_floating_point())
-
-
-def packed_bytes(teacher: Teacher, settings: QuantizationSettings) -> int:
-    """Return the bytes of the student's weights, packed without gaps, with scales and biases per output channel."""
-    return sum(layer_bytes(layer, settings.bits_of(layer.name)[0]) for layer in teacher.layers)
-
-
-def layer_bytes(layer: Layer, weight_bits: int) -> int:
-    """Return what one layer has of them at this width."""
-    channels = layer.weight_shape[1 if layer.kind.startswith("conv_transpose") else 0]
-    num_weights = math.prod(layer.weight_shape)
-    return (num_weights * weight_bits + 7) // 8 + channels * (_SCALE_BYTES + _BIAS_BYTES)
 
 
 def readable_bytes(num_bytes: int) -> str:

@@ -5,14 +5,16 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from qimera.costs import total_multiply_adds
 from qimera.evaluation import Evaluation
 from qimera.folding import fold_batch_norms
 from qimera.graph import batch_norms
 from qimera.input_spec import InputSpec
-from qimera.quantization.scheme import float_operations
+from qimera.quantization.scheme import float_operations, is_integer_product
 from qimera.recipes import RECIPE_NAMES, recipe
 from qimera.settings import QuantizationSettings
-from qimera.summary import float_bytes, packed_bytes, readable_bytes
+from qimera.sizes import float_bytes, packed_bytes
+from qimera.summary import readable_bytes
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Layer, Teacher
 
@@ -24,7 +26,8 @@ def teacher_facts(model: str, teacher: Teacher) -> str:
     """Return what there is to quantize and to synthesise from, one fact per line."""
     spec, classifier = teacher.input_spec, teacher.classifier
     num_parameters = sum(parameter.numel() for parameter in teacher.module.parameters())
-    num_macs = sum(layer.macs for layer in teacher.layers)
+    num_products = sum(is_integer_product(node) for node in teacher.module.graph.nodes)
+    products = f"; both factors of {num_products} products of activations" if num_products else ""
     taps = teacher.batch_norms
     num_exact = len(batch_norms(fold_batch_norms(teacher.module)))
     in_float = ", ".join(f"{count} {name}" for name, count in float_operations(teacher.module).most_common())
@@ -33,15 +36,21 @@ def teacher_facts(model: str, teacher: Teacher) -> str:
         "input": f"{_times(spec.shape)}, pixels {spec.pixel_range[0]:g} to {spec.pixel_range[1]:g}, "
         f"mean {_listed(spec.mean)}, std {_listed(spec.std)}",
         "classes": f"{teacher.num_classes}, from {classifier.name} with {classifier.weight.shape[1]} features",
-        "compute": f"{num_parameters:,} parameters, {num_macs / 1e6:,.1f} million multiply-adds per image",
+        "compute": f"{num_parameters:,} parameters, {_millions_of_multiply_adds(teacher)} per image",
         "batch norms": f"{len(taps)} tapped ({sum(len(tap.mean) for tap in taps):,} channels); "
         f"{len(taps) - num_exact} folded into layers, {num_exact} kept exact",
-        "quantized": f"{len(teacher.layers)} layers, all their weights and inputs; first input, additions, "
+        "quantized": f"{len(teacher.layers)} layers, all their weights and inputs{products}; first input, additions, "
         "concatenations and average pooling at 8 bits",
         "in float": in_float or "nothing",
         "size": f"{readable_bytes(float_bytes(teacher))} in float32; {_sizes(teacher)}",
     }
     return "".join(f"{name:<13}{fact}\n" for name, fact in facts.items())
+
+
+def _millions_of_multiply_adds(teacher: Teacher) -> str:
+    total, of_layers = total_multiply_adds(teacher.module), sum(layer.macs for layer in teacher.layers)
+    products = f" ({(total - of_layers) / 1e6:,.1f} in products of activations)" if total > of_layers else ""
+    return f"{total / 1e6:,.1f} million multiply-adds{products}"
 
 
 def bank_facts(path: Path, model: str, bank: SampleBank, teacher: Teacher) -> str:

@@ -1,7 +1,6 @@
 """A trained classifier -> the teacher: its ATen graph, its batch-norm statistics and its classifier weight."""
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.fx import GraphModule
 
 from qimera.acceleration import to_device_
 from qimera.capture import capture
+from qimera.costs import multiply_adds
 from qimera.errors import ConfigError, UnsupportedModelError, first_line
 from qimera.graph import (
     BATCH_NORM,
@@ -207,8 +207,7 @@ def _layers(module: GraphModule) -> list[Layer]:
     for node in module.graph.nodes:
         if has_parameter(node):
             shape = tuple(tensor_of(module, node_at(node, 1)).shape)
-            positions = math.prod(int(size) for size in node.meta["val"].shape[2:])
-            layers.append(Layer(layer_name(node), WEIGHTED[node.target], shape, positions * math.prod(shape)))
+            layers.append(Layer(layer_name(node), WEIGHTED[node.target], shape, multiply_adds(node)))
     return layers
 
 

@@ -158,13 +158,13 @@ class PaperQuantizer(Quantizer):
 
 def float_operations(module: GraphModule) -> Counter[str]:
     """Return what an integer runtime computes in floating point, by name; layers whose weight is no parameter too."""
-    integer = {*RELUS, *JOINS, *POOLINGS, *MATRIX_PRODUCTS, BATCH_NORM, aten.max_pool2d.default}
+    integer = {*RELUS, *JOINS, *POOLINGS, BATCH_NORM, aten.max_pool2d.default}
     return Counter(
         node.target.name().partition("::")[2].partition(".")[0]
         for node in module.graph.nodes
         if isinstance(node.target, torch._ops.OpOverload)
         and isinstance(node.meta.get("val"), torch.Tensor)
-        and not (has_parameter(node) or node.target in integer or is_move(node))
+        and not (has_parameter(node) or is_integer_product(node) or node.target in integer or is_move(node))
     )
 
 
@@ -201,9 +201,17 @@ def end_of_kernel(layer: Node) -> Node:
 
 def reading_network_input(module: GraphModule) -> set[str]:
     """Return the names of the layers that read the network's input, whose bits are a setting of their own."""
-    return {
-        layer_name(node) for node in module.graph.nodes if has_parameter(node) and _is_network_input(node_at(node, 0))
-    }
+    return {layer_name(node) for node in module.graph.nodes if has_parameter(node) and reads_network_input(node)}
+
+
+def reads_network_input(layer: Node) -> bool:
+    """Whether this call of a layer reads the network's input, which is on a grid of ``input_bits``."""
+    return _is_network_input(node_at(layer, 0))
+
+
+def is_integer_product(node: Node) -> bool:
+    """Whether ``node`` multiplies two activations on grids; with a parameter that is not quantized it does not."""
+    return node.target in MATRIX_PRODUCTS and all(each.op != "get_attr" for each in node.all_input_nodes)
 
 
 def _is_read_in_full(tensor: Node, edges: list["_Edge"]) -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qimera.budget import bit_operations
+from qimera.costs import total_multiply_adds
 from qimera.diagnostics import Diagnosis, diagnose
 from qimera.metrics import KEYS, Line
 from qimera.quantization.student import Student
@@ -73,10 +75,10 @@ class Report(Settings):
     """None until ``qimera evaluate`` is given labelled images."""
 
     multiply_adds: int
-    """Of all layers, for one image."""
+    """Of all layers and products of activations, for one image."""
 
     bit_operations: int
-    """Multiply-adds times weight bits times activation bits, for one image."""
+    """Multiply-adds times weight bits times activation bits, for one image, as a budget counts them."""
 
     bank: Diagnosis
     layers: tuple[LayerReport, ...]
@@ -92,13 +94,12 @@ class Report(Settings):
 def collect(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleBank) -> Report:
     """Return the report of a finished run."""
     settings = student.settings
-    bits = {layer.name: settings.bits_of(layer.name) for layer in teacher.layers}
     return Report(
         summary=run.summary(),
         settings=run.settings,
         measured=measured_of(run),
-        multiply_adds=sum(layer.macs for layer in teacher.layers),
-        bit_operations=sum(layer.macs * bits[layer.name][0] * bits[layer.name][1] for layer in teacher.layers),
+        multiply_adds=total_multiply_adds(teacher.module),
+        bit_operations=bit_operations(teacher, settings),
         bank=diagnose(bank, teacher),
         layers=tuple(layer_reports(student, shown_images(bank))),
         curves=tuple(curves(run.metrics.lines())),
