@@ -1,15 +1,20 @@
 """Exact sums: what a student computes where no gradients are recorded."""
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qimera.export.onnx import onnx_model
 from qimera.graph import WEIGHTED
+from qimera.input_spec import InputSpec
 from qimera.quantization.exact import _ExactLayer, with_exact_sums
 from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.teacher import Teacher
-from tests.networks import NETWORKS, SPEC, random_network
+from tests.networks import NETWORKS, NUM_CLASSES, SPEC, random_network
 
 
 def student_of(name: str, bits: int, scheme: str = "hardware") -> tuple[Student, Tensor]:
@@ -65,6 +70,73 @@ def test_exact_sums_are_those_of_float64(name: str, bits: int) -> None:
             continue
         # two roundings to float32 of the product of a sum and two steps
         torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+class LargeSums(nn.Module):
+    """A layer all of whose inputs and weights are large and of one sign, in front of the logits or of another."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        width = {"linear": 2000, "convolution": 400, "transposed": 800}[kind]
+        self.stem = nn.Conv2d(3, width, 1)
+        self.wide = {
+            "linear": nn.Linear(width, NUM_CLASSES),
+            "convolution": nn.Conv2d(width, 8, 3),
+            "transposed": nn.ConvTranspose2d(width, 8, 2, groups=2),
+        }[kind]
+        self.head = nn.Identity() if kind == "linear" else nn.Linear(8, NUM_CLASSES)
+        for parameter, low, high in (
+            (self.stem.weight, 0.1, 0.3),
+            (self.stem.bias, 0.1, 0.3),
+            (self.wide.weight, 0.7, 1),
+        ):
+            nn.init.uniform_(parameter, low, high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        if isinstance(self.wide, nn.Linear):
+            return self.wide(x.mean((2, 3)))
+        return self.head(self.wide(x).relu().mean((2, 3)))
+
+
+def large_sums(kind: str) -> tuple[Student, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, images = LargeSums(kind), 0.7 + 0.3 * torch.rand(16, 3, 8, 8)
+    spec = InputSpec(shape=(3, 8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    student = Student(
+        Teacher.capture(model, spec, without_batch_norms=True), QuantizationSettings(weight_bits=8, activation_bits=8)
+    )
+    student.initialize_ranges_([images])
+    return student, images
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "transposed"])
+def test_sums_that_float32_cannot_hold_are_rounded_once(kind: str) -> None:
+    """Added up in float32 they would be rounded many times, and be off by some hundreds."""
+    student, images = large_sums(kind)
+    (x, weight, bias, *rest), layer = _layers_with_inputs(student, images)[1]
+    activation, weight_step, result = (each and each.scale.detach() for each in layer.quantizers)
+    step = (activation * weight_step.reshape(-1)).repeat(len(bias) // weight_step.numel())
+    levels = ((value / each).round().long() for value, each in ((x, activation), (weight, weight_step), (bias, step)))
+    sums = layer.layer(*levels, *rest)
+    assert int(sums.abs().max()) > 1 << 24
+    shape = (-1, 1, 1) if sums.ndim == 4 else (-1,)
+    if result is None:
+        expected = sums.float() * step.view(shape)
+    else:
+        expected = (sums.float() * (step / result).view(shape)).round() * result
+    assert torch.equal(layer(x, weight, bias, *rest), expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_large_sums_are_those_of_onnx_runtime(kind: str) -> None:
+    """Its kernels add up int32, turn each sum into a float32 and multiply that by one number."""
+    student, images = large_sums(kind)
+    session = onnxruntime.InferenceSession(ir.to_proto(onnx_model(student)).SerializeToString())
+    (expected,) = session.run(None, {"input": images.numpy()})
+    with torch.no_grad():
+        assert np.array_equal(student(images).numpy(), expected)
 
 
 def _in_double(bias: Tensor | None, rest: list[object]) -> list[object]:

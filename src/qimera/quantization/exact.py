@@ -11,6 +11,9 @@ from qimera.graph import WEIGHTED, aten, logits_node
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, PerChannelBiasFakeQuantize
 from qimera.quantization.scheme import ADDITIONS, end_of_kernel, quantizer_of
 
+_WHOLE = 1 << 24
+"""Up to here float32 holds every whole number."""
+
 
 def with_exact_sums(module: GraphModule) -> GraphModule:
     """Return a graph in which layers and additions of tensors on grids compute on levels; all else is shared."""
@@ -96,8 +99,10 @@ class _ExactLayer(nn.Module):
 
     Products and sums of levels are whole numbers, which float32 holds exactly up to 2 ** 24. Summed in the unit of the
     activations each would be rounded, in an order that differs from kernel to kernel, and now and then a result would
-    land on another level of the next grid. For the same reason the sums get onto the grid of the result, if it is read
-    on one, as ONNX Runtime brings them there: multiplied by one number, the rounded product of three steps.
+    land on another level of the next grid. Where the weight is such that a sum, or a part of one, may be larger, it is
+    computed in float64. For the same reason the sums get onto the grid of the result, if it is read on one, as ONNX
+    Runtime brings them there: with the bias rounded to float32, and multiplied by one number, the rounded product of
+    three steps.
     """
 
     def __init__(
@@ -120,16 +125,34 @@ class _ExactLayer(nn.Module):
     ) -> Float[Tensor, "batch ..."]:
         activation, weight_quantizer, result = self.quantizers
         activation_step, weight_step = activation.scale.detach(), weight_quantizer.scale.detach()
-        sums = self.layer(_levels(x, activation_step), _levels(weight, weight_step), None, *arguments)
+        levels = _levels(x, activation_step), _levels(weight, weight_step)
+        if _may_exceed_float32(levels[1], activation, weight_quantizer):
+            sums = self.layer(*(each.double() for each in levels), None, *arguments)
+        else:
+            sums = self.layer(*levels, None, *arguments)
         axis = -1 if self.layer is aten.linear.default else 1
         shape = [-1 if each == axis % sums.ndim else 1 for each in range(sums.ndim)]
         step = (activation_step * weight_step.reshape(-1)).repeat(sums.shape[axis] // weight_step.numel())
         if bias is not None:
             sums += _levels(bias, step).view(shape)
+        sums = sums.float()
         if result is None:
             return sums.mul_(step.view(shape))
         result_step = result.scale.detach()
         return sums.mul_((step / result_step).view(shape)).round_().mul_(result_step)
+
+
+def _may_exceed_float32(
+    weight: Float[Tensor, "..."], activation: LearnedStepFakeQuantize, quantizer: LearnedStepFakeQuantize
+) -> bool:
+    """Whether some inputs on the activation's grid have sums, or parts of sums, that float32 may have to round."""
+    num_summed = (
+        weight.numel() // quantizer.scale.numel()
+    )  # for a transposed convolution the most that meet in one output
+    if num_summed * (activation.quant_max - activation.quant_min) * -quantizer.quant_min <= _WHOLE:
+        return False  # whatever the numbers: most layers, and all below 6 bits or so
+    largest = max(abs(float(activation.low)), abs(float(activation.high)))
+    return largest * float(weight.abs().transpose(0, quantizer.ch_axis).flatten(1).sum(1).amax()) > _WHOLE
 
 
 def _levels(x: Tensor, step: Tensor) -> Tensor:
