@@ -26,6 +26,7 @@ from zoo import load_subject
 
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Student, Teacher, recipe, synthesize
 from qimera.bits import parse_bits
+from qimera.export.integer_graph import layers_in
 from qimera.export.onnx import onnx_model
 from qimera.export.verification import compare, onnx_runtime, openvino_model
 from qimera.pipeline import quantize_with
@@ -68,10 +69,10 @@ def _student(teacher: Teacher, bank: SampleBank, bits: str) -> Student:
 
 
 def _measure(student: Student, images: LabelledImages) -> dict[str, object]:
-    names = list(student.layer_names().values())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "student.onnx"
         onnx.save(ir.to_proto(onnx_model(student)), path)
+        names = layers_in(onnx.load(path))
         size = path.stat().st_size
         session, ort_float = onnx_runtime(path, names)
         compiled, openvino_float = openvino_model(path, names)

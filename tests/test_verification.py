@@ -1,9 +1,19 @@
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from qimera.export.verification import compare, latency_ms
+from qimera.export.onnx import export_onnx
+from qimera.export.program import export_pt2
+from qimera.export.verification import _without, compare, latency_ms
+from qimera.quantization.student import Student
+from qimera.settings import QuantizationSettings
+from qimera.teacher import Teacher
+from tests.networks import NUM_CLASSES, SPEC
 
 
 def agreement(expected: list[list[float]], actual: list[list[float]]) -> float:
@@ -27,3 +37,50 @@ def test_latency_is_the_median_without_the_first_call() -> None:
     """Here the first takes much longer than the others, of which two in five are quick."""
     pauses = iter([1.0, *[0.0, 0.0, 0.3, 0.3, 0.3]])
     assert 300 <= latency_ms(lambda _: time.sleep(next(pauses)), None) < 900
+
+
+# --- which layers run in integer kernels ------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Two layers, and between them a product with a parameter and an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, NUM_CLASSES)
+        self.mixing = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.stem(x).flatten(2).transpose(1, 2) @ self.mixing)[:, None]
+        return self.head(F.scaled_dot_product_attention(x, x, x).mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def student() -> Student:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Tokens()
+    made = Student(Teacher.capture(model, SPEC, without_batch_norms=True), QuantizationSettings())
+    made.initialize_ranges_([torch.randn(8, *SPEC.shape, generator=torch.Generator().manual_seed(0))])
+    return made
+
+
+def test_products_without_a_quantized_weight_count_among_the_layers_of_a_file(tmp_path: Path, student: Student) -> None:
+    found = export_onnx(student, tmp_path / "model.onnx", min_agreement=0.0)
+    assert found.num_layers == 5  # stem and head, the parameter's product, and two of attention
+    assert {"mixing", "MatMul@1", "MatMul@2"} <= set(found.comparisons[0].float_layers)
+    assert f"{found.comparisons[0].integer_layers} of 5 layers in integer kernels" in found.text()
+
+
+def test_products_without_a_quantized_weight_count_among_the_layers_of_a_program(
+    tmp_path: Path, student: Student
+) -> None:
+    found = export_pt2(student, tmp_path / "model.pt2", min_agreement=0.0)
+    assert found.num_layers == 4  # where attention is one operation
+    assert len(found.comparisons[0].float_layers) == 4
+
+
+def test_a_kernel_is_of_the_layer_whose_whole_name_it_bears() -> None:
+    names = ["conv", "conv_1", "conv_1.down", "fc", "fc@1"]
+    assert _without(names, ["conv_1_quant", "fc@1_gemm/quant"]) == ["conv", "conv_1.down", "fc"]
+    assert _without(names, ["conv_1.down", "conv/fused"]) == ["conv_1", "fc", "fc@1"]

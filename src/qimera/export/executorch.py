@@ -21,7 +21,7 @@ from qimera.export.program import (
     integer_graph,
     verify_program,
 )
-from qimera.export.verification import Verification
+from qimera.export.verification import Verification, multiplying
 from qimera.files import replacing
 from qimera.graph import node_at
 from qimera.quantization.student import Student
@@ -61,7 +61,8 @@ def export_executorch(
     module = integer_graph(student)
     float_nodes = _freeze_layers_of_logits_(module)
     _count_from_the_middle_(module)
-    float_layers = [name for node, name in student.layer_names().items() if node in float_nodes]
+    quantized = student.layer_names()
+    float_layers = [name for node, name in multiplying(student).items() if node in float_nodes or node not in quantized]
     images = torch.zeros(1, *student.input_spec.shape)
     with torch.no_grad():
         program = torch.export.export(module, (images,))

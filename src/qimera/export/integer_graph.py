@@ -1,14 +1,16 @@
 """An ONNX graph of Q/DQ operations -> the form that integer kernels take, with packed weights."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from qimera.export.packing import pack_, shared_constant
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_MULTIPLYING = {*LAYERS, "Attention", "Einsum", "GRU", "LSTM", "RNN"}
 _EXPANDING = {"DequantizeLinear", "Transpose", "Cast", "Reshape", "Slice", "Sub", "Mod", "Div", "Add", "Gather"}
 """What lies between a layer and the integers of its weight."""
 
@@ -27,7 +29,8 @@ def deploy_(graph: ir.Graph) -> None:
 def name_layers_(graph: ir.Graph) -> None:
     """Call every layer after its weight: the node ``layer1.0.conv1`` reads ``layer1.0.conv1.weight``.
 
-    A layer that is called again gets a number, as in ``Student.layer_names``.
+    A layer that is called again gets a number, as in ``Student.layer_names``. Products without a weight are called
+    after their operation and a number: ``MatMul@1``.
     """
     calls: Counter[str] = Counter()
     for node in graph:
@@ -36,6 +39,9 @@ def name_layers_(graph: ir.Graph) -> None:
             owner = weight.name.removesuffix(".weight")
             node.name = f"{owner}@{calls[owner]}" if calls[owner] else owner
             calls[owner] += 1
+        elif node.op_type in _MULTIPLYING:
+            calls[node.op_type] += 1
+            node.name = f"{node.op_type}@{calls[node.op_type]}"
 
 
 def absorb_clips_(graph: ir.Graph) -> None:
@@ -127,12 +133,11 @@ def _requantize_(graph: ir.Graph, node: ir.Node, moved: ir.Value, parameters: Se
 def strip_(graph: ir.Graph) -> None:
     """Drop what the exporter noted for itself, names and shapes of tensors inside, and zero points that say 0."""
     graph.metadata_props.clear()
-    named = {layer.name for layer in layers(graph)}
     kept = {id(value) for value in graph.outputs}
     for number, node in enumerate(graph):
         node.metadata_props.clear()
         node.doc_string = None
-        if node.name not in named:
+        if node.op_type not in _MULTIPLYING:
             node.name = ""
         if _is_of_convolution(node) and _is_zero(node.inputs[2]):
             node.resize_inputs(2)
@@ -191,6 +196,6 @@ def _first(node: ir.Node) -> ir.Value:
     return value
 
 
-def layers(graph: ir.Graph) -> Iterator[ir.Node]:
-    """Yield convolutions and linear layers, in order."""
-    yield from (node for node in graph if _weight_of(node) is not None)
+def layers_in(model: onnx.ModelProto) -> list[str]:
+    """Return the names of all layers and products in a file, in order: those with integer weights and all others."""
+    return [node.name for node in model.graph.node if node.op_type in _MULTIPLYING]

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
-from qimera.export.verification import Verification, compare, latency_ms, sample_pixels
+from qimera.export.verification import Verification, compare, latency_ms, multiplying, sample_pixels
 from qimera.files import replacing
 from qimera.graph import WEIGHTED, aten, node_at, tensor_of
 from qimera.quantization.scheme import RELUS, before_moves
@@ -63,7 +63,7 @@ def export_pt2(
         torch.export.save(integer_program(student), buffer)
         temporary.write_bytes(buffer.getvalue())
         program = torch.export.load(temporary).module()
-        names = list(student.layer_names().values())
+        names = list(multiplying(student).values())
         return verify_program(student, temporary, samples, min_agreement, f"PyTorch {_TORCH}", program, names)
 
 
@@ -90,7 +90,7 @@ def export_aotinductor(
     _require_compiler()
     with replacing(path) as temporary:
         integer_layers = _compile(integer_program(student), temporary)
-        float_layers = [name for name in student.layer_names().values() if name not in integer_layers]
+        float_layers = [name for name in multiplying(student).values() if name not in integer_layers]
         program = torch._inductor.aoti_load_package(str(temporary))
         return verify_program(
             student, temporary, samples, min_agreement, f"AOTInductor {_TORCH}", program, float_layers
@@ -258,7 +258,7 @@ def verify_program(
         expected, actual = (
             torch.cat([run(batch) for batch in images.split(_BATCH)]).numpy() for run in (student, program)
         )
-    num_layers = len(student.layer_names())
+    num_layers = len(multiplying(student))
     comparison = compare(runtime, expected, actual, num_layers, float_layers, _latency_ms(program, images[:1]))
     if not comparison.agreement >= min_agreement:
         raise VerificationError(

@@ -16,7 +16,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from qimera.costs import is_multiplying
 from qimera.errors import VerificationError
+from qimera.export.integer_graph import layers_in
+from qimera.graph import layer_name
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images
@@ -55,7 +58,7 @@ class Comparison:
     """Percent of samples on which all logits are the same up to rounding (1e-4 of their spread)."""
 
     integer_layers: int
-    """Convolutions and linear layers that run in integer kernels."""
+    """Layers and products of activations that run in integer kernels."""
 
     float_layers: tuple[str, ...]
     """Names of those that do not."""
@@ -70,6 +73,8 @@ class Verification:
     """How a file compares with the student it came from."""
 
     num_layers: int
+    """All that multiply: layers, those too whose weight is not quantized, and products of activations."""
+
     num_bytes: int
     """Size of the file."""
 
@@ -104,7 +109,7 @@ def verify_onnx(student: Student, path: Path, samples: SampleBank | None, *, min
     images = student.input_spec.normalize(pixels)
     with torch.no_grad():
         expected = torch.cat([student(batch) for batch in images.split(_BATCH)]).numpy()
-    names = list(student.layer_names().values())
+    names = layers_in(onnx.load(path))
     comparisons, refusals = [], []
     for runtime, start in _runtimes(path, names):
         try:
@@ -216,13 +221,27 @@ def onnx_runtime(path: Path, names: list[str], num_threads: int = 1) -> tuple[on
         options.optimized_model_filepath = str(optimized)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         nodes = onnx.load(optimized, load_external_data=False).graph.node
-    integer = [node for node in nodes if node.op_type in _INTEGER_KERNELS]
-    found = {name for name in names if any(_is_of(name, node.name) for node in integer)}
-    return session, [name for name in names if name not in found]
+    return session, _without(names, [node.name for node in nodes if node.op_type in _INTEGER_KERNELS])
+
+
+def _without(names: list[str], kernels: list[str]) -> list[str]:
+    """Return the layers that are in none of these kernels, whose names begin with that of their layer.
+
+    So may those of another layer: ``conv_1_quant`` is of ``conv_1`` where there is one, and not of ``conv``.
+    """
+    found = {max(fitting, key=len) for each in kernels if (fitting := [name for name in names if _is_of(name, each)])}
+    return [name for name in names if name not in found]
 
 
 def _is_of(layer: str, node: str) -> bool:
     return node == layer or node.startswith((f"{layer}_", f"{layer}/"))
+
+
+def multiplying(student: Student) -> dict[str, str]:
+    """Return what each layer of a student, quantized or not, and each product is called, by its node's name."""
+    names = student.layer_names()
+    nodes = [node for node in student.module.graph.nodes if is_multiplying(node)]
+    return {node.name: names.get(node.name) or layer_name(node) for node in nodes}
 
 
 def openvino_model(path: Path, names: list[str], num_threads: int = 1):  # type: ignore[no-untyped-def]
@@ -240,7 +259,7 @@ def openvino_model(path: Path, names: list[str], num_threads: int = 1):  # type:
         )
         if kind in ("Convolution", "Deconvolution", "FullyConnected", "MatMul") and precision in ("i8", "u8"):
             integer += [node.get_friendly_name(), *names_before.split(",")]
-    return compiled, [name for name in names if not any(_is_of(name, each) for each in integer)]
+    return compiled, _without(names, integer)
 
 
 def _first_difference(student: Student, path: Path, images: Float[Tensor, "batch channel height width"]) -> str:
