@@ -77,14 +77,15 @@ class LargeSums(nn.Module):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        width = {"linear": 2000, "convolution": 400, "transposed": 800}[kind]
+        width = {"linear": 2000, "wide linear": 9000, "convolution": 400, "transposed": 800}[kind]
         self.stem = nn.Conv2d(3, width, 1)
         self.wide = {
             "linear": nn.Linear(width, NUM_CLASSES),
+            "wide linear": nn.Linear(width, NUM_CLASSES),
             "convolution": nn.Conv2d(width, 8, 3),
             "transposed": nn.ConvTranspose2d(width, 8, 2, groups=2),
         }[kind]
-        self.head = nn.Identity() if kind == "linear" else nn.Linear(8, NUM_CLASSES)
+        self.head = nn.Identity() if "linear" in kind else nn.Linear(8, NUM_CLASSES)
         for parameter, low, high in (
             (self.stem.weight, 0.1, 0.3),
             (self.stem.bias, 0.1, 0.3),
@@ -111,7 +112,7 @@ def large_sums(kind: str) -> tuple[Student, Tensor]:
     return student, images
 
 
-@pytest.mark.parametrize("kind", ["linear", "convolution", "transposed"])
+@pytest.mark.parametrize("kind", ["linear", "wide linear", "convolution", "transposed"])
 def test_sums_that_float32_cannot_hold_are_rounded_once(kind: str) -> None:
     """Added up in float32 they would be rounded many times, and be off by some hundreds."""
     student, images = large_sums(kind)
@@ -129,7 +130,7 @@ def test_sums_that_float32_cannot_hold_are_rounded_once(kind: str) -> None:
     assert torch.equal(layer(x, weight, bias, *rest), expected)
 
 
-@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize("kind", ["linear", "wide linear", "convolution"])
 def test_large_sums_are_those_of_onnx_runtime(kind: str) -> None:
     """Its kernels add up int32, turn each sum into a float32 and multiply that by one number."""
     student, images = large_sums(kind)

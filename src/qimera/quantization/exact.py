@@ -99,10 +99,10 @@ class _ExactLayer(nn.Module):
 
     Products and sums of levels are whole numbers, which float32 holds exactly up to 2 ** 24. Summed in the unit of the
     activations each would be rounded, in an order that differs from kernel to kernel, and now and then a result would
-    land on another level of the next grid. Where the weight is such that a sum, or a part of one, may be larger, it is
-    computed in float64. For the same reason the sums get onto the grid of the result, if it is read on one, as ONNX
-    Runtime brings them there: with the bias rounded to float32, and multiplied by one number, the rounded product of
-    three steps.
+    land on another level of the next grid. Where the weight is such that a sum, or a part of one, may be larger, it
+    is put together of smaller ones. For the same reason the sums get onto the grid of the result, if it is read on
+    one, as ONNX Runtime brings them there: with the bias rounded to float32, and multiplied by one number, the rounded
+    product of three steps.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class _ExactLayer(nn.Module):
         activation_step, weight_step = activation.scale.detach(), weight_quantizer.scale.detach()
         levels = _levels(x, activation_step), _levels(weight, weight_step)
         if _may_exceed_float32(levels[1], activation, weight_quantizer):
-            sums = self.layer(*(each.double() for each in levels), None, *arguments)
+            sums = self._large_sums(*levels, arguments)
         else:
             sums = self.layer(*levels, None, *arguments)
         axis = -1 if self.layer is aten.linear.default else 1
@@ -141,15 +141,31 @@ class _ExactLayer(nn.Module):
         result_step = result.scale.detach()
         return sums.mul_((step / result_step).view(shape)).round_().mul_(result_step)
 
+    def _large_sums(
+        self, x: Float[Tensor, "batch ..."], weight: Float[Tensor, "..."], arguments: tuple[object, ...]
+    ) -> Float[Tensor, "batch ..."]:
+        """Return sums in float64: of two digits of the weight, -8 to 8 each, if float32 holds what each comes to."""
+        activation, weight_quantizer, _ = self.quantizers
+        steps = activation.quant_max - activation.quant_min
+        if _num_summed(weight_quantizer, weight) * steps * 8 > _WHOLE:
+            return self.layer(x.double(), weight.double(), None, *arguments)
+        sixteens = (weight / 16).round()
+        ones = weight - 16 * sixteens
+        first, second = (self.layer(x, digit, None, *arguments) for digit in (sixteens, ones))
+        return first.double().mul_(16).add_(second)
+
+
+def _num_summed(weight_quantizer: LearnedStepFakeQuantize, weight: Tensor) -> int:
+    """Return how many products make up a sum; for a transposed convolution the most that can."""
+    return weight.numel() // weight_quantizer.scale.numel()
+
 
 def _may_exceed_float32(
     weight: Float[Tensor, "..."], activation: LearnedStepFakeQuantize, quantizer: LearnedStepFakeQuantize
 ) -> bool:
     """Whether some inputs on the activation's grid have sums, or parts of sums, that float32 may have to round."""
-    num_summed = (
-        weight.numel() // quantizer.scale.numel()
-    )  # for a transposed convolution the most that meet in one output
-    if num_summed * (activation.quant_max - activation.quant_min) * -quantizer.quant_min <= _WHOLE:
+    steps = activation.quant_max - activation.quant_min
+    if _num_summed(quantizer, weight) * steps * -quantizer.quant_min <= _WHOLE:
         return False  # whatever the numbers: most layers, and all below 6 bits or so
     largest = max(abs(float(activation.low)), abs(float(activation.high)))
     return largest * float(weight.abs().transpose(0, quantizer.ch_axis).flatten(1).sum(1).amax()) > _WHOLE
