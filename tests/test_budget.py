@@ -11,6 +11,7 @@ from qimera.input_spec import InputSpec
 from qimera.quantization.student import Student
 from qimera.settings import LayerBits, QuantizationSettings
 from qimera.sizes import float_bytes, packed_bytes, unquantized_bytes
+from qimera.tables import teacher_facts
 from qimera.teacher import Teacher
 from tests.networks import NETWORKS, SPEC, random_network
 
@@ -87,6 +88,15 @@ def test_products_of_activations_count_at_their_bits_beside_what_is_decided(fuse
     assert bit_operations(teacher, given) == stem + again + head + products * bits_of_products**2
     assert fixed_cost(teacher, given, Budget("bops", 1.0)) == products * bits_of_products**2
     assert Budget("bops", 1.0).full(teacher) == 1024 * (16 * 6 * 4 + 2 * 16 * 36 + 18 + products)
+
+
+def test_inspect_tells_which_products_of_activations_are_in_integers() -> None:
+    integer, fused = (Teacher.capture(Attention(fused=each), TOY, without_batch_norms=True) for each in (False, True))
+    assert "all their weights and inputs; both factors of 2 products of activations;" in teacher_facts("m", integer)
+    assert "products of activations" not in teacher_facts("m", fused).partition("quantized")[2]
+    assert "1 scaled_dot_product_attention" in teacher_facts("m", fused).partition("in float")[2]
+    for teacher in (integer, fused):
+        assert "million multiply-adds (0.0 in products of activations) per image" in teacher_facts("m", teacher)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
