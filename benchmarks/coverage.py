@@ -17,7 +17,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -61,14 +60,16 @@ def main() -> None:
     options = _options()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     missing = [source for source in ARCHITECTURES if source not in results or source in options.again]
-    with ProcessPoolExecutor(options.processes, get_context("spawn"), max_tasks_per_child=4) as pool:
-        running = {pool.submit(examine, source, ARCHITECTURES[source]): source for source in missing}
-        for done in as_completed(running):
-            source, result = running[done], done.result()
+    with get_context("spawn").Pool(options.processes, maxtasksperchild=8) as pool:
+        for source, result in pool.imap_unordered(_examined, missing):
             results[source] = result
             RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n")
             print(time.strftime("%H:%M:%S"), source, reason_against(result) or "passes", flush=True)
     TABLE.write_text(table(results))
+
+
+def _examined(source: str) -> tuple[str, dict[str, object]]:
+    return source, examine(source, ARCHITECTURES[source])
 
 
 def examine(source: str, size: int) -> dict[str, object]:
@@ -192,7 +193,7 @@ def table(results: dict[str, dict[str, object]]) -> str:
         f"{passing} of {len(with_norms)} architectures with batch norms pass every column. Written by",
         "[benchmarks/coverage.py](../benchmarks/coverage.py): random weights, batch-norm statistics of one pass of",
         "smooth noise, a small bank, first integers as recipe `ptq` finds them, and one training step on block",
-        "outputs, at W8A8. This shows that every stage treats an architecture correctly, and not what accuracy it keeps.",
+        "outputs, at W8A8. This shows that every stage treats an architecture correctly, not what accuracy it keeps.",
         "",
         "- **tapped**: batch norms whose statistics samples are synthesised from, of those that are called.",
         "- **folded, exact**: batch norms that became part of the layer before, and that stay as they are.",
