@@ -46,7 +46,7 @@ from qimera.synthesis.direct import noise_images
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
 SYNTHESIS = SynthesisSettings(
-    num_optimized=40, num_held_out=16, direct=DirectSettings(num_steps=10, batch_size=20, num_scales=5)
+    num_optimized=28, num_held_out=12, direct=DirectSettings(num_steps=4, batch_size=28, num_scales=5)
 )
 DISTILLATION = DistillationSettings(num_steps=1, start="compensated", batch_size=8)
 _MAX_INPUTS = 1152
