@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qimera.errors import ConfigError, UnsupportedModelError
-from qimera.graph_files import describe, load_graph, propagate_shapes_, save_graph
+from qimera.graph_files import describe, load_graph, save_graph
+from qimera.shapes import propagate_shapes_
 from qimera.teacher import Teacher
 from tests.networks import NETWORKS, SPEC, Lambda, random_network
 

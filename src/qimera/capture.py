@@ -16,11 +16,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from qimera.errors import ConfigError, UnsupportedModelError, first_line
 from qimera.graph import BATCH_NORM, aten, batch_norms, logits_node, node_at, to_channels_last_
-from qimera.graph_files import propagate_shapes_, rebuilt, unsupported_operation
+from qimera.graph_files import rebuilt, unsupported_operation
 from qimera.input_spec import InputSpec
 from qimera.operations import operation_name
 from qimera.outputs import choose_logits
 from qimera.self_check import check_answers, check_graph, raise_for_another_graph
+from qimera.shapes import propagate_shapes_
 from qimera.simplification import inline_regions_, simplify_, writes_what_is_read_again
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qimera.errors import ConfigError, first_line
-from qimera.graph_files import CONSTANTS, GraphBuilder, checked_word, propagate_shapes_
+from qimera.graph_files import CONSTANTS, GraphBuilder, checked_word
 from qimera.operations import operations
+from qimera.shapes import propagate_shapes_
 
 _MAX_BYTES = 8 << 30
 _FORMAT = {"archive_format": b"pt2", "byteorder": b"little", "archive_version": b"0"}

@@ -28,8 +28,9 @@ from qimera.graph import (
     to_channels_last_,
     with_outputs,
 )
-from qimera.graph_files import describe, load_graph, propagate_shapes_, save_graph, tensors_of
+from qimera.graph_files import describe, load_graph, save_graph, tensors_of
 from qimera.input_spec import InputSpec
+from qimera.shapes import propagate_shapes_
 
 
 @dataclass(frozen=True)
