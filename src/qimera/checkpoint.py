@@ -19,7 +19,7 @@ import torch
 
 from qimera.distributed import from_main, is_main
 from qimera.files import replacing
-from qimera.weights_file import allowing_only
+from qimera.weights_file import allowing_only, is_tape
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,8 @@ class Checkpoint:
         if not self._path.exists():
             return {}
         try:
+            if is_tape(self._path):
+                raise ValueError("a tape archive")
             with allowing_only([]):
                 kept = torch.load(self._path, map_location="cpu", weights_only=True)
             if kept["owner"] == self._owner:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
 
@@ -26,7 +26,7 @@ FORMAT_VERSION = 1
 _KEY = "qimera_graph"
 """Under which a safetensors file holds the graph."""
 
-_NODE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}")
+_NODE_NAME = re.compile(r"(?!__|self$)[A-Za-z_][A-Za-z0-9_]{0,199}")
 _PART = r"(?!__)[A-Za-z0-9_ !#$%&()*+,/:;<=>?@^~|-]{1,100}"
 _TENSOR_NAME = re.compile(rf"{_PART}(\.{_PART}){{0,30}}")
 """Code that reads a tensor has its name between quotation marks, so these and backslashes are not allowed."""
@@ -69,11 +69,13 @@ class GraphBuilder:
 
     def add_images(self, name: object) -> None:
         """Add what the network takes."""
-        self._put(name, self._graph.placeholder(self._new_name(name)))
+        images = self._graph.placeholder(self._new_name(name))
+        images.target = images.name  # another one where the name would hide torch or a builtin in generated code
+        self._put(name, images)
 
     def add_tensor(self, name: str) -> None:
         """Add a parameter or buffer of the network; graphs read it by ``add_reader``."""
-        if not _TENSOR_NAME.fullmatch(name):
+        if not _TENSOR_NAME.fullmatch(name) or any(keyword.iskeyword(part) for part in name.split(".")):
             raise ConfigError(f"calls a tensor {name!r:.100}, which is no dotted name")
         self._tensors.add(name)
 
@@ -156,7 +158,7 @@ def _check_arguments(
 ) -> None:
     """Raise ConfigError for arguments that the operation does not have."""
     if not isinstance(target, torch._ops.OpOverload):
-        if kwargs or not 1 <= len(args) <= 2:
+        if kwargs or not 1 <= len(args) <= 2 or not all(isinstance(each, Node | int | float) for each in args):
             raise ConfigError(f"calls {name} with {len(args)} arguments and {sorted(kwargs)}")
         return
     schema = target._schema.arguments
@@ -289,10 +291,11 @@ def load_graph(path: Path) -> GraphModule:
         if stored["version"] != FORMAT_VERSION:
             raise ConfigError(f"has format version {stored['version']!r:.50}, this qimera reads {FORMAT_VERSION}")
         return _built(stored, tensors)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a network saved by qimera, or damaged: {first_line(error)}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; nothing of it was executed") from error
+    # A damaged file can fail in any way.
+    except Exception as error:
+        raise ConfigError(f"{path}: not a network saved by qimera, or damaged: {first_line(error)}") from error
 
 
 def _built(stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GraphModule:

@@ -58,7 +58,7 @@ def read_program(path: Path) -> GraphModule:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = _Entries(archive)
-            return _network(entries, json.loads(entries.read(_GRAPH)))
+            return _network(entries, json.loads(entries.text(_GRAPH)))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}; nothing of it was executed") from error
     # A damaged archive can fail in any way.
@@ -97,13 +97,17 @@ class _Entries:
     def read(self, name: str) -> bytes:
         return self._archive.read(f"{self._root}/{name}")
 
+    def text(self, name: str) -> str:
+        """Return JSON as text: of bytes, ``json`` would import whatever codec their first ones ask for."""
+        return self.read(name).decode("utf-8")
+
 
 def _network(entries: _Entries, program: Mapping[str, Any]) -> GraphModule:
     graph, signature = program["graph_module"]["graph"], program["graph_module"]["signature"]
     builder = GraphBuilder()
     for folder, (listing, names) in _TENSORS.items():
         if folder + listing in entries:
-            _add_tensors(builder, entries, folder, json.loads(entries.read(folder + listing))["config"], names)
+            _add_tensors(builder, entries, folder, json.loads(entries.text(folder + listing))["config"], names)
     shape = _add_inputs(builder, graph, signature["input_specs"])
     _add_nodes(builder, graph["nodes"])
     returned = [

@@ -4,9 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from qimera.errors import ConfigError
 
 
 def propagate_shapes_(module: GraphModule, image_shape: tuple[int, ...]) -> None:
@@ -17,7 +20,7 @@ def propagate_shapes_(module: GraphModule, image_shape: tuple[int, ...]) -> None
     # of a size that equals no other by chance: what is true of it must be true of any batch
     images = torch.empty(13, *image_shape, device=_device_of(module))
     fake = mode.from_tensor(images, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
-    with mode, torch.no_grad():
+    with mode, enable_python_dispatcher(), torch.no_grad():  # some kernels, such as addcmul's, take no symbols
         _Shapes(module, mode).run(fake)
 
 
@@ -31,8 +34,19 @@ class _Shapes(fx.Interpreter):
         self._mode = mode
 
     def run_node(self, n: Node) -> Any:
+        if n.target is torch.ops.aten._native_batch_norm_legit_no_training.default:
+            self._check_statistics(n)
         result = super().run_node(n)
+        number = result.node.hint if isinstance(result, torch.SymInt) else result
+        if isinstance(number, int) and abs(number) >= 1 << 63:  # squared again and again, it would fill the memory
+            raise ConfigError(f"computes a size of {number.bit_length()} bits at {n.name}")
         if isinstance(result, Tensor) and n.op == "get_attr":
             result = self._mode.from_tensor(result, static_shapes=True)
         n.meta["val"] = result
         return result
+
+    def _check_statistics(self, n: Node) -> None:
+        """Refuse numbers per channel that are too few: the kernel reads as many as there are channels, unchecked."""
+        images, *others = (self.env[each] for each in n.all_input_nodes)
+        if any(isinstance(each, Tensor) and tuple(each.shape) != (images.shape[1],) for each in others):
+            raise ConfigError(f"gives {n.name} other than one number for each of {images.shape[1]} channels")

@@ -2,6 +2,7 @@
 
 import pickletools
 import re
+import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -94,6 +95,15 @@ def allowing_only(
         torch.serialization.add_safe_globals(before)
 
 
+def is_tape(path: Path) -> bool:
+    """Whether a file is a tape archive, as PyTorch wrote before 0.2; torch makes a folder before it refuses one."""
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except Exception:  # whatever a file that is none makes tarfile raise
+        return False
+
+
 def read_content(path: Path) -> object:
     """Return tensors, numbers and texts in dictionaries, lists and tuples as the file has them, and nothing else real.
 
@@ -109,6 +119,8 @@ def read_content(path: Path) -> object:
             return load_file(path)
         except SafetensorError as error:
             raise ConfigError(f"{path}: not a safetensors file, or damaged ({error}); save or copy it again") from error
+    if is_tape(path):
+        raise ConfigError(f"{path}: in the form of before PyTorch 0.2; {ADVICE} by a newer one")
     with path.open("rb") as file:
         try:
             with allowing_only(_ALLOWED), warnings.catch_warnings():
