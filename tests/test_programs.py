@@ -1,9 +1,3 @@
-import io
-import json
-import os
-import pickle
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,66 +69,3 @@ def test_a_truncated_program_is_refused(archive: Path, tmp_path_factory: pytest.
         match=r"not a file of torch\.export\.save, or damaged|is not in the format|nothing of it was executed",
     ):
         read_program(path)
-
-
-# --- hostile archives -------------------------------------------------------------------------------------------------
-
-
-class Payload:
-    """Makes a folder in whoever unpickles it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.folder),)
-
-
-def changed(archive: Path, path: Path, change: Callable[[str, bytes], bytes]) -> Path:
-    """Copy an archive, with ``change`` applied to the name and content of each member."""
-    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w") as target:
-        for name in source.namelist():
-            target.writestr(name, change(name, source.read(name)))
-    return path
-
-
-def with_pickled_weight(name: str, content: bytes, payload: bytes) -> bytes:
-    if name.endswith("model_weights_config.json"):
-        config = json.loads(content)
-        next(iter(config["config"].values()))["use_pickle"] = True
-        return json.dumps(config).encode()
-    return payload if name.endswith("weight_0") else content
-
-
-def with_pickled_sample(name: str, content: bytes, payload: bytes) -> bytes:
-    return payload if "/sample_inputs/" in name else content
-
-
-def with_call(name: str, content: bytes, payload: bytes) -> bytes:
-    return content.replace(b"torch.ops.aten.relu.default", b"torch.os.system") if "/models/" in name else content
-
-
-def with_expression(name: str, content: bytes, payload: bytes) -> bytes:
-    evil = b"__import__('os').mkdir('executed')"
-    return content.replace(b"Symbol('s", evil + b"+Symbol('s") if "/models/" in name else content
-
-
-HOSTILE = {
-    "holds a pickle": with_pickled_weight,
-    "more than tensors in its sample inputs": with_pickled_sample,
-    "calls 'torch.os.system'": with_call,
-    "sizes a tensor by": with_expression,
-}
-
-
-@pytest.mark.parametrize("reason", HOSTILE)
-def test_nothing_in_a_program_is_executed(
-    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    buffer = io.BytesIO()
-    torch.save({"x": Payload(tmp_path / "executed")}, buffer, pickle_module=pickle)
-    path = changed(archive, tmp_path / "bad.pt2", lambda name, old: HOSTILE[reason](name, old, buffer.getvalue()))
-    with pytest.raises(ConfigError, match=f"{reason}.*, and was not executed"):
-        read_program(path)
-    assert not (tmp_path / "executed").exists()
