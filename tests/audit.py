@@ -39,6 +39,8 @@ def _describe(event: str, args: tuple[object, ...]) -> str | None:
         return None if _GENERATED.fullmatch(name) else f"exec {name}"
     if event == "compile":
         source, name = args
+        if name == "<unknown>":  # ``ast.parse`` of literals, and of code in tracebacks; to execute it would be seen
+            return None
         if _GENERATED.fullmatch(str(name)):
             strange = strange_code(source if isinstance(source, str) else bytes(source or b"").decode())  # type: ignore[call-overload]
             return f"generated code: {strange}" if strange else None
