@@ -37,6 +37,8 @@ SPEC = InputSpec(shape=SHAPE, mean=(0.5,) * 3, std=(0.25,) * 3)
 SECONDS, MEMORY = 20.0, 6 << 30
 """Most that one file may take, and the process more than it has after the good one."""
 
+_AT_FIRST = ("compile <string>", "exec <string>")
+
 ARCHIVES = {**hostile_archives.KINDS, **hostile_tensors.KINDS, **hostile_graphs.KINDS}
 TEACHERS = hostile_teachers.KINDS
 
@@ -132,6 +134,9 @@ def main(files: Iterator[tuple[str, Archive | TeacherFile]], reader: Callable[[P
     for number, (name, file) in enumerate(files):
         file.write(path)
         was_read, faults = read(path, reader)
+        if faults:  # torch resolves its own annotations when an operation is first used: that does not come twice
+            again = read(path, reader)[1]
+            faults = [each for each in faults if each in again or not each.startswith(_AT_FIRST)]
         if number == 0:
             assert was_read
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
