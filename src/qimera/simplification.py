@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
 
+from qimera.errors import UnsupportedModelError
 from qimera.graph import WEIGHTED, aten, has_parameter, layer_name, logits_node, new_parameter, node_at, tensor_of
 from qimera.spellings import rewrite_spellings_
 
 _RESHAPES = {aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.squeeze.dims, aten.squeeze.dim}
+_MAX_CONSTANT_BYTES = 1 << 30
 _ALIASES = {aten.dropout.default, aten.feature_dropout.default}
 """Operations that return their first argument itself when they do nothing, though their schemas do not say so."""
 
@@ -159,11 +161,20 @@ def _compute_constants_(module: GraphModule) -> None:
         if node.op == "get_attr":
             values[node] = tensor_of(module, node).detach()
         elif node.op == "call_function" and all(each in values for each in node.all_input_nodes):
+            _refuse_huge_constant(node)
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: values[argument])
             values[node] = node.target(*args, **kwargs)
     for node, value in values.items():
         if node.op == "call_function" and isinstance(value, Tensor):
             _store_constant_(module, node, [user for user in node.users if user not in values], value)
+
+
+def _refuse_huge_constant(node: Node) -> None:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.numel() * value.element_size() > _MAX_CONSTANT_BYTES:
+        raise UnsupportedModelError(
+            f"{node.name} is a constant of {value.numel():,} numbers, more than any network needs; compute it in parts"
+        )
 
 
 def _store_constant_(module: GraphModule, node: Node, readers: list[Node], value: Tensor) -> None:
