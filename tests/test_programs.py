@@ -42,6 +42,32 @@ def test_a_program_for_one_batch_size_is_refused_with_the_way_out(tmp_path: Path
         load_model(str(path))
 
 
+class Tied(nn.Module):
+    """Two convolutions with one weight, a part without gradients, a constant that is not saved as state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.second, self.third, self.head = nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3), nn.Linear(6, 4)
+        self.third.weight = self.second.weight
+        self.register_buffer("factor", torch.full((4,), 2.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.norm(self.first(x)).relu()
+        x, _ = self.third(self.second(x)).chunk(2, 2)
+        return self.head(x.mean((2, 3))).view(x.shape[0], -1) * self.factor
+
+
+def test_tied_weights_regions_and_parts_of_tuples_are_read(tmp_path: Path) -> None:
+    model, images = Tied().eval(), torch.randn(3, *SPEC.shape)
+    path = save(model, tmp_path / "tied.pt2", torch.zeros(2, *SPEC.shape))
+    network = read_program(path)
+    with torch.no_grad():
+        assert torch.equal(network(images), model(images))
+    assert [layer.name for layer in Teacher.capture(network, SPEC).layers] == ["first", "third", "third", "head"]
+
+
 class TwoInputs(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y
