@@ -93,3 +93,10 @@ def test_a_training_goes_on_as_if_it_had_never_stopped() -> None:
     kept.seek(0)
     second.load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
     assert losses(second) == pytest.approx(losses(whole), rel=0.02)
+
+
+def test_a_model_on_a_gpu_is_captured_as_it_would_be_from_the_cpu() -> None:
+    model = trained_tiny_net()
+    expected = Teacher.capture(model, SPEC).hash
+    assert Teacher.capture(model.to("cuda"), SPEC).hash == expected
+    assert next(model.parameters()).device.type == "cuda"
