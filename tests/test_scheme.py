@@ -188,7 +188,7 @@ def test_a_bias_of_a_dead_channel_keeps_its_value() -> None:
     images = torch.randn(8, *SPEC.shape, generator=torch.Generator().manual_seed(0))
     student = student_of(Teacher.capture(model, SPEC))
     student.initialize_ranges_([images])
-    student(images).square().sum().backward()
+    student.train()(images).square().sum().backward()
     node = layers(student)["conv"]
     bias = student.module.get_parameter(str(node.args[2].args[0].target))
     rounded = student.module.get_submodule(str(node.args[2].target))(bias)

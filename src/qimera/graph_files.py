@@ -27,7 +27,7 @@ _KEY = "qimera_graph"
 """Under which a safetensors file holds the graph."""
 
 _NODE_NAME = re.compile(r"(?!__|self$)[A-Za-z_][A-Za-z0-9_]{0,199}")
-_PART = r"(?!__)[A-Za-z0-9_ !#$%&()*+,/:;<=>?@^~|-]{1,100}"
+_PART = r"(?!__)[ !#-&(-\-/-\[\]-~]{1,100}"
 _TENSOR_NAME = re.compile(rf"{_PART}(\.{_PART}){{0,30}}")
 """Code that reads a tensor has its name between quotation marks, so these and backslashes are not allowed."""
 

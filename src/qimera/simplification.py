@@ -179,12 +179,14 @@ def _refuse_huge_constant(node: Node) -> None:
 
 def _store_constant_(module: GraphModule, node: Node, readers: list[Node], value: Tensor) -> None:
     """Let ``readers`` read a stored ``value`` instead of ``node``: one for all but layers, whose weight each has."""
-    owner, is_parameter = _source_of(module, node)
+    source, is_parameter = _source_of(module, node)
+    owner = source.rpartition(".")[0]
     stored: Node | None = None
     for reader in readers:
         is_weight = reader.target in WEIGHTED and node in reader.args[1:3]
         if is_weight or stored is None:
             name = ("weight", "bias")[reader.args.index(node) - 1] if is_weight else f"constant_{node.name}"
+            name = name if owner or not is_weight else f"{source}_{name}"
             with module.graph.inserting_before(reader):
                 wanted = is_weight or (is_parameter and value.is_floating_point())
                 new = new_parameter(module, reader, owner, name, value, is_parameter=wanted)
@@ -196,12 +198,12 @@ def _store_constant_(module: GraphModule, node: Node, readers: list[Node], value
 
 
 def _source_of(module: GraphModule, constant: Node) -> tuple[str, bool]:
-    """Return the module whose parameter or buffer ``constant`` is computed from, and whether it is a parameter."""
+    """Return the name of a tensor that ``constant`` is computed from, and whether it is a parameter: one if any is."""
     readers = [node for node in _ancestors(constant) if node.op == "get_attr"]
     readers.sort(key=lambda node: not isinstance(tensor_of(module, node), nn.Parameter))
     if not readers:
         return "", False
-    return str(readers[0].target).rpartition(".")[0], isinstance(tensor_of(module, readers[0]), nn.Parameter)
+    return str(readers[0].target), isinstance(tensor_of(module, readers[0]), nn.Parameter)
 
 
 def _make_weights_parameters_(module: GraphModule) -> None:

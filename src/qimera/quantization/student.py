@@ -127,7 +127,8 @@ class Student(nn.Module):
         names: dict[str, str] = {}
         for node in self.module.graph.nodes:
             if node.target in WEIGHTED and isinstance(node.args[1], Node) and node.args[1].op == "call_module":
-                owner = str(node_at(node.args[1], 0).target).rpartition(".")[0]
+                weight = str(node_at(node.args[1], 0).target)
+                owner = weight.rpartition(".")[0] or weight
                 calls = sum(name.partition("@")[0] == owner for name in names.values())
                 names[node.name] = f"{owner}@{calls}" if calls else owner
         return names
