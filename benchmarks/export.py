@@ -26,9 +26,10 @@ from zoo import load_subject
 
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Student, Teacher, recipe, synthesize
 from qimera.bits import parse_bits
+from qimera.export.comparison import compare
 from qimera.export.integer_graph import layers_in
-from qimera.export.onnx import onnx_model
-from qimera.export.verification import compare, onnx_runtime, openvino_model
+from qimera.export.onnx_model import onnx_model
+from qimera.export.verification import onnx_runtime, openvino_model
 from qimera.pipeline import quantize_with
 
 RESULTS = Path(__file__).parent / "results" / "export"

@@ -32,7 +32,8 @@ from zoo import load_subject
 
 from qimera import InputSpec, QuantizationSettings, Teacher
 from qimera.bits import parse_bits
-from qimera.export.onnx import OPSET, export_onnx
+from qimera.export.onnx import export_onnx
+from qimera.export.onnx_model import OPSET
 from qimera.folding import fold_batch_norms
 from qimera.quantization.student import Student
 from qimera.synthesis.direct import noise_images

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qimera.export.onnx import onnx_model
+from qimera.export.onnx_model import onnx_model
 from qimera.graph import WEIGHTED
 from qimera.input_spec import InputSpec
 from qimera.quantization.exact import _ExactLayer, with_exact_sums

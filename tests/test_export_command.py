@@ -5,9 +5,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from torch import Tensor
 
-from qimera.export.verification import Comparison, compare
+from qimera.export.comparison import Comparison, compare
 from qimera.quantization.student import Student
 from qimera.run_directory import RunDirectory
 from tests.command_line import qimera, said, tiny_settings
@@ -87,6 +88,21 @@ def test_a_file_below_the_threshold_is_not_written(
     assert result.exit_code == 5
     assert "at least 99 % are required" in said(result)
     assert "no file was written" in said(result)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_runtime_that_fails_is_named_with_what_it_said(
+    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's errors are no RuntimeErrors."""
+
+    def broken(*_: object) -> None:
+        raise Fail("no kernel for this node")
+
+    monkeypatch.setattr("qimera.export.verification.onnx_runtime", broken)
+    result = qimera("export", finished_run, "--output", tmp_path / "x.onnx")
+    assert result.exit_code == 5
+    assert "cannot run the file (no kernel for this node); no file was written" in said(result)
     assert list(tmp_path.iterdir()) == []
 
 

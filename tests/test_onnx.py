@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from qimera.bits import parse_bits
 from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
-from qimera.export.onnx import export_onnx, onnx_model
+from qimera.export.onnx import export_onnx
+from qimera.export.onnx_model import onnx_model
 from qimera.export.verification import onnx_runtime
 from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from qimera.cli import app
-from qimera.export.verification import Verification
+from qimera.export.comparison import Verification
 from qimera.quantization.student import Student
 from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera.export.onnx import onnx_model
+from qimera.export.onnx_model import onnx_model
 from qimera.input_spec import InputSpec
 from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from qimera.errors import ConfigError, DivergenceError, QimeraError, UnsupportedModelError, VerificationError
     from qimera.estimation import Estimate, estimate_drop
     from qimera.evaluation import Evaluation, evaluate
+    from qimera.export.comparison import Comparison, Verification
     from qimera.export.onnx import export_onnx
     from qimera.export.program import export_aotinductor, export_pt2
-    from qimera.export.verification import Comparison, Verification
     from qimera.input_spec import InputSpec
     from qimera.pipeline import quantize, synthesize
     from qimera.progress import Progress
@@ -87,7 +87,7 @@ _NAMES = {
     "qimera.evaluation": ("Evaluation", "evaluate"),
     "qimera.export.onnx": ("export_onnx",),
     "qimera.export.program": ("export_aotinductor", "export_pt2"),
-    "qimera.export.verification": ("Comparison", "Verification"),
+    "qimera.export.comparison": ("Comparison", "Verification"),
     "qimera.input_spec": ("InputSpec",),
     "qimera.pipeline": ("quantize", "synthesize"),
     "qimera.progress": ("Progress",),

@@ -12,16 +12,15 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from qimera.errors import ConfigError, UnsupportedModelError
+from qimera.export.comparison import MIN_AGREEMENT, Verification, multiplying
 from qimera.export.program import (
     DEQUANTIZE,
     DEQUANTIZE_CHANNELS,
-    MIN_AGREEMENT,
     QUANTIZE,
     freeze_,
     integer_graph,
     verify_program,
 )
-from qimera.export.verification import Verification, multiplying
 from qimera.files import replacing
 from qimera.graph import node_at
 from qimera.quantization.student import Student

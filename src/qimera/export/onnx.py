@@ -1,34 +1,14 @@
-"""A student -> an ONNX file whose layers run in integer kernels, verified before it is there."""
+"""A student -> an ONNX file, verified before it is there; what it takes is imported when it is called."""
 
-import json
-import logging
-import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-import onnx
-import onnx_ir as ir
-import torch
-from onnxscript import opset21 as op
-from torch import Tensor
-from torch.export import Dim
-from torch.fx import GraphModule, Node
-
-from qimera.errors import ConfigError, UnsupportedModelError
-from qimera.export.integer_graph import deploy_
-from qimera.export.packing import shared_constant
-from qimera.export.verification import Verification, verify_onnx
+from qimera.errors import ConfigError
+from qimera.export.comparison import MIN_AGREEMENT, Verification
 from qimera.files import replacing
-from qimera.graph import aten
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
-
-OPSET = 21
-MIN_AGREEMENT = 99.0
-
-_SILENT = "torch.onnx._internal.exporter._registration"
 
 
 def export_onnx(
@@ -55,9 +35,17 @@ def export_onnx(
         min_agreement: Percent of samples that student and file must put into the same class.
 
     Raises:
+        ConfigError: onnx, onnxruntime or onnxscript is not installed.
         UnsupportedModelError: something in the student has no ONNX counterpart.
         VerificationError: the file disagrees with the student; the message names the first layer that does.
     """
+    _require_packages()
+    import onnx
+    import onnx_ir as ir
+
+    from qimera.export.onnx_model import onnx_model
+    from qimera.export.verification import verify_onnx
+
     path = Path(path)
     model = onnx_model(student, include_preprocessing=include_preprocessing, labels=labels)
     with replacing(path) as temporary:
@@ -65,148 +53,7 @@ def export_onnx(
         return verify_onnx(student, temporary, samples, min_agreement=min_agreement)
 
 
-def onnx_model(student: Student, *, include_preprocessing: bool = False, labels: Sequence[str] = ()) -> ir.Model:
-    """Return the student as an ONNX model."""
-    if labels and len(labels) != student.num_classes:
-        raise ConfigError(f"labels: {len(labels)} names for {student.num_classes} classes; give one for each")
-    if student.settings.scheme != "hardware":
-        raise UnsupportedModelError(
-            f"scheme {student.settings.scheme}: is for comparison only, integer kernels cannot run it; "
-            "quantize with scheme hardware"
-        )
-    model = _translate(student)
-    deploy_(model.graph)
-    if include_preprocessing:
-        _prepend_preprocessing_(model.graph, student)
-    model.producer_name, model.producer_version = "qimera", version("qimera")
-    model.metadata_props.clear()
-    model.metadata_props.update(_metadata(student, labels))
-    onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    return model
-
-
-def _translate(student: Student) -> ir.Model:
-    images = torch.zeros(2, *student.input_spec.shape)
-    quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
-    logging.getLogger(_SILENT).setLevel(logging.ERROR)  # says that torchvision is absent, four times
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(_with_windows(student), (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
-            exported = torch.onnx.export(
-                program,
-                (images,),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=["input"],
-                output_names=["logits"],
-                custom_translation_table={quantize: _quantize_and_clip},
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise UnsupportedModelError(f"no ONNX counterpart for part of the model: {reason}") from error
-    assert exported is not None
-    return exported.model
-
-
-def _with_windows(student: Student) -> GraphModule:
-    """Return the integer graph with every average over positions written as a pooling with a window.
-
-    That has an integer kernel; a mean has none, and adaptive pooling becomes a gather of computed indices.
-    """
-    module = student.converted()
-    values = {node.name: node.meta.get("val") for node in module.graph.nodes}
-    shapes = {name: value.shape for name, value in values.items() if isinstance(value, Tensor)}
-    for node in list(module.graph.nodes):
-        window = _window(node, shapes)
-        if window is not None:
-            with module.graph.inserting_before(node):
-                pooled = module.graph.call_function(aten.avg_pool2d.default, (node.args[0], window))
-                if node.target is aten.mean.dim and not (len(node.args) > 2 and node.args[2]):
-                    pooled = module.graph.call_function(aten.flatten.using_ints, (pooled, 1))
-            node.replace_all_uses_with(pooled)
-            module.graph.erase_node(node)
-    module.recompile()
-    return module
-
-
-def _window(node: Node, shapes: dict[str, torch.Size]) -> list[int] | None:
-    """Return height and width of the window that an average over positions has, if windows do not overlap."""
-    if node.target not in (aten.adaptive_avg_pool2d.default, aten.mean.dim):
-        return None
-    shape = _shape_before(node, shapes)
-    if shape is None or len(shape) != 4:
-        return None
-    size = [int(each) for each in shape[2:]]
-    if node.target is aten.mean.dim:
-        return size if node.args[1] in ([2, 3], [-2, -1], [-1, -2], [3, 2]) else None
-    outputs = node.args[1]
-    assert isinstance(outputs, list | tuple)
-    wanted = [want if isinstance(want, int) else have for have, want in zip(size, outputs, strict=True)]
-    if any(have % want for have, want in zip(size, wanted, strict=True)):
-        return None
-    return [have // want for have, want in zip(size, wanted, strict=True)]
-
-
-def _shape_before(node: Node, shapes: dict[str, torch.Size]) -> torch.Size | None:
-    """Return the shape of a node's first argument, looking through quantization, which notes none."""
-    before = node.args[0]
-    while isinstance(before, Node):
-        if before.name in shapes:
-            return shapes[before.name]
-        before = before.args[0] if before.args else None
-    return None
-
-
-def _quantize_and_clip(x, scale, zero_point, quant_min, quant_max, dtype):  # type: ignore[no-untyped-def]
-    """Emit QuantizeLinear, which knows the limits of uint8 alone, and an integer Clip where the grid is narrower."""
-    levels = op.QuantizeLinear(x, _constant(scale, np.float32), _constant(zero_point, np.uint8))
-    if (quant_min, quant_max) == (0, 255):
-        return levels
-    return op.Clip(levels, _constant(quant_min, np.uint8), _constant(quant_max, np.uint8))
-
-
-def _constant(value: float | int, dtype: type[np.generic]):  # type: ignore[no-untyped-def]
-    return op.Constant(value=onnx.numpy_helper.from_array(np.array(value, dtype)))
-
-
-def _prepend_preprocessing_(graph: ir.Graph, student: Student) -> None:
-    """Let the graph read uint8 (batch, height, width, channel) and normalise it as ``InputSpec.normalize`` does."""
-    spec = student.input_spec
-    images = graph.inputs[0]
-    channels, height, width = spec.shape
-    assert images.shape is not None
-    pixels = ir.val("pixels", ir.DataType.UINT8, ir.Shape([images.shape[0], height, width, channels]))
-    factor = shared_constant(graph, "pixel_factor", ((spec.high - spec.low) / 255).numpy().reshape(1, -1, 1, 1))
-    offset = shared_constant(graph, "pixel_offset", spec.low.numpy().reshape(1, -1, 1, 1))
-    nodes = [ir.node("Transpose", [pixels], {"perm": [0, 3, 1, 2]})]
-    nodes.append(ir.node("Cast", nodes[-1].outputs, {"to": ir.DataType.FLOAT}))
-    nodes.append(ir.node("Mul", [nodes[-1].outputs[0], factor]))
-    nodes.append(ir.node("Add", [nodes[-1].outputs[0], offset]))
-    for number, node in enumerate(nodes):
-        node.outputs[0].name = f"preprocessing_{number}"
-    images.replace_all_uses_with(nodes[-1].outputs[0])
-    graph.inputs[0] = pixels
-    graph.insert_before(graph[0], nodes)
-
-
-def _metadata(student: Student, labels: Sequence[str]) -> dict[str, str]:
-    """Return what a device team must know of the file, JSON where it is more than a word."""
-    spec = student.input_spec
-    metadata = {
-        "qimera.version": version("qimera"),
-        "qimera.teacher_hash": student.teacher_hash,
-        "qimera.quantization": student.settings.model_dump_json(),
-        "qimera.input_shape": json.dumps(spec.shape),
-        "qimera.input_mean": json.dumps(spec.mean),
-        "qimera.input_std": json.dumps(spec.std),
-        "qimera.input_pixel_range": json.dumps(spec.pixel_range),
-        "qimera.num_classes": str(student.num_classes),
-    }
-    if labels:
-        metadata["qimera.labels"] = json.dumps(list(labels))
-    return metadata
+def _require_packages() -> None:
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"export: format onnx needs {', '.join(missing)}; pip install 'qimera[onnx]'")

@@ -16,14 +16,20 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
-from qimera.export.verification import Verification, compare, latency_ms, multiplying, sample_pixels
+from qimera.export.comparison import (
+    MIN_AGREEMENT,
+    Verification,
+    compare,
+    latency_ms,
+    multiplying,
+    runtime_reason,
+    sample_pixels,
+)
 from qimera.files import replacing
 from qimera.graph import WEIGHTED, aten, node_at, tensor_of
 from qimera.quantization.scheme import RELUS, before_moves
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
-
-MIN_AGREEMENT = 99.0
 
 _BATCH = 64
 _TORCH = torch.__version__.partition("+")[0]
@@ -255,9 +261,13 @@ def verify_program(
     """Run student and program on ``samples``; raise VerificationError where too few come out the same."""
     images = student.input_spec.normalize(sample_pixels(student, samples))
     with torch.no_grad():
-        expected, actual = (
-            torch.cat([run(batch) for batch in images.split(_BATCH)]).numpy() for run in (student, program)
-        )
+        expected = torch.cat([student(batch) for batch in images.split(_BATCH)]).numpy()
+        try:
+            actual = torch.cat([program(batch) for batch in images.split(_BATCH)]).numpy()
+        except Exception as error:  # each runtime has errors of its own
+            raise VerificationError(
+                f"{runtime}: cannot run the file ({runtime_reason(error)}); no file was written"
+            ) from error
     num_layers = len(multiplying(student))
     comparison = compare(runtime, expected, actual, num_layers, float_layers, _latency_ms(program, images[:1]))
     if not comparison.agreement >= min_agreement:

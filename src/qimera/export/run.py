@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from qimera.errors import ConfigError
+from qimera.export.comparison import MIN_AGREEMENT, Verification
 from qimera.export.executorch import export_executorch
-from qimera.export.onnx import MIN_AGREEMENT, export_onnx
+from qimera.export.onnx import export_onnx
 from qimera.export.program import export_aotinductor, export_pt2
-from qimera.export.verification import Verification
 from qimera.files import replacing
 from qimera.run import load_bank, load_student
 from qimera.run_directory import RunDirectory

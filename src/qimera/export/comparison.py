@@ -1,0 +1,139 @@
+"""The logits of an exported file and of the student it came from -> how they compare, on any runtime."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from qimera.costs import is_multiplying
+from qimera.graph import layer_name
+from qimera.quantization.student import Student
+from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.direct import noise_images
+
+MIN_AGREEMENT = 99.0
+"""Percent of samples that student and file must put into the same class, unless another number is given."""
+
+MAX_SAMPLES = 256
+_NUM_NOISE_IMAGES = 32
+_MIN_TIMED_CALLS = 5
+_TIMED_MILLISECONDS = 500.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one runtime makes of the file."""
+
+    runtime: str
+    """Name and version."""
+
+    agreement: float
+    """Percent of samples that the file puts into the student's class, or one whose logit is equal up to rounding."""
+
+    largest_difference: float
+    """Of any two logits, in their own unit."""
+
+    identical: float
+    """Percent of samples on which all logits are the same up to rounding (1e-4 of their spread)."""
+
+    integer_layers: int
+    """Layers and products of activations that run in integer kernels."""
+
+    float_layers: tuple[str, ...]
+    """Names of those that do not."""
+
+    latency_ms: float | None = None
+    """Median wall time of one image alone, in milliseconds, on this machine as busy as it was; of ONNX Runtime,
+    OpenVINO and PyTorch on one thread. None where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a file compares with the student it came from."""
+
+    num_layers: int
+    """All that multiply: layers, those too whose weight is not quantized, and products of activations."""
+
+    num_bytes: int
+    """Size of the file."""
+
+    num_samples: int
+    comparisons: tuple[Comparison, ...]
+    refusals: tuple[str, ...] = ()
+    """Runtimes that cannot run the file at all, other than the student's target, and why."""
+
+    def text(self) -> str:
+        """Return a few lines for people."""
+        lines = [f"file size {self.num_bytes:,} bytes, compared with the student on {self.num_samples} samples"]
+        for each in self.comparisons:
+            lines.append(
+                f"{each.runtime}: same class {each.agreement:.2f} %, same logits {each.identical:.2f} %, "
+                f"largest difference {each.largest_difference:.2g}; "
+                f"{each.integer_layers} of {self.num_layers} layers in integer kernels"
+                + (f"; one image takes {each.latency_ms:.3g} ms here" if each.latency_ms is not None else "")
+            )
+            if each.float_layers:
+                lines.append(f"  in floating point: {', '.join(each.float_layers)}")
+        lines += [f"{refusal}; the student is not for it" for refusal in self.refusals]
+        return "\n".join(lines) + "\n"
+
+
+def sample_pixels(student: Student, samples: SampleBank | None) -> UInt8[Tensor, "batch channel height width"]:
+    """Return the pixels that a comparison runs on: of ``samples``, evenly spread, or noise where there are none."""
+    if samples is not None:
+        return samples.pixels[torch.linspace(0, len(samples) - 1, min(MAX_SAMPLES, len(samples))).long()]
+    spec = student.input_spec
+    scales = 1 + int(np.log2(min(spec.shape[1:])) // 1) // 2
+    return spec.to_pixels(noise_images(_NUM_NOISE_IMAGES, spec.shape, scales, torch.Generator().manual_seed(0)))
+
+
+def compare(
+    runtime: str,
+    expected: Float[np.ndarray, "batch num_classes"],
+    actual: Float[np.ndarray, "batch num_classes"],
+    num_layers: int,
+    float_layers: list[str],
+    latency: float | None = None,
+) -> Comparison:
+    """Return how the logits of a runtime compare with the student's."""
+    difference, rounding = np.abs(expected - actual).max(1), 1e-4 * expected.std()
+    picked = np.take_along_axis(expected, actual.argmax(1, keepdims=True), 1)[:, 0]
+    return Comparison(
+        runtime=runtime,
+        agreement=100 * float((picked >= expected.max(1) - rounding).mean()),
+        largest_difference=float(difference.max()),
+        identical=100 * float((difference <= rounding).mean()),
+        integer_layers=num_layers - len(float_layers),
+        float_layers=tuple(float_layers),
+        latency_ms=latency,
+    )
+
+
+def latency_ms(run: Callable[[Any], object], image: Any) -> float:
+    """Return the median wall time of ``run(image)`` in milliseconds: of at least 5 calls, and for half a second."""
+    run(image)  # what the first call alone has to set up
+    milliseconds: list[float] = []
+    while len(milliseconds) < _MIN_TIMED_CALLS or sum(milliseconds) < _TIMED_MILLISECONDS:
+        start = time.perf_counter()
+        run(image)
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    return statistics.median(milliseconds)
+
+
+def runtime_reason(error: Exception) -> str:
+    """Return the line of a runtime's message that says something, without the places in its own sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.startswith("Exception from")), type(error).__name__)[:300]
+
+
+def multiplying(student: Student) -> dict[str, str]:
+    """Return what each layer of a student, quantized or not, and each product is called, by its node's name."""
+    names = student.layer_names()
+    nodes = [node for node in student.module.graph.nodes if is_multiplying(node)]
+    return {node.name: names.get(node.name) or layer_name(node) for node in nodes}
