@@ -20,8 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with naming(path):
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_tree(temporary)
             temporary.replace(path)
             sync_directory(path.parent)
     finally:
@@ -43,6 +42,17 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     """Write a safetensors file; unlike safetensors' own function, with an OSError if that fails."""
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     path.write_bytes(safetensors.torch.save(contiguous, metadata))
+
+
+def sync_tree(path: Path) -> None:
+    """Bring a file, or a directory with everything in it, to the disk itself."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            sync_tree(inner)
+        sync_directory(path)
+    else:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def sync_directory(directory: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qimera.errors import ConfigError
-from qimera.files import naming, save_tensors
+from qimera.files import naming, save_tensors, sync_directory, sync_tree
 from qimera.input_spec import InputSpec
 from qimera.settings import SynthesisSettings
 from qimera.synthesis.synthesizer import Synthesizer
@@ -142,7 +142,9 @@ class SampleBank:
         try:
             with naming(directory):
                 self._write(partial)
+                sync_tree(partial)  # before what it was made from is removed
                 partial.rename(directory)
+                sync_directory(directory.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -14,7 +14,7 @@ from PIL import Image
 
 from qimera.data import IMAGE_MODES
 from qimera.errors import ConfigError
-from qimera.files import naming, save_tensors
+from qimera.files import naming, save_tensors, sync_directory, sync_tree
 from qimera.synthesis.bank import SampleBank
 
 Format = Literal["bank", "npz", "imagefolder", "safetensors"]
@@ -51,7 +51,9 @@ def write_bank(bank: SampleBank, path: Path | str, form: Format = "bank") -> Non
     try:
         with naming(path):
             write[form](bank, partial / path.name)
+            sync_tree(partial / path.name)
             os.replace(partial / path.name, path)
+            sync_directory(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

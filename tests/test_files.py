@@ -1,0 +1,106 @@
+"""What is written is on the disk before what it was made from is removed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qimera.files import replacing, sync_tree
+from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.formats import write_bank
+
+
+class Journal:
+    """Records which files reach the disk, and what is renamed, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        fsync, rename, replace = os.fsync, os.rename, os.replace
+
+        def synced(descriptor: int) -> None:
+            self.events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+            fsync(descriptor)
+
+        def moved(move):  # type: ignore[no-untyped-def]
+            def call(source, target, **more):  # type: ignore[no-untyped-def]
+                self.events.append(f"move {Path(target).name}")
+                move(source, target, **more)
+
+            return call
+
+        monkeypatch.setattr(os, "fsync", synced)
+        monkeypatch.setattr(os, "rename", moved(rename))
+        monkeypatch.setattr(os, "replace", moved(replace))
+
+
+@pytest.fixture
+def journal(monkeypatch: pytest.MonkeyPatch) -> Journal:
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc to tell files by their descriptors")
+    return Journal(monkeypatch)
+
+
+def test_a_bank_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, bank: SampleBank, journal: Journal) -> None:
+    bank.save(tmp_path / "bank")
+    before, after = (journal.events[part] for part in journal_parts(journal, "move bank"))
+    assert {f"sync {each.name}" for each in (tmp_path / "bank").iterdir()} <= set(before)
+    assert f"sync {tmp_path.name}" in after
+
+
+@pytest.mark.parametrize("form", ["npz", "safetensors", "imagefolder"])
+def test_samples_for_others_are_too(tmp_path: Path, bank: SampleBank, journal: Journal, form: str) -> None:
+    write_bank(bank, tmp_path / "samples", form)  # type: ignore[arg-type]
+    before, after = (journal.events[part] for part in journal_parts(journal, "move samples"))
+    files = [each for each in (tmp_path / "samples").rglob("*") if each.is_file()] or [tmp_path / "samples"]
+    assert {f"sync {each.name}" for each in files} <= set(before)
+    assert f"sync {tmp_path.name}" in after
+
+
+def journal_parts(journal: Journal, event: str) -> tuple[slice, slice]:
+    index = journal.events.index(event)
+    return slice(0, index), slice(index, None)
+
+
+def test_a_replaced_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, journal: Journal) -> None:
+    with replacing(tmp_path / "a.txt") as temporary:
+        temporary.write_text("whole")
+    assert journal.events[-2:] == ["move a.txt", f"sync {tmp_path.name}"]
+    assert journal.events[0].startswith("sync .a.partial")
+
+
+def test_everything_in_a_folder_is_brought_to_the_disk(tmp_path: Path, journal: Journal) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "deep.txt").write_text("x")
+    sync_tree(tmp_path)
+    assert journal.events == ["sync deep.txt", "sync inner", f"sync {tmp_path.name}"]
+
+
+WITHOUT_ONNX = """
+import sys
+for name in ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino", "executorch"):
+    sys.modules[name] = None
+import torch
+from qimera import *
+from qimera import ConfigError
+from tests.networks import SPEC, TinyNet
+
+student = Student(Teacher.capture(TinyNet().eval(), SPEC), QuantizationSettings())
+student.initialize_ranges_([torch.randn(8, *SPEC.shape)])
+print(export_pt2(student, sys.argv[1] + "/student.pt2", min_agreement=0.0).comparisons[0].runtime)
+try:
+    export_onnx(student, sys.argv[1] + "/student.onnx")
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_every_format_needs_its_own_packages_alone(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}"}
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_ONNX, str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "PyTorch" in ran.stdout
+    assert "format onnx needs onnx, onnxruntime, onnxscript; pip install 'qimera[onnx]'" in ran.stdout
