@@ -1,4 +1,6 @@
 import json
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -268,3 +270,25 @@ def test_a_summary_from_before_there_were_held_out_samples_is_read(tmp_path: Pat
 @pytest.mark.parametrize(("num_bytes", "text"), [(999, "1.0 kB"), (41_304, "41.3 kB"), (46_800_000, "46.80 MB")])
 def test_sizes_are_readable(num_bytes: int, text: str) -> None:
     assert readable_bytes(num_bytes) == text
+
+
+def test_of_two_runs_that_begin_at_once_one_is_refused(tmp_path: Path) -> None:
+    """Both find an empty directory; their settings differ."""
+    both = [settings(), settings(seed=7)]
+    refused: list[str] = []
+
+    def begin(number: int) -> None:
+        try:
+            RunDirectory.start(tmp_path / "run", both[number])
+        except ConfigError as error:
+            refused.append(str(error))
+
+    for _ in range(20):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        threads = [threading.Thread(target=begin, args=(number,)) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(refused) == 20
+    assert all("holds a run with other settings (seed" in message for message in refused)

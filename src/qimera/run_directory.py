@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +29,8 @@ BANK, ALLOCATION, STUDENT = "bank", "allocation", "student"
 continues within the first part that is not there."""
 
 _MAX_LISTED = 4
+_UNFINISHED = ".*.partial*"
+"""What files are called while they are written."""
 
 
 class RunDirectory:
@@ -64,9 +67,11 @@ class RunDirectory:
         settings_file = _settings_file(path)
         if not settings_file.exists():
             path.mkdir(parents=True, exist_ok=True)
-            with replacing(settings_file) as temporary:
-                settings.save(temporary)
-            return cls(path, settings)
+            with _beginning(path) as is_first:
+                if is_first:
+                    with replacing(settings_file) as temporary:
+                        settings.save(temporary)
+                    return cls(path, settings)
         run = cls(path, RunSettings.load(settings_file))
         differences = _differences(run._settings_as_given(), settings)
         if differences and settings != run.settings:
@@ -173,18 +178,38 @@ class RunDirectory:
 
     def _forget_unfinished_files(self) -> None:
         """Remove files that were being written when the process ended."""
-        for left_over in self.path.glob(".*.partial*"):
+        for left_over in self.path.glob(_UNFINISHED):
             if left_over.is_dir():
                 shutil.rmtree(left_over)
             else:
                 left_over.unlink()
 
 
+@contextmanager
+def _beginning(path: Path) -> Iterator[bool]:
+    """Yield whether there is a run to begin in ``path``; no other process begins one meanwhile."""
+    descriptor = os.open(path, os.O_RDONLY) if fcntl is not None else None
+    try:
+        while descriptor is not None and not _settings_file(path).exists():
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # another process is beginning
+                time.sleep(0.01)
+            except OSError:  # the file system cannot lock
+                break
+        yield not _settings_file(path).exists()
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def refuse_other_content(path: Path) -> None:
     """Raise ConfigError if ``path`` is a file, or a directory that holds anything but a run."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path}: is a file; --output names a directory")
-    if path.is_dir() and any(path.iterdir()) and not _settings_file(path).is_file():
+    others = [each for each in path.iterdir() if not each.match(_UNFINISHED)] if path.is_dir() else []
+    if others and not _settings_file(path).is_file():
         raise ConfigError(f"{path}: is not empty and holds no run; choose another --output")
 
 
