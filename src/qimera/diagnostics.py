@@ -53,9 +53,9 @@ class Diagnosis(Settings):
     near_boundary_single: float
     """The same of samples of one class."""
 
-    diversity: float
+    diversity: float | None
     """Mean distance between the features of two samples of the same first class, over that of any two: 0 where all of
-    a class look alike, 1 where classes make no difference. NaN if no two are of one class."""
+    a class look alike, 1 where classes make no difference. None if no two are of one class."""
 
     near_duplicates: int
     """Samples whose pixels are nearly those of an earlier one."""
@@ -180,13 +180,11 @@ def _look_at(images: Tensor, teacher: Teacher) -> tuple[dict[str, float], Tensor
     return gaps, torch.cat(features)
 
 
-def _diversity(features: Tensor, classes: Tensor) -> float:
+def _diversity(features: Tensor, classes: Tensor) -> float | None:
     distances = torch.cdist(features, features)
     others = ~torch.eye(len(features), dtype=torch.bool)
     same = (classes[:, None] == classes[None]) & others
-    return (
-        float(distances[same].mean() / distances[others].mean().clamp(min=1e-12)) if bool(same.any()) else float("nan")
-    )
+    return float(distances[same].mean() / distances[others].mean().clamp(min=1e-12)) if bool(same.any()) else None
 
 
 def _near_duplicates(pixels: Tensor) -> int:

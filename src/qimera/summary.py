@@ -21,7 +21,7 @@ from qimera.teacher import Teacher
 class Summary(BaseModel):
     """What a run came to."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
     model: str
     teacher_hash: str

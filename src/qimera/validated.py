@@ -13,7 +13,7 @@ _S = TypeVar("_S", bound="Settings")
 class Settings(BaseModel):
     """Frozen, without unknown fields; a wrong value raises ConfigError instead of pydantic's own error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
     def __init__(self, **values: object) -> None:
         try:
