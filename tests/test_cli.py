@@ -1,3 +1,4 @@
+import io
 import json
 import re
 import shutil
@@ -6,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from qimera.console import ProgressDisplay
@@ -239,6 +241,16 @@ def test_the_time_left_is_that_of_the_steps_after_the_first(
             display(Progress("direct", step, 105))
     *_, last = capsys.readouterr().err.splitlines()
     assert last == "optimise images: 5/105  300 s left"
+
+
+def test_a_stage_that_comes_again_is_counted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qimera.console.Console", lambda stderr: Console(file=io.StringIO(), force_terminal=True))
+    with ProgressDisplay() as display:
+        for total in (8000, 32000):
+            for step in (0, total // 2, total):
+                display(Progress("distillation", step, total))
+            (task,) = display._bars.tasks
+            assert (task.completed, task.total) == (total, total)
 
 
 def interrupt_training(progress: Progress) -> None:

@@ -76,7 +76,11 @@ def test_the_command_writes_a_bank_made_earlier(tmp_path: Path) -> None:
     arguments = ("synthesize", "mnist_cnn", "--recipe", "ptq")
     done = qimera(*arguments, "--output", tmp_path / "bank")
     assert done.exit_code == 0, done.stderr
-    done = qimera(*arguments, "--bank", tmp_path / "bank", "--format", "npz", "--output", tmp_path / "bank.npz")
+    again = ("--bank", tmp_path / "bank", "--format", "npz", "--output", tmp_path / "bank.npz")
+    refused = qimera(*arguments, "--seed", "1", *again)
+    assert refused.exit_code == 2
+    assert "--bank: its samples are made already, so leave out --recipe, --seed" in said(refused)
+    done = qimera("synthesize", "mnist_cnn", *again)
     assert done.exit_code == 0, done.stderr
     assert "bank.npz: 128 synthetic samples and 128 held out of mnist_cnn" in done.stdout
     assert sorted(each.name for each in tmp_path.iterdir()) == ["bank", "bank.npz"]

@@ -1,6 +1,10 @@
+import pytest
 import torch
 
+from qimera.errors import ConfigError
+from qimera.pipeline import synthesize
 from qimera.seeds import Place, generator_for
+from qimera.teacher import Teacher
 
 
 def test_the_same_place_gives_the_same_numbers() -> None:
@@ -16,3 +20,11 @@ def test_every_place_of_every_seed_has_numbers_of_its_own() -> None:
         for place in places
     }
     assert len(set(drawn.values())) == len(drawn)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63, 1 << 64])
+def test_a_seed_that_no_generator_takes_is_refused_before_anything_is_made(teacher: Teacher, seed: int) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"seed: expected a whole number from 0 to 9223372036854775807, given {seed}"
+    ):
+        synthesize(teacher, seed=seed)

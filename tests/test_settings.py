@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from qimera import settings as module
 from qimera.bits import parse_bits, parse_layer_bits
 from qimera.errors import ConfigError
 from qimera.input_spec import InputSpec
+from qimera.report.layers import LayerReport
 from qimera.run_settings import RunSettings
 from qimera.settings import (
     DirectSettings,
@@ -281,6 +283,28 @@ def test_the_last_matching_rule_decides_a_layers_bits(rules: str, layer: str, ex
 def test_a_wrong_rule_is_refused(rules: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_layer_bits(rules)
+
+
+def test_a_training_that_learns_nothing_is_refused() -> None:
+    nothing = {"kl_weight": 0.0, "ce_weight": 0.0, "feature_weight": 0.0}
+    with pytest.raises(ConfigError, match="nothing would be learned; set one of them above 0, or num_steps to 0"):
+        DistillationSettings(**nothing)
+    assert DistillationSettings(**nothing, num_steps=0).num_steps == 0
+    assert DistillationSettings(**{**nothing, "ce_weight": 1.0}).ce_weight == 1.0
+
+
+def test_a_target_of_the_scheme_that_no_kernel_runs_is_refused() -> None:
+    with pytest.raises(ConfigError, match="target openvino is for scheme hardware"):
+        QuantizationSettings(scheme="paper", target="openvino")
+
+
+def test_numbers_that_are_none_come_back_from_json(tmp_path: Path) -> None:
+    report = LayerReport(name="a", weight_bits=4, activation_bits=4, error=float("nan"), cost=float("inf"))
+    report.save(tmp_path / "a.json")
+    json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    loaded = LayerReport.load(tmp_path / "a.json")
+    assert math.isnan(loaded.error)
+    assert loaded.cost == float("inf")
 
 
 def test_every_alternative_needs_the_name_of_its_recipe() -> None:

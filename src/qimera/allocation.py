@@ -5,7 +5,7 @@ import textwrap
 
 from torch import nn
 
-from qimera.bits import parse_bits, parse_layer_bits, spell_layer_bits
+from qimera.bits import check_layer_bits, parse_bits, parse_layer_bits, spell_layer_bits
 from qimera.budget import Budget, LayerChoice, check_budget, fixed_cost, layer_choices
 from qimera.knapsack import Option, choose
 from qimera.pipeline import as_teacher, check_bank
@@ -134,6 +134,7 @@ def allocate(
     progress: ProgressCallback = silent,
 ) -> Allocation:
     """``allocate_bits`` with every setting spelled out."""
+    check_layer_bits(quantization.layer_bits, [layer.name for layer in teacher.layers])
     check_budget(teacher, quantization)
     budget = Budget.parse(quantization.budget)
     choices = layer_choices(teacher, quantization, budget)

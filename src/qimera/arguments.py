@@ -39,7 +39,9 @@ Recipe = Annotated[
         metavar="NAMES", help="See qimera recipes; of several, such as ptq,fast, the best is kept. Default: fast."
     ),
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="Same seed, same machine, same result. Default: 0.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=(1 << 63) - 1, help="Same seed, same machine, same result. Default: 0.")
+]
 
 
 def _use_threads(threads: int | None) -> int | None:

@@ -1,7 +1,9 @@
 """Text such as ``w4a8`` or ``conv1=8,*fc*=w8a4`` -> bits."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
 from qimera.errors import ConfigError
 from qimera.settings import LayerBits
@@ -39,6 +41,21 @@ def parse_layer_bits(text: str) -> tuple[LayerBits, ...]:
         weight_bits, activation_bits = parse_bits(f"w{bits}a{bits}" if bits.isdigit() else bits)
         rules.append(LayerBits(pattern=pattern, weight_bits=weight_bits, activation_bits=activation_bits))
     return tuple(rules)
+
+
+def check_layer_bits(rules: Iterable[LayerBits], layers: Sequence[str]) -> None:
+    """Refuse rules that no layer's name matches.
+
+    Raises:
+        ConfigError: it names the first such rule, and the layer that is called most like it.
+    """
+    for rule in rules:
+        if not any(fnmatchcase(name, rule.pattern) for name in layers):
+            nearest = get_close_matches(rule.pattern, layers, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"layer_bits: {rule.pattern!r} fits none of the {len(layers)} layers (nearest: {', '.join(nearest)}); "
+                "`qimera inspect --all` lists them"
+            )
 
 
 def spell_layer_bits(rules: Iterable[LayerBits]) -> str:

@@ -125,6 +125,10 @@ def make_bank(
         from qimera.tables import bank_facts
 
         place = find_device(device)
+        given = {"--recipe": recipe, "--seed": seed, "--device": None if device == "cpu" else device}
+        unused = [name for name, value in given.items() if value is not None]
+        if bank is not None and unused:
+            raise ConfigError(f"--bank: its samples are made already, so leave out {', '.join(unused)}")
         if output.exists():
             raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
         options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)

@@ -83,7 +83,10 @@ class ProgressDisplay:
     def _draw(self, progress: Progress) -> None:
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = self._bars.add_task(_title(progress), total=progress.total, metrics="")
-        self._bars.update(self._tasks[progress.stage], completed=progress.step, metrics=_metrics(progress))
+        task = self._tasks[progress.stage]
+        if progress.step < self._bars.tasks[task].completed:  # the stage comes again, of another recipe for example
+            self._bars.reset(task)
+        self._bars.update(task, completed=progress.step, total=progress.total, metrics=_metrics(progress))
 
     def _write(self, progress: Progress) -> None:
         now = time.monotonic()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qimera.acceleration import exact_convolutions, find_device, is_compiled
-from qimera.bits import parse_bits, parse_layer_bits
+from qimera.bits import check_layer_bits, parse_bits, parse_layer_bits
 from qimera.checkpoint import Checkpoint, Checkpoints, State
 from qimera.distillation import distill_
 from qimera.distributed import copy_from_main_, gathered, rank, world_size
@@ -20,7 +20,7 @@ from qimera.progress import COMPILING, Progress, ProgressCallback, silent
 from qimera.quantization.equalization import restore_limits_
 from qimera.quantization.student import Student
 from qimera.recipes import recipe
-from qimera.seeds import Place, generator_for
+from qimera.seeds import Place, check_seed, generator_for
 from qimera.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.parts import Part, Report, make_part, parts_of
@@ -53,10 +53,11 @@ def synthesize(
         progress: Called after every step; on a GPU after every tenth.
 
     Raises:
-        ConfigError: the input spec is missing or the model refuses such images.
+        ConfigError: the input spec is missing, the model refuses such images, or the seed is out of range.
         UnsupportedModelError: the model cannot be captured, or has no batch norm.
         DivergenceError: a loss became NaN or infinite.
     """
+    check_seed(seed)
     teacher = as_teacher(model, input_spec)
     settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).synthesis
     settings = images_in_memory(settings, teacher)
@@ -101,7 +102,7 @@ def quantize(
         progress: Called every few steps.
 
     Raises:
-        ConfigError: wrong bits, or a bank of another teacher.
+        ConfigError: wrong bits, bits for a layer that is not there, or a bank of another teacher.
         DivergenceError: a loss became NaN or infinite.
     """
     weight_bits, activation_bits = parse_bits(bits)
@@ -132,6 +133,8 @@ def quantize_with(
 ) -> Student:
     """``quantize`` with every setting spelled out."""
     check_bank(bank, teacher)
+    check_seed(seed)
+    check_layer_bits(quantization.layer_bits, [layer.name for layer in teacher.layers])
     if bank.settings.generator.adversarial_weight and not distillation.generator_steps_per_step:
         raise ConfigError("adversarial_weight: works against a student; set generator_steps_per_step to 1 or more")
     if quantization.budget and not all(quantization.has_rule_for(layer.name) for layer in teacher.layers):

@@ -1,7 +1,5 @@
 """Resolved settings and a directory -> a finished run, from wherever the directory stands."""
 
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -9,6 +7,7 @@ import torch
 from qimera import pipeline
 from qimera.acceleration import exact_convolutions, find_device
 from qimera.allocation import Allocation, allocate
+from qimera.bits import check_layer_bits
 from qimera.budget import check_budget
 from qimera.checkpoint import Checkpoints
 from qimera.data import LabelledImages
@@ -34,14 +33,7 @@ def check_run(settings: RunSettings, teacher: Teacher, bank: SampleBank | None) 
         ConfigError: bits for a layer that is not there, a budget out of reach, fresh samples without a generator to
             draw them, or a choice without held-out samples.
     """
-    names = [layer.name for layer in teacher.layers]
-    for rule in settings.quantization.layer_bits:
-        if not any(fnmatchcase(name, rule.pattern) for name in names):
-            nearest = get_close_matches(rule.pattern, names, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"layer_bits: {rule.pattern!r} fits none of the {len(names)} layers (nearest: {', '.join(nearest)}); "
-                "`qimera inspect --all` lists them"
-            )
+    check_layer_bits(settings.quantization.layer_bits, [layer.name for layer in teacher.layers])
     check_budget(teacher, settings.quantization)
     ways = (settings.distillation, *settings.alternatives)
     fresh_share = max(way.fresh_share for way in ways)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from qimera.errors import ConfigError, describe_value
 from qimera.input_spec import InputSpec
+from qimera.seeds import MAX_SEED
 from qimera.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.validated import Settings
 
@@ -31,7 +32,7 @@ class RunSettings(Settings):
     recipe: str
     """Name of the recipe, or several with commas between; the first one's bank serves all."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     bank: str = ""
     """Path of a bank made earlier; empty for one of the run's own."""
 

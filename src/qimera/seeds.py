@@ -5,6 +5,11 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from qimera.errors import ConfigError
+
+MAX_SEED = (1 << 63) - 1
+"""The largest that PyTorch, NumPy and JSON readers take alike."""
+
 
 class Place(IntEnum):
     """Where random numbers are drawn that must not depend on what is drawn elsewhere."""
@@ -14,6 +19,12 @@ class Place(IntEnum):
     PARTS = 2
     TRAINING_ALONE = 3
     TRAINING_BESIDE_STUDENT = 4
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError for a seed that no random generator takes."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed: expected a whole number from 0 to {MAX_SEED}, given {seed}")
 
 
 def generator_for(seed: int, *place: int) -> torch.Generator:

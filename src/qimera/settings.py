@@ -180,6 +180,15 @@ class QuantizationSettings(Settings):
     num_range_samples: int = Field(256, ge=1)
     """Bank samples that the first ranges are searched on, and first integers found."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "QuantizationSettings":
+        if self.scheme == "paper" and self.target != "onnxruntime":
+            raise ValueError(
+                f"target {self.target} is for scheme hardware; scheme paper is for comparison, and no kernels run it: "
+                "leave target out"
+            )
+        return self
+
     def bits_of(self, layer: str) -> tuple[int, int]:
         """Return (weight bits, activation bits) of the layer called ``layer``."""
         bits = (self.weight_bits, self.activation_bits)
@@ -272,3 +281,12 @@ class DistillationSettings(Settings):
 
     select_every: int = Field(0, ge=0)
     """Steps between two estimates of the drop; the state of the lowest one is the result. 0 takes the last step."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DistillationSettings":
+        if self.num_steps and not (self.kl_weight or self.ce_weight or self.feature_weight):
+            raise ValueError(
+                "kl_weight, ce_weight and feature_weight are all 0, so that nothing would be learned; set one of them "
+                "above 0, or num_steps to 0"
+            )
+        return self
