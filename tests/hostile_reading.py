@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-import sympy.sets.setexpr  # noqa: F401: torch's arithmetic on sizes imports it when some sizes are compared
+# torch's arithmetic on sizes imports it when some sizes are compared
+import sympy.sets.setexpr  # noqa: F401
 import torch
 from torch.fx import GraphModule
 

@@ -35,20 +35,36 @@ def blend_at_random(
 def shift_batch(
     images: Float[Tensor, "batch channel height width"], max_shift: int, generator: torch.Generator
 ) -> Float[Tensor, "batch channel height width"]:
-    """Move the whole batch by one random offset of at most ``max_shift`` pixels each way, mirroring at the borders."""
+    """Move the whole batch by one random offset of at most ``max_shift`` pixels each way, mirroring at the borders.
+
+    Along an axis of as many pixels or fewer, it moves by at most all but one of them.
+    """
     height, width = images.shape[2:]
-    top, left = torch.randint(2 * max_shift + 1, (2,), generator=generator).tolist()
-    return F.pad(images, [max_shift] * 4, mode="reflect")[:, :, top : top + height, left : left + width]
+    down, right = _largest_shifts(images, max_shift)
+    top, left = (torch.randint(2 * max_shift + 1, (2,), generator=generator) - max_shift).tolist()
+    top, left = down + max(-down, min(down, top)), right + max(-right, min(right, left))
+    return _mirrored(images, down, right)[:, :, top : top + height, left : left + width]
 
 
 def shift_each(
     images: Float[Tensor, "batch channel height width"], max_shift: int, generator: torch.Generator
 ) -> Float[Tensor, "batch channel height width"]:
-    """Move every image by a random offset of its own of at most ``max_shift`` pixels each way."""
+    """Move every image by a random offset of its own, limited as in ``shift_batch``."""
     batch, _, height, width = images.shape
-    offsets = torch.randint(2 * max_shift + 1, (2, batch, 1), generator=generator).to(images.device)
-    rows = offsets[0] + torch.arange(height, device=images.device)  # (batch, height)
-    columns = offsets[1] + torch.arange(width, device=images.device)  # (batch, width)
-    padded = F.pad(images, [max_shift] * 4, mode="reflect")
+    down, right = _largest_shifts(images, max_shift)
+    offsets = torch.randint(2 * max_shift + 1, (2, batch, 1), generator=generator).to(images.device) - max_shift
+    rows = offsets[0].clamp(-down, down) + down + torch.arange(height, device=images.device)  # (batch, height)
+    columns = offsets[1].clamp(-right, right) + right + torch.arange(width, device=images.device)  # (batch, width)
     index = torch.arange(batch, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    pixels = _mirrored(images, down, right).permute(0, 2, 3, 1)
+    return pixels[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _largest_shifts(images: Tensor, max_shift: int) -> tuple[int, int]:
+    """Return the pixels down and to the right that an image can move and still be mirrored at its borders."""
+    height, width = images.shape[2:]
+    return min(max_shift, height - 1), min(max_shift, width - 1)
+
+
+def _mirrored(images: Tensor, down: int, right: int) -> Tensor:
+    return F.pad(images, [right, right, down, down], mode="reflect")
