@@ -69,6 +69,38 @@ def test_the_one_layer_with_few_bits_is_the_costly_one(teacher: Teacher, bank: S
     assert all(abs(layer.cost) < 0.2 * found["conv2"].cost for name, layer in found.items() if name != "conv2")
 
 
+COMPENSATED = DistillationSettings(num_steps=0, start="compensated")
+
+
+def scaled_student(teacher: Teacher, bank: SampleBank, layer_bits: str = "") -> Student:
+    """Return a student whose weights are rounded for good, and some of whose channels are scaled."""
+    student = quantize(teacher, bank, "w4a4", layer_bits=layer_bits, settings=COMPENSATED)
+    assert student.channel_scales
+    return student
+
+
+def test_a_loaded_student_is_reported_as_the_one_that_was_saved(
+    teacher: Teacher, bank: SampleBank, tmp_path: Path
+) -> None:
+    student, images = scaled_student(teacher, bank), bank.take(slice(64)).images
+    student.save(tmp_path / "student.safetensors")
+    loaded = Student.load(tmp_path / "student.safetensors", teacher, student.settings)
+    assert layer_reports(loaded, images) == layer_reports(student, images)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), student(images))
+        # the same network, whose channels are scaled and scaled back
+        torch.testing.assert_close(loaded.reference(images), teacher(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layer", ["conv2", "pointwise"])
+def test_the_cost_of_a_layer_whose_weights_are_rounded_for_good_is_seen(
+    teacher: Teacher, bank: SampleBank, layer: str
+) -> None:
+    student = scaled_student(teacher, bank, f"*=w8a8,{layer}=w2a8")
+    found = {each.name: each for each in layer_reports(student, bank.take(slice(64)).images)}
+    assert max(found.values(), key=lambda each: each.cost).name == layer
+
+
 def test_ranges_and_tails_are_those_of_the_values(teacher: Teacher, bank: SampleBank) -> None:
     student = student_of(teacher, bank, "w4a4")
     before = {name: value.clone() for name, value in student.module.state_dict().items()}

@@ -140,6 +140,7 @@ class Course:
             "num_steps": self.num_steps,
             "student": self.student.module.state_dict(),
             "reference": self.student.reference.state_dict(),
+            "channel_scales": self.student.channel_scales,
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "order": self._batches.order,
@@ -153,6 +154,7 @@ class Course:
         self.num_steps = int(state["num_steps"])
         self.student.module.load_state_dict(state["student"])
         self.student.reference.load_state_dict(state["reference"])
+        self.student.channel_scales = dict(state["channel_scales"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._batches.order = state["order"]

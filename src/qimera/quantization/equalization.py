@@ -170,7 +170,14 @@ def scale_back_columns_(module: GraphModule, edge: Edge, scale: Float[Tensor, " 
     weight.copy_((weight.unflatten(0, (groups, -1)) / columns).flatten(0, 1))
 
 
-def clamp_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"]) -> None:
+def scale_channels_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"]) -> None:
+    """Scale the channels of ``edge`` in a graph in full precision; what it returns stays the same, up to rounding."""
+    scale_rows_(module, edge, scale)
+    scale_back_columns_(module, edge, scale)
+    _clamp_(module, edge, scale)
+
+
+def _clamp_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"]) -> None:
     """Let the activation function of ``edge`` clamp each channel at the scaled limit, so that nothing else changes."""
     if edge.limit != math.inf:
         _put_limit_(module, edge.end.name, (edge.limit * scale).view(-1, 1, 1))

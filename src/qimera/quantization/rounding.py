@@ -12,10 +12,10 @@ from qimera.graph import WEIGHTED, aten, node_at, tensor_of
 from qimera.quantization.equalization import (
     Edge,
     candidate_scales,
-    clamp_,
     edge_into,
     parameter_of,
     scale_back_columns_,
+    scale_channels_,
     scale_rows_,
     scaled,
 )
@@ -46,7 +46,7 @@ def round_layers_(
     generator: torch.Generator,
     *,
     equalize: bool,
-) -> None:
+) -> dict[str, Tensor]:
     """Replace each layer's weight by the multiples of its steps that bring its output closest to the reference's.
 
     Rounding to nearest adds up errors that inputs share; instead each weight that is rounded hands its error on to
@@ -60,19 +60,26 @@ def round_layers_(
         images: What the layers are looked at on.
         generator: Draws the positions.
         equalize: Scale channels between layers, in both graphs, where that brings an output closer still.
+
+    Returns:
+        The scales of the channels (channel) that each layer reads, by the name of its node, where there are any.
     """
+    scales: dict[str, Tensor] = {}
     mine, theirs = Walk(student, images), Walk(reference, images)
     for node in student.graph.nodes:
         quantizer = _weight_quantizer(student, node)
         if quantizer is not None and theirs.advance_to(node.name):
             edge = edge_into(student, node) if equalize else None
             if edge is not None:
-                _equalize_(student, reference, edge, quantizer, (mine, theirs), generator)
+                scale = _equalize_(student, reference, edge, quantizer, (mine, theirs), generator)
+                if scale is not None:
+                    scales[node.name] = scale
             mine.advance_before(node.name)
             _round_layer_(student, node, quantizer, _seen(student, node, mine, theirs, generator))
             mine.repeat(node.all_input_nodes[1:])
             mine.advance_to(node.name)
     mine.advance_to(next(iter(reversed(student.graph.nodes))).name)
+    return scales
 
 
 def _equalize_(
@@ -82,8 +89,11 @@ def _equalize_(
     quantizer: LearnedStepFakeQuantize,
     walks: tuple[Walk, Walk],
     generator: torch.Generator,
-) -> None:
-    """Scale the channels of ``edge`` as leaves least error behind its reader, which is still to be rounded."""
+) -> Tensor | None:
+    """Scale the channels of ``edge`` as leaves least error behind its reader, which is still to be rounded.
+
+    Returns the scales, or None where they are best left as they are.
+    """
     mine, theirs = walks
     mine.advance_to(edge.end.name)
     unscaled, state = mine.value(edge.end.name), generator.get_state()
@@ -107,11 +117,11 @@ def _equalize_(
         errors.append(seen.error(seen.rounded(quantizer)[0]))
     best = int(torch.stack(errors).argmin())
     put_(scales[best], mine)
-    if best:
-        scale_rows_(student, edge, scales[best])
-        scale_rows_(reference, edge, scales[best])
-        scale_back_columns_(reference, edge, scales[best])
-        clamp_(reference, edge, scales[best])
+    if not best:
+        return None
+    scale_rows_(student, edge, scales[best])
+    scale_channels_(reference, edge, scales[best])
+    return scales[best]
 
 
 def _weight_quantizer(module: GraphModule, node: Node) -> LearnedStepFakeQuantize | None:

@@ -3,7 +3,7 @@
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from qimera.errors import ConfigError
 from qimera.files import save_tensors
 from qimera.folding import fold_batch_norms, unfold_batch_norms, unshare_biases_
 from qimera.graph import WEIGHTED, aten, node_at, tensor_of, to_channels_last_, with_outputs
+from qimera.quantization.equalization import edge_into, scale_channels_
 from qimera.quantization.exact import with_exact_sums
 from qimera.quantization.fake_quantize import (
     FakeQuantize,
@@ -33,6 +34,9 @@ from qimera.settings import QuantizationSettings
 from qimera.teacher import Teacher
 
 logger = logging.getLogger(__name__)
+
+_SCALES = "channel_scales."
+"""What names of scales begin with in a file, before the name of the node."""
 
 _READING_ON = {*WEIGHTED, *JOINS, *POOLINGS, aten.max_pool2d.default}
 
@@ -55,6 +59,8 @@ class Student(nn.Module):
         # Tuples, for neither holds parameters that the student owns beside those of self.module.
         self._exact = (with_exact_sums(self.module),)
         self._reference = (fold_batch_norms(teacher.module),)
+        self.channel_scales: dict[str, Float[Tensor, " channel"]] = {}
+        """Scales of the channels that each layer reads, by its node's name; the reference's are scaled alike."""
         self.eval()
 
     @classmethod
@@ -62,14 +68,28 @@ class Student(nn.Module):
         """Rebuild a student from its teacher, its settings and the file that ``save`` wrote."""
         student = cls(teacher, settings)
         try:
-            student.module.load_state_dict(load_file(path))
+            tensors = load_file(path)
+            scales = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith(_SCALES)}
+            student.module.load_state_dict(tensors)
+            student._scale_reference_({name.removeprefix(_SCALES): scale for name, scale in scales.items()})
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ConfigError(f"{path}: does not hold the student of these settings: {error}") from error
         return student
 
     def save(self, path: Path | str) -> None:
-        """Write weights, steps and zero points (safetensors)."""
-        save_tensors(self.module.state_dict(), Path(path))
+        """Write weights, steps and zero points, and the scales of channels (safetensors)."""
+        scales = {f"{_SCALES}{name}": scale for name, scale in self.channel_scales.items()}
+        save_tensors(self.module.state_dict() | scales, Path(path))
+
+    @torch.no_grad()
+    def _scale_reference_(self, scales: Mapping[str, Tensor]) -> None:
+        """Scale the reference's channels as those of the student were, layer after layer."""
+        for node in [each for each in self.module.graph.nodes if each.name in scales]:
+            edge = edge_into(self.module, node)
+            if edge is None:
+                raise RuntimeError(f"the channels that {node.name} reads cannot be scaled")
+            self.channel_scales[node.name] = scales[node.name]
+            scale_channels_(self.reference, edge, scales[node.name])
 
     @property
     def device(self) -> torch.device:
@@ -198,7 +218,8 @@ class Student(nn.Module):
         layers where that helps (deviation D30), unless ``equalize`` is false.
         """
         with self._searching_ranges():
-            round_layers_(self.module, self.reference, images, generator, equalize=equalize)
+            scales = round_layers_(self.module, self.reference, images, generator, equalize=equalize)
+        self.channel_scales = {name: scale.cpu() for name, scale in scales.items()}
 
     @contextmanager
     def _searching_ranges(self) -> Iterator[bool]:

@@ -2,12 +2,13 @@
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qimera.distillation import kl_loss
 from qimera.graph import node_at, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
+from qimera.quantization.scheme import quantizer_of
 from qimera.quantization.student import Student
 from qimera.validated import Settings
 
@@ -25,8 +26,8 @@ class LayerReport(Settings):
     """Squared error of what the layer returns, behind all quantized layers before it, over the teacher's variance."""
 
     cost: float
-    """Divergence from the teacher that goes away if this layer and its input alone are in full precision, in nats;
-    below zero where the others have learnt to make up for it."""
+    """Divergence from the teacher of a teacher in which this layer alone has its weight and its input on the student's
+    grids, in nats."""
 
     low: float | None = None
     """Lowest value that the quantizer of the layer's input can hold; None where it has none of its own."""
@@ -53,9 +54,8 @@ def layer_reports(student: Student, images: Float[Tensor, "batch channel height 
     nodes = {node.name: node for node in student.module.graph.nodes}
     inputs = {name: node for name in layers if (node := _quantizer_node(student.module, nodes[name])) is not None}
     entering = {name: node_at(node, 0).name for name, node in inputs.items()}
-    logits, found = student.with_features([*layers, *entering.values()])(images)
+    _, found = student.with_features([*layers, *entering.values()])(images)
     target, wanted = with_outputs(student.reference, list(layers))(images)
-    whole = float(kl_loss(logits, target, 1.0))
     values = dict(zip([*layers, *(f"input of {name}" for name in entering)], found, strict=True))
     reports = []
     for (node_name, name), reference in zip(layers.items(), wanted, strict=True):
@@ -72,7 +72,7 @@ def layer_reports(student: Student, images: Float[Tensor, "batch channel height 
                 weight_bits=weight_bits,
                 activation_bits=activation_bits,
                 error=float(error),
-                cost=whole - float(kl_loss(_without(student.module, nodes[node_name])(images)[0], target, 1.0)),
+                cost=float(kl_loss(_quantized_alone(student, nodes[node_name])(images)[0], target, 1.0)),
                 **ranges,
             )
         )
@@ -107,10 +107,19 @@ def _ranges(quantizer: LearnedStepFakeQuantize, values: Tensor) -> dict[str, flo
     }
 
 
-def _without(module: GraphModule, layer: Node) -> GraphModule:
-    """Return a graph that computes (logits, []) with this layer and its input in full precision."""
-    other = with_outputs(module, [])  # has a table of submodules of its own
-    for argument in layer.args[:3]:
-        if isinstance(argument, Node) and argument.op == "call_module":
-            other.set_submodule(str(argument.target), nn.Identity())
+def _quantized_alone(student: Student, layer: Node) -> GraphModule:
+    """Return the teacher, in a graph that computes (logits, []), with this layer's weight and input on its grids.
+
+    The student itself without the layer's quantizers would tell little: its weights may be rounded for good, and other
+    layers have taken up what this one loses. The teacher's channels are scaled as the student's are.
+    """
+    other = with_outputs(student.reference, [])  # has a table of submodules of its own
+    alone = next(node for node in other.graph.nodes if node.name == layer.name)
+    for index, name in ((0, "input"), (1, "weight")):
+        quantizer = quantizer_of(student.module, layer.args[index])
+        if quantizer is not None:
+            other.add_submodule(f"quantized_{name}", quantizer)
+            with other.graph.inserting_before(alone):
+                alone.update_arg(index, other.graph.call_module(f"quantized_{name}", (alone.args[index],)))
+    other.recompile()
     return other
