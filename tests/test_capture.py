@@ -243,6 +243,18 @@ def test_a_batch_norm_of_tokens_is_not_folded_into_features() -> None:
     assert [tap.name for tap in assert_captured(model).batch_norms] == ["1", "6"]
 
 
+class Last(nn.Module):
+    def forward(self, x: tuple[Tensor, object]) -> Tensor:
+        return x[0][:, -1, :, None, None]
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_stays_in_floating_point(layer: type[nn.Module]) -> None:
+    tokens = Lambda(lambda x: x.flatten(2).transpose(1, 2))
+    teacher = assert_captured(network(nn.AvgPool2d(4), tokens, layer(8, 8, batch_first=True), Last()))
+    assert [each.name for each in teacher.layers] == ["0", "7.fc"]
+
+
 def test_a_bias_that_depends_on_the_image_is_an_activation() -> None:
     weight = torch.randn(8, 8, 1, 1)
     assert_captured(network(Lambda(lambda x, w: F.conv2d(x, w, 0 * x.mean((0, 2, 3)) + 1), weight)))
@@ -318,16 +330,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "answers differently for an image when other images are in the batch",
     ),
     "another graph": (OtherWhenExported, r"gives other logits than Sequential itself \(by \d+\.\d%"),
-    "a recurrent layer": (
-        lambda: nn.Sequential(Lambda(lambda x: x.flatten(2).transpose(1, 2)), nn.LSTM(8, 8, batch_first=True), Last()),
-        r"lstm of 3\.1 calls aten\.lstm\.input, which qimera does not know",
-    ),
 }
-
-
-class Last(nn.Module):
-    def forward(self, x: tuple[Tensor, object]) -> Tensor:
-        return x[0][:, -1, :, None, None]
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -84,6 +84,8 @@ _ATEN = """
     sym_size.int _assert_tensor_metadata.default _fft_r2c.default _fft_c2r.default _fft_c2c.default
     fft_rfft2.default fft_irfft2.default fft_rfft.default fft_irfft.default fft_fft2.default fft_ifft2.default
     view_as_real.default view_as_complex.default real.default
+
+    lstm.input gru.input rnn_tanh.input rnn_relu.input
 """
 
 _NUMBERS: dict[str, Callable[..., object]] = {
