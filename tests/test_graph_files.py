@@ -57,6 +57,11 @@ def test_infinite_and_typed_arguments_come_back(tmp_path: Path) -> None:
     assert describe(load_graph(tmp_path / "a.safetensors")) == describe(teacher.module)
 
 
+def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.safetensors: no such file; .*have to be made again"):
+        Teacher.load(tmp_path / "absent.safetensors", SPEC)
+
+
 def test_names_of_values_make_no_difference_to_the_hash(teacher: Teacher) -> None:
     other = Teacher.capture(teacher.module, SPEC)
     for index, node in enumerate(other.module.graph.nodes):
