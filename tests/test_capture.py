@@ -255,6 +255,13 @@ def test_a_recurrent_layer_stays_in_floating_point(layer: type[nn.Module]) -> No
     assert [each.name for each in teacher.layers] == ["0", "7.fc"]
 
 
+def test_a_map_that_is_viewed_as_a_row_is_captured() -> None:
+    """In memory the teacher's maps have their channels last, so that no view of them is such a row."""
+    row = Lambda(lambda x: x.view(x.size(0), -1))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8), nn.ReLU(), row, nn.Linear(128, 5))
+    assert_captured(calibrated(model).requires_grad_(False))
+
+
 def test_a_bias_that_depends_on_the_image_is_an_activation() -> None:
     weight = torch.randn(8, 8, 1, 1)
     assert_captured(network(Lambda(lambda x, w: F.conv2d(x, w, 0 * x.mean((0, 2, 3)) + 1), weight)))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from qimera.pipeline import quantize
 from qimera.progress import silent
@@ -19,10 +20,11 @@ from qimera.report.run import report_run
 from qimera.report.walk import nearest_classes, walk_between
 from qimera.run import carry_out, load_bank, load_student
 from qimera.run_directory import RunDirectory
-from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
+from qimera.settings import DirectSettings, DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
 from tests.command_line import qimera, tiny_settings
+from tests.networks import SPEC, Lambda
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -113,6 +115,23 @@ def test_ranges_and_tails_are_those_of_the_values(teacher: Teacher, bank: Sample
             step = (layer.high - layer.low) / 15
             assert layer.low - step <= layer.smallest <= layer.largest <= layer.high + step
     assert all(torch.equal(value, before[name]) for name, value in student.module.state_dict().items())
+
+
+def test_the_range_of_an_input_is_found_through_a_view_of_any_batch() -> None:
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU())
+    viewed = nn.Sequential(conv, nn.MaxPool2d(4), Lambda(lambda x: x.view(x.size(0), -1)), nn.Linear(4, 5)).eval()
+    student = Student(Teacher.capture(viewed, SPEC), QuantizationSettings())
+    images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(0))
+    student.initialize_ranges_([images])
+    assert all(layer.high is not None for layer in layer_reports(student, images))
+
+
+def test_a_run_of_the_papers_scheme_ends_with_its_report(tmp_path: Path) -> None:
+    paper = QuantizationSettings(scheme="paper")
+    tiny_settings(synthesis=SYNTHESIS, quantization=paper).save(tmp_path / "settings.json")
+    done = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
+    assert done.exit_code == 0, done.stderr
+    assert len(Report.load(tmp_path / "run" / "report.json").layers) == 10
 
 
 # --- content ----------------------------------------------------------------------------------------------------------

@@ -285,9 +285,7 @@ def load_graph(path: Path) -> GraphModule:
         ConfigError: no such file, a damaged one, or one that asks for more than operations on tensors.
     """
     if not path.is_file():
-        raise ConfigError(
-            f"{path}: no such file; runs that hold a teacher.pt2 have to be made again"
-        )
+        raise ConfigError(f"{path}: no such file; runs that hold a teacher.pt2 have to be made again")
     try:
         with safe_open(path, "pt") as file:
             stored = json.loads((file.metadata() or {})[_KEY])

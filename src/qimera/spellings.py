@@ -247,7 +247,9 @@ _REWRITES: dict[object, Callable[[GraphModule, Node], None]] = {
     aten._adaptive_avg_pool2d.default: _same_as(aten.adaptive_avg_pool2d.default, 2),
     aten._softmax.default: _same_as(aten.softmax.int, 2),
     aten._log_softmax.default: _same_as(aten.log_softmax.int, 2),
-    aten._unsafe_view.default: _same_as(aten.view.default, 2),
+    # The graph's own layout of memory is channels last, in which not every view is one.
+    aten.view.default: _same_as(aten.reshape.default, 2),
+    aten._unsafe_view.default: _same_as(aten.reshape.default, 2),
     aten.copy.default: _copy,
     aten.clamp.default: _clamp,
     aten.clamp_min.default: _clamp,

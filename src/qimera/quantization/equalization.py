@@ -86,7 +86,7 @@ def _flattens(node: Node) -> bool:
     arguments = node.args[1:]
     if node.target is aten.flatten.using_ints:
         return bool(arguments in ((1,), (1, -1)))
-    if node.target is aten.view.default and isinstance(arguments[0], list):
+    if node.target in (aten.view.default, aten.reshape.default) and isinstance(arguments[0], list):
         batch, *rest = arguments[0]
         return rest == [-1] and isinstance(batch, Node) and bool(batch.target is aten.sym_size.int)
     return node.target is aten.mean.dim and arguments[1:] in ((), (False,))
@@ -186,7 +186,7 @@ def _clamp_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"]) -
 def restore_limits_(module: GraphModule, state: Mapping[str, Tensor]) -> None:
     """Clamp where the graph did whose ``state`` this is, so that ``module`` can load it."""
     device = next(module.parameters()).device
-    for name in state.keys() - module.state_dict().keys():
+    for name in sorted(state.keys() - module.state_dict().keys()):  # in one order in all processes
         _put_limit_(module, name.removeprefix(_LIMIT), state[name].to(device))
 
 

@@ -1,14 +1,16 @@
 """A student and some samples -> what each of its layers loses, and how the ranges of its inputs lie."""
 
+import copy
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qimera.distillation import kl_loss
-from qimera.graph import node_at, with_outputs
+from qimera.graph import node_at, tensor_of, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
-from qimera.quantization.scheme import quantizer_of
+from qimera.quantization.scheme import before_moves, quantizer_of
 from qimera.quantization.student import Student
 from qimera.validated import Settings
 
@@ -26,8 +28,10 @@ class LayerReport(Settings):
     """Squared error of what the layer returns, behind all quantized layers before it, over the teacher's variance."""
 
     cost: float
-    """Divergence from the teacher of a teacher in which this layer alone has its weight and its input on the student's
-    grids, in nats."""
+    """Divergence from the teacher of a teacher with this layer and its input alone on the student's grids, in nats.
+
+    The layer's weights are rounded to nearest. Those of the student make up for each other's errors and for those of
+    layers before, so that their own layer cannot be told from the rest."""
 
     low: float | None = None
     """Lowest value that the quantizer of the layer's input can hold; None where it has none of its own."""
@@ -53,19 +57,19 @@ def layer_reports(student: Student, images: Float[Tensor, "batch channel height 
     layers = student.layer_names()
     nodes = {node.name: node for node in student.module.graph.nodes}
     inputs = {name: node for name in layers if (node := _quantizer_node(student.module, nodes[name])) is not None}
-    entering = {name: node_at(node, 0).name for name, node in inputs.items()}
-    _, found = student.with_features([*layers, *entering.values()])(images)
-    target, wanted = with_outputs(student.reference, list(layers))(images)
-    values = dict(zip([*layers, *(f"input of {name}" for name in entering)], found, strict=True))
+    ends = [_end(student, nodes[name]) for name in layers]
+    _, found = student.with_features([*ends, *(node_at(node, 0).name for node in inputs.values())])(images)
+    target, wanted = with_outputs(student.reference, ends)(images)
+    returned, entering = found[: len(layers)], dict(zip(inputs, found[len(layers) :], strict=True))
     reports = []
-    for (node_name, name), reference in zip(layers.items(), wanted, strict=True):
+    for (node_name, name), value, reference in zip(layers.items(), returned, wanted, strict=True):
         weight_bits, activation_bits = student.settings.bits_of(name.partition("@")[0])
-        error = (values[node_name] - reference).square().mean() / reference.var().clamp(min=1e-12)
+        error = (value - reference).square().mean() / reference.var().clamp(min=1e-12)
         ranges: dict[str, float] = {}
         if node_name in inputs:
             quantizer = student.module.get_submodule(str(inputs[node_name].target))
             assert isinstance(quantizer, LearnedStepFakeQuantize)
-            ranges = _ranges(quantizer, values[f"input of {node_name}"])
+            ranges = _ranges(quantizer, entering[node_name])
         reports.append(
             LayerReport(
                 name=name,
@@ -79,11 +83,17 @@ def layer_reports(student: Student, images: Float[Tensor, "batch channel height 
     return reports
 
 
+def _end(student: Student, layer: Node) -> str:
+    """Return the node that holds what the layer returns in both graphs: behind its batch norm if it has one."""
+    names = {node.name for node in student.reference.graph.nodes}
+    while layer.name not in names:
+        layer = next(iter(layer.users))
+    return layer.name
+
+
 def _quantizer_node(module: GraphModule, layer: Node) -> Node | None:
     """Return the node that quantizes the layer's input, where a learned step does."""
-    node = node_at(layer, 0)
-    while node.op == "call_function" and len(node.all_input_nodes) == 1:  # flattened or padded on the way
-        node = node.all_input_nodes[0]
+    node = before_moves(node_at(layer, 0))  # flattened or padded on the way
     is_learned = node.op == "call_module" and isinstance(
         module.get_submodule(str(node.target)), LearnedStepFakeQuantize
     )
@@ -108,18 +118,17 @@ def _ranges(quantizer: LearnedStepFakeQuantize, values: Tensor) -> dict[str, flo
 
 
 def _quantized_alone(student: Student, layer: Node) -> GraphModule:
-    """Return the teacher, in a graph that computes (logits, []), with this layer's weight and input on its grids.
-
-    The student itself without the layer's quantizers would tell little: its weights may be rounded for good, and other
-    layers have taken up what this one loses. The teacher's channels are scaled as the student's are.
-    """
-    other = with_outputs(student.reference, [])  # has a table of submodules of its own
-    alone = next(node for node in other.graph.nodes if node.name == layer.name)
-    for index, name in ((0, "input"), (1, "weight")):
-        quantizer = quantizer_of(student.module, layer.args[index])
-        if quantizer is not None:
-            other.add_submodule(f"quantized_{name}", quantizer)
-            with other.graph.inserting_before(alone):
-                alone.update_arg(index, other.graph.call_module(f"quantized_{name}", (alone.args[index],)))
-    other.recompile()
-    return other
+    """Return a graph that computes (logits, []) as the reference does, but for this layer and its input."""
+    graph, end = with_outputs(student.reference, []), _end(student, layer)
+    node = next(each for each in graph.graph.nodes if each.name == end)
+    # Copies, for the range of some quantizers follows what they are called with.
+    entering, weight = (copy.deepcopy(quantizer_of(student.module, argument)) for argument in layer.args[:2])
+    assert weight is not None
+    graph.register_buffer("rounded_weight", weight(tensor_of(graph, node_at(node, 1))))
+    with graph.graph.inserting_before(node):
+        node.update_arg(1, graph.graph.get_attr("rounded_weight"))
+        if entering is not None:
+            graph.add_submodule("rounding_of_input", entering)
+            node.update_arg(0, graph.graph.call_module("rounding_of_input", (node_at(node, 0),)))
+    graph.recompile()
+    return graph
