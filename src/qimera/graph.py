@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +21,8 @@ WEIGHTED = {**CONVOLUTIONS, aten.linear.default: "linear"}
 """Operations with a weight at argument 1 and a bias at argument 2, and what we call them."""
 
 BATCH_NORM = aten.batch_norm.default
+
+_M = TypeVar("_M", bound=nn.Module)
 
 
 def node_at(node: Node, index: int) -> Node:
@@ -105,7 +108,7 @@ def with_outputs(module: GraphModule, names: Sequence[str]) -> GraphModule:
     return result
 
 
-def copied(module: GraphModule) -> GraphModule:
+def copied(module: _M) -> _M:
     """Return a deep copy."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # from torch, whose graphs hold what it deprecates
