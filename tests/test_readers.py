@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from qimera.errors import QimeraError
 from qimera.teacher import Teacher
@@ -37,6 +38,7 @@ def _watch(event: str, arguments: tuple[object, ...]) -> None:
 
 _HARMLESS = ("os.listdir", "os.scandir", "os.fwalk", "os.walk")
 sys.addaudithook(_watch)
+Image.init()  # Pillow imports its own readers of formats at the first file that it does not know
 
 
 @contextmanager
