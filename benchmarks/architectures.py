@@ -66,7 +66,7 @@ _PIXELS: dict[int, str] = {
         timm:ghostnetv2_100 timm:repghostnet_050 timm:repvgg_a0 timm:mobileone_s0 timm:repvit_m0_9 timm:fastvit_t8
         timm:regnetx_002 timm:regnety_002 timm:regnetz_005 timm:rexnet_100 timm:hrnet_w18_small timm:hgnetv2_b0
         timm:xception41 timm:selecsls42 timm:cspresnet50 timm:cs3darknet_s timm:darknet53 timm:vovnet39a
-        timm:ese_vovnet19b_dw timm:gernet_s timm:bat_resnext26ts timm:gcresnext26ts timm:eca_resnext26ts
+        timm:ese_vovnet19b_dw timm:gernet_s timm:gcresnext26ts timm:eca_resnext26ts
         timm:tresnet_m timm:convmixer_768_32 timm:starnet_s1 timm:fasternet_t0 timm:inception_next_atto
         timm:convnextv2_atto timm:mambaout_femto timm:edgenext_xx_small timm:mobilevit_xxs timm:mobilevitv2_050
         timm:efficientvit_b0 timm:pvt_v2_b0 timm:cspnext_tiny timm:lcnetv2_small timm:shvit_s1
@@ -86,7 +86,7 @@ _PIXELS: dict[int, str] = {
         pytorchcv:shufflenetv2_wd2 pytorchcv:sqnxt23_w1 pytorchcv:vovnet27s
     """,
     256: """
-        timm:halonet26t timm:botnet26t_256
+        timm:halonet26t timm:botnet26t_256 timm:bat_resnext26ts
     """,
 }
 ARCHITECTURES = {source: pixels for pixels, sources in _PIXELS.items() for source in sources.split()}
