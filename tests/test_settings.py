@@ -98,6 +98,12 @@ WRONG_VALUES = {
     "negative weight": (DistillationSettings, {"kl_weight": -1}, "kl_weight"),
     "share above one": (DistillationSettings, {"fresh_share": 2}, "fresh_share"),
     "temperature zero": (DistillationSettings, {"temperature": 0}, "temperature"),
+    "generator without an aim": (GeneratorSettings, {"ce_weight": 0, "bns_weight": 0}, "nothing would be learned"),
+    "images without an aim": (
+        DirectSettings,
+        {"ce_weight": 0, "bns_weight": 0, "tv_weight": 0},
+        "ce_weight, bns_weight and tv_weight are all 0",
+    ),
     "misspelt": (DistillationSettings, {"tempeature": 2}, "tempeature: .*given 2"),
     "two at once": (QuantizationSettings, {"weight_bits": 1, "scheme": "x"}, "weight_bits: .*; scheme: "),
 }
@@ -121,6 +127,21 @@ def test_settings_are_frozen_and_documented(kind: type[BaseModel]) -> None:
     assert kind.model_config["frozen"] is True
     assert kind.model_config["extra"] == "forbid"
     assert kind.__doc__
+
+
+@pytest.mark.parametrize("case", WRONG_VALUES)
+def test_a_copy_with_a_wrong_value_is_refused_as_new_settings_are(case: str) -> None:
+    kind, values, message = WRONG_VALUES[case]
+    with pytest.raises(ConfigError, match=message):
+        kind().model_copy(update=values)
+
+
+def test_a_copy_keeps_what_was_given_and_checks_only_what_it_is() -> None:
+    settings = DistillationSettings(num_steps=0, kl_weight=0.5)
+    copied = settings.model_copy(update={"milestones": [3, 4]})
+    assert copied == DistillationSettings(num_steps=0, kl_weight=0.5, milestones=(3, 4))
+    assert copied.model_fields_set == {"num_steps", "kl_weight", "milestones"}
+    assert settings.model_copy() == settings
 
 
 def test_settings_cannot_be_changed() -> None:

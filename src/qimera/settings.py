@@ -80,6 +80,15 @@ class GeneratorSettings(Settings):
     compile: Compile = "auto"
     """Fuse the step with ``torch.compile``, as in the training of the student."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "GeneratorSettings":
+        if self.num_steps and not (self.ce_weight or self.bns_weight or self.adversarial_weight):
+            raise ValueError(
+                "ce_weight, bns_weight and adversarial_weight are all 0, so that nothing would be learned; set one of "
+                "them above 0, or num_steps to 0"
+            )
+        return self
+
 
 class DirectSettings(Settings):
     """Images optimised directly against the generator's losses (ZeroQ, with labels and superposition)."""
@@ -116,6 +125,15 @@ class DirectSettings(Settings):
 
     compile: Compile = "auto"
     """Fuse the step with ``torch.compile``, as in the training of the student."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DirectSettings":
+        if not (self.ce_weight or self.bns_weight or self.tv_weight):
+            raise ValueError(
+                "ce_weight, bns_weight and tv_weight are all 0, so that images would stay as they start; set one of "
+                "them above 0"
+            )
+        return self
 
 
 class SynthesisSettings(Settings):

@@ -1,7 +1,8 @@
 """What all settings share: frozen, no unknown fields, and errors that name the field."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,6 +21,18 @@ class Settings(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_explain(type(self).__name__, error)) from None
+
+    def model_copy(self: _S, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> _S:
+        """Return a copy with the values of ``update``, which are checked as those of new settings are.
+
+        Raises:
+            ConfigError: a value is wrong, or of a setting that is not there.
+        """
+        copied = super().model_copy(deep=deep)
+        if not update:
+            return copied
+        given = {name: getattr(copied, name) for name in copied.model_fields_set}
+        return type(self)(**{**given, **update})
 
     @classmethod
     def load(cls: type[_S], path: Path | str) -> _S:
