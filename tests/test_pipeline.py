@@ -331,5 +331,5 @@ def test_wrong_arguments_are_refused(
 def test_bits_for_a_layer_that_is_not_there_are_refused_with_the_nearest_name(
     teacher: Teacher, bank: SampleBank
 ) -> None:
-    with pytest.raises(ConfigError, match=r"layer_bits: 'cnov1' fits none of the 6 layers \(nearest: conv1\)"):
+    with pytest.raises(ConfigError, match=r"layer_bits: 'cnov1' fits none of the 6 layers \(nearest: conv1, "):
         quantize(teacher, bank, layer_bits="cnov1=8", settings=SHORT)

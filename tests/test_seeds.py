@@ -1,9 +1,13 @@
+import numpy as np
 import pytest
 import torch
 
+from qimera.allocation import allocate_bits
 from qimera.errors import ConfigError
 from qimera.pipeline import synthesize
-from qimera.seeds import Place, generator_for
+from qimera.seeds import Place, check_seed, generator_for
+from qimera.sensitivity import measure_sensitivity
+from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
 
 
@@ -28,3 +32,20 @@ def test_a_seed_that_no_generator_takes_is_refused_before_anything_is_made(teach
         ConfigError, match=rf"seed: expected a whole number from 0 to 9223372036854775807, given {seed}"
     ):
         synthesize(teacher, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [1.5, "3", None])
+def test_what_is_no_whole_number_is_refused_as_a_seed(seed: object) -> None:
+    with pytest.raises(ConfigError, match=rf"seed: expected a whole number from 0 to \d+, given {seed!r}"):
+        check_seed(seed)
+
+
+def test_a_seed_that_numpy_made_is_a_plain_number() -> None:
+    assert type(check_seed(np.int64(3))) is int
+
+
+def test_sensitivity_and_bits_for_a_budget_refuse_such_seeds_too(teacher: Teacher, bank: SampleBank) -> None:
+    with pytest.raises(ConfigError, match="seed: expected a whole number"):
+        measure_sensitivity(teacher, bank, seed=1 << 64)
+    with pytest.raises(ConfigError, match="seed: expected a whole number"):
+        allocate_bits(teacher, bank, "size=0.2", seed=1 << 64)

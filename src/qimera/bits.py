@@ -47,11 +47,11 @@ def check_layer_bits(rules: Iterable[LayerBits], layers: Sequence[str]) -> None:
     """Refuse rules that no layer's name matches.
 
     Raises:
-        ConfigError: it names the first such rule, and the layer that is called most like it.
+        ConfigError: it names the first such rule, and the layers that are called most like it.
     """
     for rule in rules:
         if not any(fnmatchcase(name, rule.pattern) for name in layers):
-            nearest = get_close_matches(rule.pattern, layers, n=1, cutoff=0.0)
+            nearest = get_close_matches(rule.pattern, layers, n=3, cutoff=0.0)
             raise ConfigError(
                 f"layer_bits: {rule.pattern!r} fits none of the {len(layers)} layers (nearest: {', '.join(nearest)}); "
                 "`qimera inspect --all` lists them"

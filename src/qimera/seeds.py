@@ -1,6 +1,7 @@
 """Random generators that depend on a seed and a place alone, so that work can be done anywhere and in any order."""
 
 from enum import IntEnum
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -21,10 +22,16 @@ class Place(IntEnum):
     TRAINING_BESIDE_STUDENT = 4
 
 
-def check_seed(seed: int) -> None:
-    """Raise ConfigError for a seed that no random generator takes."""
-    if not 0 <= seed <= MAX_SEED:
-        raise ConfigError(f"seed: expected a whole number from 0 to {MAX_SEED}, given {seed}")
+def check_seed(seed: object) -> int:
+    """Return ``seed`` as a plain number, also where NumPy made it.
+
+    Raises:
+        ConfigError: no random generator takes it.
+    """
+    whole = int(seed) if isinstance(seed, SupportsIndex) else -1
+    if not 0 <= whole <= MAX_SEED:
+        raise ConfigError(f"seed: expected a whole number from 0 to {MAX_SEED}, given {seed!r}")
+    return whole
 
 
 def generator_for(seed: int, *place: int) -> torch.Generator:

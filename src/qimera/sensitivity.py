@@ -17,6 +17,7 @@ from qimera.quantization.rounding import Compensation, can_compensate, look_at_l
 from qimera.quantization.scheme import reading_network_input
 from qimera.quantization.walk import Walk
 from qimera.recipes import has_large_images
+from qimera.seeds import check_seed
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
 from qimera.validated import Settings
@@ -66,7 +67,11 @@ def measure_sensitivity(
         activations: Whether inputs are of interest; without them it takes half the time.
         seed: Draws the samples.
         progress: Called after every layer.
+
+    Raises:
+        ConfigError: the seed is out of range.
     """
+    seed = check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     num_samples = _NUM_LARGE_SAMPLES if has_large_images(teacher.input_spec) else _NUM_SAMPLES
     fit_on, judge_on = next(bank.batches(num_samples, generator)).images.chunk(2)

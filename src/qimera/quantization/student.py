@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from qimera.acceleration import to_device_
+from qimera.bits import check_layer_bits
 from qimera.errors import ConfigError
 from qimera.files import save_tensors
 from qimera.folding import fold_batch_norms, unfold_batch_norms, unshare_biases_
@@ -51,6 +52,7 @@ class Student(nn.Module):
 
     def __init__(self, teacher: Teacher, settings: QuantizationSettings) -> None:
         super().__init__()
+        check_layer_bits(settings.layer_bits, [layer.name for layer in teacher.layers])
         self.settings = settings
         self.input_spec = teacher.input_spec
         self.num_classes = teacher.num_classes

@@ -1,0 +1,43 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qimera.allocation import allocate_bits
+from qimera.bits import parse_layer_bits
+from qimera.errors import ConfigError
+from qimera.pipeline import quantize_with
+from qimera.quantization.student import Student
+from qimera.settings import DistillationSettings, QuantizationSettings
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+from tests.command_line import qimera, said, tiny_settings
+
+UNTRAINED = DistillationSettings(num_steps=0)
+RULES = "fc=8,cnov1=8"
+MISSPELT = QuantizationSettings(layer_bits=parse_layer_bits(RULES))
+WITH_BUDGET = QuantizationSettings(layer_bits=parse_layer_bits(RULES), budget="size=0.2")
+WAYS: dict[str, Callable[[Teacher, SampleBank], object]] = {
+    "quantize_with": lambda teacher, bank: quantize_with(teacher, bank, MISSPELT, UNTRAINED),
+    "quantize_with and a budget": lambda teacher, bank: quantize_with(teacher, bank, WITH_BUDGET, UNTRAINED),
+    "allocate_bits": lambda teacher, bank: allocate_bits(teacher, bank, "size=0.2", layer_bits=RULES),
+    "Student": lambda teacher, _: Student(teacher, MISSPELT),
+    "Student.load": lambda teacher, _: Student.load("student.safetensors", teacher, MISSPELT),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rule_for_a_layer_that_is_not_there_is_refused_with_the_nearest(
+    teacher: Teacher, bank: SampleBank, way: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"layer_bits: 'cnov1' fits none of the 6 layers \(nearest: conv1, conv"):
+        WAYS[way](teacher, bank)
+
+
+def test_a_file_of_settings_with_a_rule_for_no_layer_starts_no_run(tmp_path: Path) -> None:
+    tiny_settings(quantization=MISSPELT).save(tmp_path / "settings.json")
+    result = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
+    assert result.exit_code == 2
+    assert re.search(r"layer_bits: 'cnov1' fits none of the \d+ layers \(nearest: ", said(result))
+    assert not (tmp_path / "run").exists()
