@@ -36,7 +36,9 @@ def model_file(tmp_path: Path) -> Path:
         ("build", (*INPUT, "--layer-bits", "4=1"), 2, "weight bits must be 2 to 8, given 1"),
         ("build", (*INPUT, "--layer-bits", "fc*=8"), 2, r"'fc\*' fits none of the 2 layers"),
         ("build", (*INPUT, "--recipe", "quick"), 2, "no recipe called 'quick'; there are ptq, fast"),
+        ("build", (*INPUT, "--recipe", "ptq, fast,ptq"), 2, "--recipe: each can be named once, given ptq, fast,ptq"),
         ("build", (*INPUT, "--scheme", "soft"), 2, "soft"),
+        ("build", (*INPUT, "--scheme", "paper", "--target", "onnxruntime"), 2, "--target: onnxruntime is for --scheme"),
         ("build", (*INPUT, "--seed", "-1"), 2, "seed"),
         ("build", (*INPUT, "--weights", "missing.pt"), 2, "no such file: missing.pt"),
         ("build", (*INPUT, "--bank", "missing"), 2, "bank missing"),
@@ -124,3 +126,19 @@ def test_of_several_recipes_the_first_makes_the_bank_and_the_others_are_alternat
     assert settings.synthesis == fast.synthesis
     assert settings.distillation == fast.distillation
     assert settings.alternatives == (ptq.distillation,)
+
+
+def test_a_bank_by_several_recipes_is_refused_with_the_one_that_would_make_it(tmp_path: Path, model_file: Path) -> None:
+    options = (*INPUT, "--recipe", "ptq,fast", "--output", tmp_path / "bank")
+    result = qimera("synthesize", f"{model_file}:build", *options)
+    assert result.exit_code == 2
+    assert "--recipe: a bank is made by one recipe, given ptq,fast; give ptq" in said(result)
+    assert [each.name for each in tmp_path.iterdir()] == [model_file.name]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_where_to_make_a_bank_that_is_made_already_is_refused(tmp_path: Path, model_file: Path, device: str) -> None:
+    options = (*INPUT, "--bank", tmp_path / "bank", "--device", device, "--output", tmp_path / "npz")
+    result = qimera("synthesize", f"{model_file}:build", *options)
+    assert result.exit_code == 2
+    assert "--bank: its samples are made already, so leave out --device" in said(result)

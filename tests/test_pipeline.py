@@ -306,6 +306,12 @@ def test_an_adversarial_generator_without_a_student_beside_is_refused(teacher: T
         quantize(teacher, replace(bank, settings=adversarial), settings=SHORT)
 
 
+def test_the_training_of_a_generator_that_the_bank_lacks_is_refused(teacher: Teacher, bank: SampleBank) -> None:
+    settings = SHORT.model_copy(update={"generator_steps_per_step": 1})
+    with pytest.raises(ConfigError, match="generator_steps_per_step: 1, but the bank has no generator to train"):
+        quantize(teacher, replace(bank, synthesizer=None), settings=settings)
+
+
 def test_a_bank_for_other_images_is_refused(tiny_model: TinyNet, bank: SampleBank) -> None:
     other = Teacher.capture(tiny_model, InputSpec(shape=SPEC.shape, mean=(0.0,) * 3, std=(1.0,) * 3))
     with pytest.raises(ConfigError, match=r"bank: made for images of .*this teacher takes"):

@@ -81,6 +81,12 @@ def test_a_choice_without_held_out_samples_is_refused_before_the_run(
         check_run(tiny_settings(**changes), digits_teacher, None)
 
 
+def test_the_training_of_a_generator_that_is_not_there_is_refused_before_the_run(digits_teacher: Teacher) -> None:
+    settings = tiny_settings(distillation=DistillationSettings(num_steps=2, generator_steps_per_step=1))
+    with pytest.raises(ConfigError, match="generator_steps_per_step: 1, but the bank of these settings has no"):
+        check_run(settings, digits_teacher, None)
+
+
 def test_the_summary_states_the_estimate_of_the_student_that_was_kept(tmp_path: Path, digits_teacher: Teacher) -> None:
     run = finished(tmp_path / "run", digits_teacher, tiny_settings(synthesis=HELD_OUT, distillation=GOOD))
     summary = run.summary()

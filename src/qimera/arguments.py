@@ -56,6 +56,9 @@ Threads = Annotated[
     int | None, typer.Option(min=1, callback=_use_threads, help="CPU threads. Default: what torch chooses.")
 ]
 Device = Annotated[
-    str, typer.Option(metavar="NAME", help="Where to compute: cpu, or cuda (a GPU), or cuda:1 (the second one).")
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Where to compute: cpu, or cuda (a GPU), or cuda:1 (the second one). Default: cpu."
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log.")]

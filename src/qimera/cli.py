@@ -107,7 +107,7 @@ def make_bank(
     without_batch_norms: WithoutBatchNorms = None,
     recipe: Recipe = None,
     seed: Seed = None,
-    device: Device = "cpu",
+    device: Device = None,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
@@ -118,22 +118,22 @@ def make_bank(
         from qimera.checkpoint import Checkpoints
         from qimera.diagnostics import diagnose
         from qimera.distributed import is_main, joined
-        from qimera.options import ModelOptions, recipes_for
+        from qimera.options import ModelOptions, recipe_of_bank
         from qimera.pipeline import synthesize
         from qimera.synthesis.bank import SampleBank
         from qimera.synthesis.formats import write_bank
         from qimera.tables import bank_facts
 
-        place = find_device(device)
-        given = {"--recipe": recipe, "--seed": seed, "--device": None if device == "cpu" else device}
+        given = {"--recipe": recipe, "--seed": seed, "--device": device}
         unused = [name for name, value in given.items() if value is not None]
         if bank is not None and unused:
             raise ConfigError(f"--bank: its samples are made already, so leave out {', '.join(unused)}")
+        place = find_device(device or "cpu")
         if output.exists():
             raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
         options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
         teacher = options.capture()
-        chosen = recipes_for(teacher, recipe)[0].synthesis
+        chosen = recipe_of_bank(teacher, recipe).synthesis
         made = None if bank is None else SampleBank.load(bank, teacher)
         if made is None:
             # A place that cannot be written to is refused before the work.
@@ -184,7 +184,7 @@ def quantize(
         Path | None,
         typer.Option(metavar="FILE", help="settings.json of a run: starts the same again, instead of MODEL."),
     ] = None,
-    device: Device = "cpu",
+    device: Device = None,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
@@ -197,7 +197,7 @@ def quantize(
         from qimera.run import carry_out, check_run
         from qimera.run_directory import RunDirectory, refuse_other_content
 
-        place = find_device(device)
+        place = find_device(device or "cpu")
         model_options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
         options = RunOptions(bits, layer_bits, scheme, target, recipe, bank, seed, budget)
         with joined():
@@ -225,7 +225,7 @@ def evaluate(
         Path, typer.Option(metavar="PATH", help=".npz with uint8 images (NHWC) and labels, or a folder per class.")
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    device: Device = "cpu",
+    device: Device = None,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
@@ -238,7 +238,7 @@ def evaluate(
         from qimera.run_directory import RunDirectory
         from qimera.tables import evaluation_table, evaluation_values
 
-        place = find_device(device)
+        place = find_device(device or "cpu")
         directory = RunDirectory.open(run)
         images = load_labelled_images(data, directory.settings.input, directory.summary().num_classes)
         with ProgressDisplay() as progress:

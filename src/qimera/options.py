@@ -83,6 +83,8 @@ class RunOptions:
     def quantization(self) -> QuantizationSettings:
         """Return what is quantized at how many bits."""
         weight_bits, activation_bits = parse_bits(self.bits or DEFAULT_BITS)
+        if self.scheme == "paper" and self.target is not None:
+            raise ConfigError(f"--target: {self.target} is for --scheme hardware, given --scheme paper; leave one out")
         return QuantizationSettings(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
@@ -162,10 +164,27 @@ def recipes_for(teacher: Teacher, names: str | None) -> list[Recipe]:
     """Return the recipes called ``names``, with commas between, or the default one, for this teacher.
 
     Raises:
-        ConfigError: there is no such recipe.
+        ConfigError: there is no such recipe, or one is named twice.
     """
-    chosen = (DEFAULT_RECIPE if names is None else names).split(",")
-    return [recipe(name.strip(), teacher.input_spec, teacher.num_classes) for name in chosen]
+    chosen = [name.strip() for name in (DEFAULT_RECIPE if names is None else names).split(",")]
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(f"--recipe: each can be named once, given {names}")
+    return [recipe(name, teacher.input_spec, teacher.num_classes) for name in chosen]
+
+
+def recipe_of_bank(teacher: Teacher, names: str | None) -> Recipe:
+    """Return the recipe called ``names``, or the default one, by which a bank is made.
+
+    Raises:
+        ConfigError: there is no such recipe, or there are several.
+    """
+    first, *others = recipes_for(teacher, names)
+    if others:
+        raise ConfigError(
+            f"--recipe: a bank is made by one recipe, given {names}; give {first.name}, which makes the bank when "
+            "`qimera quantize` is given these"
+        )
+    return first
 
 
 def shape_of(text: str) -> tuple[int, int, int]:

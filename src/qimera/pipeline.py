@@ -57,7 +57,7 @@ def synthesize(
         UnsupportedModelError: the model cannot be captured, or has no batch norm.
         DivergenceError: a loss became NaN or infinite.
     """
-    check_seed(seed)
+    seed = check_seed(seed)
     teacher = as_teacher(model, input_spec)
     settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).synthesis
     settings = images_in_memory(settings, teacher)
@@ -133,10 +133,15 @@ def quantize_with(
 ) -> Student:
     """``quantize`` with every setting spelled out."""
     check_bank(bank, teacher)
-    check_seed(seed)
+    seed = check_seed(seed)
     check_layer_bits(quantization.layer_bits, [layer.name for layer in teacher.layers])
     if bank.settings.generator.adversarial_weight and not distillation.generator_steps_per_step:
         raise ConfigError("adversarial_weight: works against a student; set generator_steps_per_step to 1 or more")
+    if distillation.generator_steps_per_step and bank.synthesizer is None:
+        raise ConfigError(
+            f"generator_steps_per_step: {distillation.generator_steps_per_step}, but the bank has no generator to "
+            "train; set it to 0, or synthesise a bank with generated samples"
+        )
     if quantization.budget and not all(quantization.has_rule_for(layer.name) for layer in teacher.layers):
         raise ConfigError("budget: bits are not found yet; give the layer_bits that allocate_bits returns")
     generator = torch.Generator().manual_seed(seed)

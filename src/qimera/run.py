@@ -30,13 +30,19 @@ def check_run(settings: RunSettings, teacher: Teacher, bank: SampleBank | None) 
     """Refuse what would stop the run only after its directory was made.
 
     Raises:
-        ConfigError: bits for a layer that is not there, a budget out of reach, fresh samples without a generator to
-            draw them, or a choice without held-out samples.
+        ConfigError: bits for a layer that is not there, a budget out of reach, fresh samples or training of a generator
+            without one, or a choice without held-out samples.
     """
     check_layer_bits(settings.quantization.layer_bits, [layer.name for layer in teacher.layers])
     check_budget(teacher, settings.quantization)
     ways = (settings.distillation, *settings.alternatives)
     fresh_share = max(way.fresh_share for way in ways)
+    steps = max(way.generator_steps_per_step for way in ways)
+    if steps and not fresh_share and not _has_generator(settings, bank):
+        raise ConfigError(
+            f"generator_steps_per_step: {steps}, but the bank {settings.bank or 'of these settings'} has no generator "
+            "to train; set it to 0, or synthesise one with generated samples"
+        )
     if fresh_share and not _has_generator(settings, bank):
         raise ConfigError(
             f"fresh_share: {fresh_share} of each batch should come from the generator, "
