@@ -38,8 +38,8 @@ def inputs(batch: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
 def input_specs(draw: st.DrawFn) -> InputSpec:
     channels = draw(st.integers(1, 4))
     low, width = draw(st.floats(-300, 100)), draw(st.floats(0.5, 300))
-    mean = draw(st.lists(st.floats(-10, 300), min_size=channels, max_size=channels))
-    std = draw(st.lists(st.floats(0.01, 100), min_size=channels, max_size=channels))
+    mean = draw(st.lists(st.floats(low, low + width), min_size=channels, max_size=channels))
+    std = draw(st.lists(st.floats(0.01, max(1.0, width)), min_size=channels, max_size=channels))
     shape = (channels, draw(st.integers(8, 40)), draw(st.integers(8, 40)))
     return InputSpec(shape=shape, mean=tuple(mean), std=tuple(std), pixel_range=(low, low + width))
 

@@ -29,7 +29,7 @@ def model_file(tmp_path: Path) -> Path:
         ("build", ("--input-shape", "1,8,8", "--mean", "zero", "--std", "1"), 2, "--mean: expected numbers"),
         ("build", ("--input-shape", "1,8,8", "--mean", "0", "--std", "0"), 2, "std must be positive"),
         ("build", ("--input-shape", "1,8,8"), 2, "--mean, --std: missing"),
-        ("build", (*INPUT, "--pixel-range", "1,0"), 2, "pixel_range"),
+        ("build", (*INPUT, "--pixel-range", "1,0"), 2, "--pixel-range must be LOW,HIGH"),
         ("build", (*INPUT, "--bits", "w1a4"), 2, "weight bits must be 2 to 8, given 1"),
         ("build", (*INPUT, "--bits", "w4a9"), 2, "activation bits must be 2 to 8, given 9"),
         ("build", (*INPUT, "--bits", "4"), 2, "expected the form w4a4"),

@@ -35,17 +35,26 @@ def spec(**changes: object) -> InputSpec:
 
 
 WRONG_INPUTS = {
-    "no channels": ({"shape": (0, 16, 16)}, r"shape must be channels \(1 to 4\).*given \(0, 16, 16\)"),
+    "no channels": ({"shape": (0, 16, 16)}, r"shape must be channels \(1 to 4\).*given 0,16,16$"),
     "five channels": ({"shape": (5, 16, 16)}, r"channels \(1 to 4\)"),
     "seven pixels": ({"shape": (3, 7, 16)}, r"at least 8"),
     "two numbers": ({"shape": (16, 16)}, "InputSpec: shape"),
-    "one mean": ({"mean": (0.5,)}, r"mean must have one value per channel \(3\), given 1: \(0.5,\)"),
+    "one mean": ({"mean": (0.5,)}, r"mean must have one value per channel \(3\), given 1: 0.5"),
     "four std": ({"std": (1, 1, 1, 1)}, r"std must have one value per channel \(3\), given 4"),
-    "zero std": ({"std": (1, 0, 1)}, r"std must be positive, given \(1.0, 0.0, 1.0\)"),
+    "zero std": ({"std": (1, 0, 1)}, r"std must be positive, given 1,0,1"),
     "negative std": ({"std": (1, -1, 1)}, "std must be positive"),
-    "empty range": ({"pixel_range": (1, 1)}, r"pixel_range must be \(low, high\) with low < high, given \(1.0, 1.0\)"),
+    "empty range": ({"pixel_range": (1, 1)}, "pixel_range must be LOW,HIGH with LOW < HIGH, given 1,1"),
     "words": ({"mean": "grey"}, "mean: .*given 'grey'"),
-    "unknown field": ({"colour": 3}, "colour: .*given 3"),
+    "unknown field": ({"colour": 3}, "^InputSpec: colour: there is no such setting$"),
+    "misspelt field": ({"stdd": 3}, "stdd: there is no such setting; did you mean std\\?"),
+    "channels last": ({"shape": (16, 17, 3)}, "^InputSpec: shape must be .*given 16,17,3; did you mean 3,16,17\\?"),
+    "mean of 255": ({"mean": (123.7, 116, 103)}, r"mean 123.7,116,103 cannot .*; did you mean pixel_range 0,255\?"),
+    "std of 255": (
+        {"mean": (0, 0, 0), "std": (58, 57, 57)},
+        r"std 58,57,57 cannot .*; did you mean pixel_range 0,255\?",
+    ),
+    "mean of 1": ({"mean": (0.5,) * 3, "pixel_range": (1, 255)}, r"did you mean pixel_range 0,1\?"),
+    "mean of no range": ({"mean": (-2.0,) * 3}, "cannot be that of pixels from 0 to 1 .*; give all in one unit"),
 }
 
 
@@ -55,6 +64,12 @@ def test_a_wrong_input_spec_is_refused_with_field_and_value(case: str) -> None:
     with pytest.raises(ConfigError, match=message) as refusal:
         spec(**changes)
     assert refusal.value.exit_code == 2
+
+
+@pytest.mark.parametrize("pixel_range", [(0, 1), (0, 255), (-1, 1), (0, 0.5)])
+def test_a_mean_of_0_and_a_std_of_1_leave_pixels_as_they_are_in_every_unit(pixel_range: tuple[float, float]) -> None:
+    made = spec(mean=(0,) * 3, std=(1,) * 3, pixel_range=pixel_range)
+    assert (made.low.unique().tolist(), made.high.unique().tolist()) == ([pixel_range[0]], [pixel_range[1]])
 
 
 def test_the_darkest_and_brightest_pixel_are_normalised_as_in_training() -> None:
@@ -104,7 +119,11 @@ WRONG_VALUES = {
         {"ce_weight": 0, "bns_weight": 0, "tv_weight": 0},
         "ce_weight, bns_weight and tv_weight are all 0",
     ),
-    "misspelt": (DistillationSettings, {"tempeature": 2}, "tempeature: .*given 2"),
+    "misspelt": (
+        DistillationSettings,
+        {"tempeature": 2},
+        "tempeature: there is no such setting; did you mean temperature",
+    ),
     "two at once": (QuantizationSettings, {"weight_bits": 1, "scheme": "x"}, "weight_bits: .*; scheme: "),
 }
 
@@ -133,15 +152,17 @@ def test_settings_are_frozen_and_documented(kind: type[BaseModel]) -> None:
 def test_a_copy_with_a_wrong_value_is_refused_as_new_settings_are(case: str) -> None:
     kind, values, message = WRONG_VALUES[case]
     with pytest.raises(ConfigError, match=message):
+        kind().replace(**values)
+    with pytest.raises(ConfigError, match=message):
         kind().model_copy(update=values)
 
 
 def test_a_copy_keeps_what_was_given_and_checks_only_what_it_is() -> None:
     settings = DistillationSettings(num_steps=0, kl_weight=0.5)
-    copied = settings.model_copy(update={"milestones": [3, 4]})
+    copied = settings.replace(milestones=[3, 4])
     assert copied == DistillationSettings(num_steps=0, kl_weight=0.5, milestones=(3, 4))
     assert copied.model_fields_set == {"num_steps", "kl_weight", "milestones"}
-    assert settings.model_copy() == settings
+    assert settings.replace() == settings.model_copy() == settings
 
 
 def test_settings_cannot_be_changed() -> None:

@@ -1,6 +1,7 @@
 """What a user typed -> the captured teacher and the settings of a run."""
 
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -60,11 +61,13 @@ class ModelOptions:
         if self.pixel_range is not None:
             given["pixel_range"] = _floats("--pixel-range", self.pixel_range)
         values = {**known_input(source, model), **given}
-        options = {"shape": "--input-shape", "mean": "--mean", "std": "--std"}
-        missing = [option for name, option in options.items() if name not in values]
+        missing = [_OPTIONS[name] for name in ("shape", "mean", "std") if name not in values]
         if missing:
             raise ConfigError(f"{', '.join(missing)}: missing; {source} does not say what its images look like")
-        return InputSpec(**values)
+        try:
+            return InputSpec(**values)
+        except ConfigError as error:
+            raise ConfigError(_with_options(str(error).removeprefix("InputSpec: "))) from None
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,15 @@ def shape_of(text: str) -> tuple[int, int, int]:
         message = f"--input-shape: expected channels, height and width such as 3,224,224, given {text!r}"
         raise ConfigError(message) from None
     return channels, height, width
+
+
+_OPTIONS = {"shape": "--input-shape", "mean": "--mean", "std": "--std", "pixel_range": "--pixel-range"}
+"""By the setting of ``InputSpec`` that each gives."""
+
+
+def _with_options(message: str) -> str:
+    """Return what ``InputSpec`` says with its settings called as the command line calls them."""
+    return re.sub(r"(?<!you )\b(shape|mean|std|pixel_range)\b", lambda found: _OPTIONS[found[0]], message)
 
 
 def _floats(option: str, text: str) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qimera.errors import ConfigError
+from qimera.errors import ConfigError, suggest
 
 _S = TypeVar("_S", bound="Settings")
 
@@ -20,19 +20,24 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(_explain(type(self).__name__, error)) from None
+            raise ConfigError(_explain(type(self), error)) from None
 
-    def model_copy(self: _S, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> _S:
-        """Return a copy with the values of ``update``, which are checked as those of new settings are.
+    def replace(self: _S, **changes: object) -> _S:
+        """Return a copy with other values for the settings in ``changes``.
 
         Raises:
-            ConfigError: a value is wrong, or of a setting that is not there.
+            ConfigError: a value is wrong, or there is no such setting.
         """
-        copied = super().model_copy(deep=deep)
-        if not update:
-            return copied
-        given = {name: getattr(copied, name) for name in copied.model_fields_set}
-        return type(self)(**{**given, **update})
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**given, **changes})
+
+    def model_copy(self: _S, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> _S:
+        """``replace``, by pydantic's name for it; pydantic itself would not check the values.
+
+        Raises:
+            ConfigError: a value is wrong, or there is no such setting.
+        """
+        return super().model_copy(deep=deep).replace(**update) if update else super().model_copy(deep=deep)
 
     @classmethod
     def load(cls: type[_S], path: Path | str) -> _S:
@@ -40,7 +45,7 @@ class Settings(BaseModel):
         try:
             return cls.model_validate_json(Path(path).read_bytes())
         except ValidationError as error:
-            raise ConfigError(f"{path}: {_explain(cls.__name__, error)}") from None
+            raise ConfigError(f"{path}: {_explain(cls, error)}") from None
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
@@ -49,12 +54,14 @@ class Settings(BaseModel):
         Path(path).write_text(self.model_dump_json(indent=2) + "\n")
 
 
-def _explain(name: str, error: ValidationError) -> str:
+def _explain(settings: type[BaseModel], error: ValidationError) -> str:
     problems = []
     for detail in error.errors():
-        field = ".".join(str(part) for part in detail["loc"]) or name
+        field = ".".join(str(part) for part in detail["loc"])
         unknown = detail["type"] == "extra_forbidden"
         message = "there is no such setting" if unknown else detail["msg"].removeprefix("Value error, ")
-        given = "" if detail["type"] in ("value_error", "missing") else f", given {detail['input']!r}"
-        problems.append(f"{field}: {message}{given}")
-    return f"{name}: " + "; ".join(problems)
+        if unknown and len(detail["loc"]) == 1:
+            message += suggest(field, settings.model_fields)
+        given = "" if unknown or detail["type"] in ("value_error", "missing") else f", given {detail['input']!r}"
+        problems.append(f"{field}: {message}{given}" if field else message)
+    return f"{settings.__name__}: " + "; ".join(problems)
