@@ -30,6 +30,7 @@ def weighted(name: str, weight: Tensor) -> nn.Module:
     return Lambda(products[name], weight=weight)
 
 
+INF = float("inf")
 TOKENS = Lambda(lambda x: x.flatten(2).transpose(1, 2))
 MEAN = Lambda(lambda x: x.mean((2, 3)))
 MAP = Lambda(lambda x: x[:, :, None, None])
@@ -62,6 +63,10 @@ SPELLINGS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "maximum of even windows": (lambda: between(nn.AdaptiveMaxPool2d((4, 2))), 2),
     "maximum of uneven windows": (lambda: between(nn.AdaptiveMaxPool2d(3)), 2),
     "maximum with positions": (lambda: between(Lambda(lambda x: F.max_pool2d(x, 2, return_indices=True)[0])), 2),
+    "maximum with padding of one side": (
+        lambda: between(nn.Conv2d(8, 8, 1), Lambda(lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-INF), 3, 2))),
+        3,
+    ),
     "clamps": (lambda: between(nn.Conv2d(8, 8, 3), Lambda(lambda x: x.clamp(0, 6).clamp(min=0))), 3),
     "a fixed filter": (
         lambda: between(Lambda(lambda x, w: F.conv2d(x, w, groups=8), weight=torch.ones(8, 1, 2, 2), fixed=True)),

@@ -1,5 +1,6 @@
 """Which tensors of the exported graph are quantized, and how: the annotations that ``prepare_pt2e`` reads."""
 
+import math
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -176,13 +177,18 @@ def before_moves(tensor: Node) -> Node:
 
 
 def is_move(node: Node) -> bool:
-    """Whether every value that ``node`` returns is one of its first argument, or zero."""
+    """Whether every value that ``node`` returns is one of its first argument, or zero, or never read."""
     if node.target is operator.getitem:  # of other tuples each part is something else
         return node_at(node, 0).target in _SPLITS
     if node.target in _PADDINGS:
         mode, value = (node.args[2:] + ("constant", None)[len(node.args) - 2 :])[:2]
-        return mode in ("constant", 0, 0.0) and not value
+        return mode in ("constant", 0, 0.0) and (not value or _is_never_read(node, value))
     return node.target in _MOVES
+
+
+def _is_never_read(padding: Node, value: object) -> bool:
+    """Whether the padding serves maxima alone, which are never minus infinity: "same" pooling of TensorFlow's kind."""
+    return value == -math.inf and all(user.target is aten.max_pool2d.default for user in padding.users)
 
 
 def quantizer_of(module: GraphModule, argument: object) -> nn.Module | None:
