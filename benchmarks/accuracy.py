@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from measurement import RESULTS, device_name, keep, prepare
+from measurement import RESULTS, device_name, keep, prepare, without_result
 from zoo import load_training_images
 
 from qimera import (
@@ -27,13 +27,13 @@ from qimera import (
     QuantizationSettings,
     SampleBank,
     Teacher,
-    estimate_drop,
     evaluate,
     recipe,
     synthesize,
 )
 from qimera.bits import parse_bits
 from qimera.console import ProgressDisplay
+from qimera.estimation import estimate_on_held_out
 from qimera.pipeline import quantize_with
 from qimera.progress import ProgressCallback
 from qimera.settings import SynthesisSettings
@@ -44,7 +44,7 @@ def main() -> None:
     options = _options()
     teacher, images, full = prepare(options)
     for seed in options.seeds:
-        missing = [bits for bits in options.bits if not _path(options, bits, seed).exists()]
+        missing = without_result(options.bits, lambda bits, seed=seed: _path(options, bits, seed))
         if missing:
             _run_seed(options, teacher, images, full, seed, missing)
 
@@ -77,7 +77,7 @@ def _run_seed(
                 teacher, bank, quantization, distillation, seed=seed, device=options.device, progress=progress
             )
             student_seconds = time.perf_counter() - start
-            estimate = estimate_drop(student, teacher, bank) if bank.settings.num_held_out else None
+            estimate = estimate_on_held_out(student, teacher, bank) if bank.settings.num_held_out else None
             result = evaluate(student, images, teacher.input_spec, teacher=teacher)
             _write(options, bits, seed, full, result, estimate, bank, (bank_seconds, student_seconds))
 

@@ -8,6 +8,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 ESTIMATION = RESULTS / "estimation"
 STEPS = RESULTS / "steps"
+DOUBTS = RESULTS / "doubts"
 
 Result = dict[str, Any]
 
@@ -15,7 +16,7 @@ Result = dict[str, Any]
 def estimation_tables() -> dict[str, str]:
     """Return every table of the page by its name."""
     made = {"estimation": estimation(), "estimators": estimators(), "estimates": estimates(), "choices": choices()}
-    return {**made, "steps": steps()}
+    return {**made, "steps": steps(), "doubts": doubts()}
 
 
 def estimation() -> str:
@@ -47,6 +48,24 @@ ENOUGH_RUNS = 6
 
 SMALL_DROP = 10
 """Points; a larger drop is of interest to nobody but as a warning."""
+
+
+def doubts() -> str:
+    """Banks of right and wrong inputs: what their samples are like, and what would be estimated without the check."""
+    head = (
+        "| network | bank | largest gap | mean gap | recognised (%) | would be estimated | real drop | is estimated |\n"
+    )
+    rows = [head, "|---|---|---|---|---|---|---|---|\n"]
+    for path in sorted(DOUBTS.glob("*.json")):
+        found = json.loads(path.read_text())
+        for name, case in found["cases"].items():
+            said = "yes" if not case["doubts"] else f"no: {', '.join(case['doubts'])}"
+            rows.append(
+                f"| {found['network']} | {name} | {case['worst_gap']:.3f} | {case['mean_gap']:.4f} "
+                f"| {case['recognised']:.0f} | {case['estimate']:.1f} ({case['low']:.1f} to {case['high']:.1f}) "
+                f"| {case['drop']:.1f} | {said} |\n"
+            )
+    return "".join(rows)
 
 
 def estimators() -> str:

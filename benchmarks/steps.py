@@ -16,9 +16,10 @@ import torch
 from estimation import SUBJECTS, WORK, bank_of, logits_of, test_images
 from zoo import load_subject
 
-from qimera import QuantizationSettings, Student, estimate_drop, recipe
+from qimera import QuantizationSettings, Student, recipe
 from qimera.bits import parse_bits
 from qimera.distillation import distill_
+from qimera.estimation import estimate_on_held_out
 from qimera.pipeline import quantize_with
 from qimera.progress import Progress
 
@@ -63,7 +64,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, float]]:
 
     def look(step: int, student: Student = student) -> None:
         real = 100 * float(right.mean() - (logits_of(student, images).argmax(1) == labels).mean())
-        seen.append({"step": step, "estimate": estimate_drop(student, teacher, bank).drop, "drop": real})
+        seen.append({"step": step, "estimate": estimate_on_held_out(student, teacher, bank).drop, "drop": real})
         print(seen[-1], flush=True)
 
     def report(progress: Progress) -> None:

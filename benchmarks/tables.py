@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from estimation_tables import ESTIMATION, RESULTS, STEPS, Result, estimation_tables
+from estimation_tables import DOUBTS, ESTIMATION, RESULTS, STEPS, Result, estimation_tables
 from speed_tables import SPEED, speed_tables
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ MIXED_PRECISION = ROOT / "docs" / "mixed-precision.md"
 INGREDIENTS = ROOT / "docs" / "ingredients.md"
 SPEED_PAGE = ROOT / "docs" / "speed.md"
 
-_OTHERS = (CALIBRATION, INFERENCE, EXPORT, PARETO, PEERS, SPEED, ESTIMATION, STEPS)
+_OTHERS = (CALIBRATION, INFERENCE, EXPORT, PARETO, PEERS, SPEED, ESTIMATION, STEPS, DOUBTS)
 """Folders of results that are no accuracies of a network."""
 
 _ORDER = ["w8a8", "w4a8", "w5a5", "w4a4", "w3a3", "w2a4", "w2a2"]

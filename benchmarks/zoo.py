@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from torch import nn
 
 from qimera import InputSpec, LabelledImages, Teacher
 from qimera.models import EMBEDDED_MODELS, load_model
@@ -34,18 +35,30 @@ def load_zoo() -> ModuleType | None:
 
 def load_subject(name: str) -> tuple[Teacher, LabelledImages]:
     """Return the teacher called ``name``, of the zoo or embedded in the package, and the images that score it."""
+    model = load_model_of(name)
     if name in EMBEDDED_MODELS:
         from mnist import load_mnist_split  # beside this file, which tests import from elsewhere
 
-        return Teacher.capture(load_model(name), EMBEDDED_MODELS[name].input_spec), load_mnist_split().held_out
-    zoo = load_zoo()
-    if zoo is None:
-        raise SystemExit(f"no zoo.py in {FOLDER}; set QIMERA_ZOO to the folder of trained models")
+        return Teacher.capture(model, EMBEDDED_MODELS[name].input_spec), load_mnist_split().held_out
+    zoo = _zoo()
     entry = zoo.TEACHERS[name]
     images, labels = zoo.load_images(entry.image_set)
     side = images.shape[1]
     spec = InputSpec(shape=(3, side, side), mean=entry.mean, std=entry.std)
-    return Teacher.capture(zoo.load_teacher(name), spec), LabelledImages(images, labels)
+    return Teacher.capture(model, spec), LabelledImages(images, labels)
+
+
+def load_model_of(name: str) -> nn.Module:
+    """Return the network called ``name``, of the zoo or embedded in the package."""
+    model: nn.Module = load_model(name) if name in EMBEDDED_MODELS else _zoo().load_teacher(name)
+    return model
+
+
+def _zoo() -> ModuleType:
+    zoo = load_zoo()
+    if zoo is None:
+        raise SystemExit(f"no zoo.py in {FOLDER}; set QIMERA_ZOO to the folder of trained models")
+    return zoo
 
 
 def load_training_images(name: str) -> np.ndarray:

@@ -1,12 +1,14 @@
 """One thread, and what many tests share: a small trained classifier, its teacher, and a small bank of its samples."""
 
 import dataclasses
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 from torch import Tensor
 
+from qimera.models import EMBEDDED_MODELS, load_model
 from qimera.pipeline import synthesize
 from qimera.settings import DirectSettings, GeneratorSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
@@ -53,6 +55,25 @@ def bank(teacher: Teacher) -> SampleBank:
 def split_bank(bank: SampleBank) -> SampleBank:
     """The same samples, the last 32 of them held out."""
     return dataclasses.replace(bank, settings=bank.settings.model_copy(update={"num_held_out": 32}))
+
+
+GOOD_DIGITS = SynthesisSettings(
+    num_optimized=48, num_held_out=16, direct=DirectSettings(num_steps=40, batch_size=64, precision="float32")
+)
+
+
+@pytest.fixture(scope="session")
+def digits_teacher() -> Teacher:
+    """The teacher of the embedded classifier of digits."""
+    return Teacher.capture(load_model("mnist_cnn"), EMBEDDED_MODELS["mnist_cnn"].input_spec)
+
+
+@pytest.fixture(scope="session")
+def digits_bank(digits_teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bank without warnings, of samples that resemble digits, 16 of them held out."""
+    path = tmp_path_factory.mktemp("digits") / "bank"
+    synthesize(digits_teacher, settings=GOOD_DIGITS).save(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,36 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from qimera.console import ProgressDisplay
 from qimera.errors import ConfigError
+from qimera.input_spec import InputSpec
 from qimera.models import load_model
 from qimera.options import ModelOptions, RunOptions, read_settings
 from qimera.progress import Progress
+from qimera.report.comparison import comparison_table
 from qimera.run import carry_out
 from qimera.run_directory import RunDirectory
 from qimera.run_settings import RunSettings
+from qimera.tables import layer_table
+from qimera.teacher import Teacher
 from tests.command_line import INPUT, qimera, said, tiny_settings, write_model_file
+
+FLOW = """
+from torch import nn
+
+class Flow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 3))
+
+    def forward(self, x):
+        x = self.layers(x)
+        if x.sum() > 0:
+            x = 2 * x
+        return x
+"""
 
 
 @pytest.fixture
@@ -94,6 +114,7 @@ def test_a_run_that_was_interrupted_continues_with_its_bank_to_the_same_student(
     bank_written = (run.bank_directory / "manifest.json").stat().st_mtime_ns
     continued = qimera("quantize", "--settings", finished_run / "settings.json", "--output", run.path)
     assert continued.exit_code == 0, continued.stderr
+    assert "continues where it was interrupted; its bank is complete" in said(continued)
     assert (run.bank_directory / "manifest.json").stat().st_mtime_ns == bank_written
     assert steps_of(run.path) == steps_of(finished_run)
     assert_same_tensors(run.student_file, finished_run / "student.safetensors")
@@ -118,6 +139,45 @@ def test_inspect_shows_classes_batch_norms_and_layers() -> None:
     assert re.search(r"classes +10, from fc with 64 features", result.stdout)
     assert re.search(r"stage1.conv1 +conv2d +16 x 16 x 3 x 3 +1,806,336", result.stdout)
     assert len(result.stdout.splitlines()) < 40
+
+
+def test_a_network_of_sixteen_layers_is_listed_whole_and_a_longer_one_is_not() -> None:
+    def network(count: int) -> nn.Module:
+        layers = [layer for _ in range(count - 1) for layer in (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(256, 3))
+
+    spec = InputSpec(shape=(4, 8, 8), mean=(0.5,) * 4, std=(0.25,) * 4)
+    tables = {count: layer_table(Teacher.capture(network(count), spec), False) for count in (16, 17)}
+    assert {count: table.row_count for count, table in tables.items()} == {16: 16, 17: 9}
+
+
+def test_an_untrained_network_is_told_before_the_work_begins(tmp_path: Path, model_file: Path) -> None:
+    inspected = qimera("inspect", f"{model_file}:build", *INPUT)
+    assert "warning: untrained: the running means of all 1 batch norms are 0 and their variances 1" in said(inspected)
+    assert "did you forget --weights" in said(inspected)
+    made = qimera(
+        "synthesize", f"{model_file}:build", *INPUT, "--recipe", "ptq", "--output", tmp_path / "b", "--strict"
+    )
+    assert made.exit_code == 5
+    assert made.stderr.startswith("warning: untrained")
+    assert (tmp_path / "b").exists()  # the bank is kept, whatever it is worth
+
+
+def test_data_dependent_control_flow_is_one_message_that_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "flow.py").write_text(FLOW)
+    result = qimera("inspect", f"{tmp_path / 'flow.py'}:Flow", *INPUT)
+    assert result.exit_code == 3
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert "depends on the values of a tensor (flow.py, line 11: if x.sum() > 0:)" in result.stderr
+
+
+def test_recipes_say_what_they_do_to_images_of_this_size() -> None:
+    tables = (qimera("recipes", "--input-shape", shape).stdout for shape in ("3,32,32", "3,224,224"))
+    small, large = (re.sub(r"\s+", " ", table) for table in tables)
+    assert "logits and block outputs" in small
+    assert "logits and block outputs" not in large
+    assert large.count("no training") >= 3
 
 
 def test_recipes_lists_every_recipe_and_what_it_costs() -> None:
@@ -251,6 +311,34 @@ def test_a_stage_that_comes_again_is_counted_anew(monkeypatch: pytest.MonkeyPatc
                 display(Progress("distillation", step, total))
             (task,) = display._bars.tasks
             assert (task.completed, task.total) == (total, total)
+
+
+@pytest.mark.parametrize(("width", "has_losses"), [(60, False), (80, False), (120, True)])
+def test_bar_count_and_time_left_are_shown_at_every_width_and_losses_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, width: int, has_losses: bool
+) -> None:
+    shown = io.StringIO()
+    terminal = lambda stderr: Console(file=shown, force_terminal=True, width=width, color_system=None)  # noqa: E731
+    monkeypatch.setattr("qimera.console.Console", terminal)
+    with ProgressDisplay() as display:
+        display(Progress("distillation", 0, 32000, note="patience"))
+        display(Progress("distillation", 12345, 32000, {"kl": 0.125, "features": 0.5}))
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", shown.getvalue()).replace("\r", "\n").splitlines()
+    last = [line for line in lines if "train the student" in line][-1]
+    assert len(last.rstrip()) <= width
+    assert re.search(r"train the student +\S+ +12345/32000 .*left (-|\d)", last)
+    assert ("kl 0.125  features 0.5" in last) is has_losses
+    assert has_losses or any("patience" in line for line in lines)  # a line of its own where losses have no room
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_runs_are_told_apart_at_every_width(finished_run: Path, width: int) -> None:
+    table = io.StringIO()
+    Console(file=table, width=width).print(comparison_table([RunDirectory.open(finished_run)], width))
+    assert max(map(len, table.getvalue().splitlines())) <= width
+    for word in ("run", "bits", "w4a4", "recipe", "tiny", "estimated drop"):
+        assert word in table.getvalue()
+    assert ("time" in table.getvalue().splitlines()[1]) is (width == 120)
 
 
 def interrupt_training(progress: Progress) -> None:

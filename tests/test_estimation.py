@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qimera.errors import ConfigError
-from qimera.estimation import CALIBRATION, Calibration, distance, estimate_drop, estimate_from, lifelike, views_of
+from qimera.estimation import (
+    CALIBRATION,
+    Calibration,
+    distance,
+    estimate_from,
+    estimate_on_held_out,
+    lifelike,
+    views_of,
+)
 from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
@@ -100,7 +108,7 @@ def test_the_estimate_is_a_sentence() -> None:
 
 
 def test_a_perfect_student_has_no_drop_and_an_interval_about_it(teacher: Teacher, split_bank: SampleBank) -> None:
-    estimate = estimate_drop(Answering(teacher, lambda logits: logits), teacher, split_bank)
+    estimate = estimate_on_held_out(Answering(teacher, lambda logits: logits), teacher, split_bank)
     assert estimate.drop == pytest.approx(0, abs=1e-4)  # rounding
     assert estimate.agreement == 100
     assert estimate.low < 0 < estimate.high
@@ -111,7 +119,7 @@ def test_a_perfect_student_has_no_drop_and_an_interval_about_it(teacher: Teacher
 
 def test_a_student_that_is_always_wrong_has_the_largest_drop(teacher: Teacher, split_bank: SampleBank) -> None:
     wrong = Answering(teacher, lambda logits: 1000 * torch.eye(logits.shape[1])[(logits.argmax(1) + 1) % 5])
-    estimate = estimate_drop(wrong, teacher, split_bank)
+    estimate = estimate_on_held_out(wrong, teacher, split_bank)
     assert estimate.agreement == 0
     # The distance cannot exceed 100 percent; the calibration is for students that are still of use.
     assert estimate.drop == pytest.approx(100 * CALIBRATION.factor, rel=0.02)
@@ -119,7 +127,9 @@ def test_a_student_that_is_always_wrong_has_the_largest_drop(teacher: Teacher, s
 
 
 def test_fewer_bits_are_estimated_to_lose_more(teacher: Teacher, split_bank: SampleBank) -> None:
-    drops = [estimate_drop(student_of(teacher, split_bank, bits), teacher, split_bank).drop for bits in (8, 4, 3, 2)]
+    drops = [
+        estimate_on_held_out(student_of(teacher, split_bank, bits), teacher, split_bank).drop for bits in (8, 4, 3, 2)
+    ]
     assert drops == sorted(drops)
     assert drops[0] < 2 < drops[3]
 
@@ -129,27 +139,27 @@ def test_only_the_held_out_samples_are_asked_about(teacher: Teacher, split_bank:
     black = split_bank.pixels.clone()
     black[: split_bank.num_training] = 0
     other = dataclasses.replace(split_bank, pixels=black)
-    assert estimate_drop(student, teacher, other) == estimate_drop(student, teacher, split_bank)
+    assert estimate_on_held_out(student, teacher, other) == estimate_on_held_out(student, teacher, split_bank)
 
 
 def test_the_same_student_gets_the_same_estimate_again(teacher: Teacher, split_bank: SampleBank) -> None:
     student = student_of(teacher, split_bank)
     torch.manual_seed(1)
-    one = estimate_drop(student, teacher, split_bank)
+    one = estimate_on_held_out(student, teacher, split_bank)
     torch.manual_seed(2)
-    assert estimate_drop(student, teacher, split_bank) == one
+    assert estimate_on_held_out(student, teacher, split_bank) == one
 
 
 def test_without_held_out_samples_there_is_no_estimate(teacher: Teacher, bank: SampleBank) -> None:
     with pytest.raises(ConfigError, match="holds no held-out samples"):
-        estimate_drop(student_of(teacher, bank), teacher, bank)
+        estimate_on_held_out(student_of(teacher, bank), teacher, bank)
 
 
 def test_a_student_of_another_teacher_is_refused(teacher: Teacher, split_bank: SampleBank) -> None:
     torch.manual_seed(3)
     other = Teacher.capture(TinyNet().eval(), SPEC)
     with pytest.raises(ConfigError, match="belong to different teachers"):
-        estimate_drop(student_of(teacher, split_bank), other, split_bank)
+        estimate_on_held_out(student_of(teacher, split_bank), other, split_bank)
 
 
 # --- views ------------------------------------------------------------------------------------------------------------
@@ -181,9 +191,9 @@ def test_samples_that_do_not_count_are_not_asked_about(teacher: Teacher, split_b
     black = split_bank.pixels.clone()
     black[80:] = 0
     student = student_of(teacher, split_bank)
-    estimate = estimate_drop(student, teacher, bank)
+    estimate = estimate_on_held_out(student, teacher, bank)
     assert estimate.num_samples == 16
-    assert estimate_drop(student, teacher, dataclasses.replace(bank, pixels=black)) == estimate
+    assert estimate_on_held_out(student, teacher, dataclasses.replace(bank, pixels=black)) == estimate
 
 
 def test_the_calibration_expects_scatter() -> None:

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,15 +9,16 @@ from torch import Tensor, nn
 
 from qimera.data import LabelledImages
 from qimera.errors import ConfigError, DivergenceError, UnsupportedModelError
-from qimera.evaluation import evaluate
+from qimera.evaluation import Evaluation, evaluate, paired_interval
 from qimera.input_spec import InputSpec
 
 SPEC = InputSpec(shape=(1, 8, 8), mean=(0.0,), std=(1.0,))
 
 
 def numbered_images(labels: list[int]) -> LabelledImages:
-    """Return images whose pixels all say at which position the image stands."""
-    images = np.arange(len(labels), dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 1), dtype=np.uint8)
+    """Return images whose upper rows say at which position the image stands, and their lower ones how many 256s."""
+    positions = np.arange(len(labels))[:, None, None, None] * np.ones((1, 8, 8, 1), dtype=np.int64)
+    images = np.concatenate([positions[:, :4] % 256, positions[:, 4:] // 256], 1).astype(np.uint8)
     return LabelledImages(images, np.array(labels, dtype=np.int64))
 
 
@@ -26,7 +29,8 @@ class Answers:
         self.table = table
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self.table[(images[:, 0, 0, 0] * 255).round().long()]
+        low, high = ((images[:, 0, row, 0] * 255).round().long() for row in (0, 7))
+        return self.table[256 * high + low]
 
 
 class Classifier(nn.Module):
@@ -165,3 +169,60 @@ def test_an_answer_that_is_no_row_of_logits_per_image_is_refused(answer, message
 def test_logits_that_are_nan_stop_the_evaluation() -> None:
     with pytest.raises(DivergenceError, match="model: a logit is NaN"):
         evaluate(Answers(torch.tensor([[0.0, float("nan")]])), numbered_images([0]), SPEC)
+
+
+# --- what a drop can be trusted for -----------------------------------------------------------------------------------
+
+
+def compared(right: list[bool], teacher_right: list[bool], labels: list[int], num_classes: int = 10) -> Evaluation:
+    """Evaluate a model and a teacher that are right on these images and one class off on the others."""
+    answers = [
+        [label if is_right else (label + 1) % num_classes for label, is_right in zip(labels, flags, strict=True)]
+        for flags in (right, teacher_right)
+    ]
+    model, teacher = (Answers(one_hot(each, num_classes)) for each in answers)
+    return evaluate(model, numbered_images(labels), SPEC, teacher=teacher)
+
+
+def test_ten_images_without_a_difference_do_not_prove_that_nothing_is_lost() -> None:
+    few = compared([True] * 10, [True] * 10, list(range(10)))
+    many = compared([True] * 1000, [True] * 1000, list(range(10)) * 100)
+    assert few.teacher_top1 == few.top1 == 100
+    assert few.drop_low < -10 < 10 < few.drop_high
+    assert -1 < many.drop_low < 0 < many.drop_high < 1
+
+
+def test_the_interval_of_the_drop_is_that_of_agresti_and_min() -> None:
+    """Their method for matched proportions by hand: 12 images lost and 3 won of 100; half an image in each cell."""
+    lost, won, total = 12.5, 3.5, 102
+    error = np.sqrt(((lost + won) - (lost - won) ** 2 / total) / total**2)
+    expected = 100 * ((lost - won) / total + np.array([-1.645, 1.645]) * error)
+    assert paired_interval(12, 3, 100) == pytest.approx(tuple(expected))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_teacher_that_guesses_is_warned_of_whatever_the_model_answers(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 10, 500).tolist()
+    found = compared([True] * 500, (rng.random(500) < 0.1).tolist(), labels)
+    (warning,) = found.warnings
+    assert re.match(r"data: the full-precision model gets \d+\.\d % of these 500 images right, and guessing", warning)
+
+
+def test_a_teacher_that_always_says_the_commonest_class_is_guessing() -> None:
+    labels = [0] * 90 + [1] * 10
+    found = compared([label == 0 for label in labels], [label == 0 for label in labels], labels, num_classes=2)
+    assert found.teacher_top1 == 90
+    assert len(found.warnings) == 1
+
+
+@pytest.mark.parametrize(("share", "num_classes"), [(0.3, 10), (0.75, 2), (0.1, 1000)])
+def test_a_teacher_that_knows_the_images_is_not_warned_of(share: float, num_classes: int) -> None:
+    labels = (np.arange(400) % num_classes).tolist()
+    right = [index < 400 * share for index in np.random.default_rng(0).permutation(400)]
+    assert compared(right, right, labels, num_classes).warnings == ()
+
+
+def test_images_of_one_class_alone_can_be_evaluated() -> None:
+    assert compared([True] * 20, [True] * 20, [3] * 20).warnings == ()
+    assert len(compared([False] * 20, [False] * 20, [3] * 20).warnings) == 1

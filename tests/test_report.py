@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from qimera.pipeline import quantize
+from qimera.input_spec import InputSpec
+from qimera.models import load_model
+from qimera.pipeline import quantize, synthesize
 from qimera.progress import silent
 from qimera.quantization.student import Student
 from qimera.report.content import Report, collect, curves, features_in_plane
@@ -23,19 +26,21 @@ from qimera.run_directory import RunDirectory
 from qimera.settings import DirectSettings, DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
-from tests.command_line import qimera, tiny_settings
+from tests.command_line import INPUT, qimera, said, tiny_settings, write_model_file
 from tests.networks import SPEC, Lambda
+
+FEW = DirectSettings(num_steps=1, batch_size=8)
+BAD_SYNTHESIS = SynthesisSettings(num_optimized=48, num_held_out=16, direct=DirectSettings(num_steps=10, batch_size=32))
+SMALL_SPEC = InputSpec(shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-SYNTHESIS = SynthesisSettings(num_optimized=48, num_held_out=16, direct=DirectSettings(num_steps=10, batch_size=32))
-
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+def run(tmp_path_factory: pytest.TempPathFactory, digits_bank: Path) -> RunDirectory:
     """A finished run with its report."""
     folder = tmp_path_factory.mktemp("run")
-    tiny_settings(synthesis=SYNTHESIS).save(folder / "settings.json")
+    tiny_settings(bank=str(digits_bank)).save(folder / "settings.json")
     done = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
     assert done.exit_code == 0, done.stderr
     assert f"report: {folder / 'run' / 'report.html'}" in done.stderr
@@ -128,7 +133,7 @@ def test_the_range_of_an_input_is_found_through_a_view_of_any_batch() -> None:
 
 def test_a_run_of_the_papers_scheme_ends_with_its_report(tmp_path: Path) -> None:
     paper = QuantizationSettings(scheme="paper")
-    tiny_settings(synthesis=SYNTHESIS, quantization=paper).save(tmp_path / "settings.json")
+    tiny_settings(synthesis=BAD_SYNTHESIS, quantization=paper).save(tmp_path / "settings.json")
     done = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
     assert done.exit_code == 0, done.stderr
     assert len(Report.load(tmp_path / "run" / "report.json").layers) == 10
@@ -149,10 +154,10 @@ def test_the_report_comes_back_from_its_file(run: RunDirectory) -> None:
 
 
 def test_curves_are_the_recorded_steps(run: RunDirectory) -> None:
-    (found,) = [curve for curve in Report.load(run.report_data_file).curves if curve.name == "direct_ce"]
-    recorded = [line for line in run.metrics.lines() if "direct_ce" in line]
+    (found,) = [curve for curve in Report.load(run.report_data_file).curves if curve.name == "kl"]
+    recorded = [line for line in run.metrics.lines() if "kl" in line]
     assert found.steps == tuple(line["step"] for line in recorded)
-    assert found.values == pytest.approx([line["direct_ce"] for line in recorded])
+    assert found.values == pytest.approx([line["kl"] for line in recorded])
 
 
 def test_long_curves_are_thinned_out() -> None:
@@ -221,21 +226,64 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(page: str) -> None:
     assert "prefers-color-scheme: dark" in page
 
 
-def test_an_estimate_is_called_one_and_a_measurement_too(run: RunDirectory, page: str, tmp_path: Path) -> None:
+def test_an_estimate_is_called_one(page: str) -> None:
     assert "<em>estimated</em> without data" in page
     assert "Nobody has measured this model" in page
+
+
+def test_a_measurement_on_images_that_the_teacher_does_not_know_is_no_drop(run: RunDirectory, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     images, labels = generator.integers(0, 256, (40, 28, 28, 1), np.uint8), generator.integers(0, 10, 40)
     np.savez(tmp_path / "test.npz", images=images, labels=labels)
     copied = shutil.copytree(run.path, tmp_path / "run")
     done = qimera("evaluate", copied, "--data", tmp_path / "test.npz", "--json")
     assert done.exit_code == 0, done.stderr
+    assert "warning: data: the full-precision model gets" in done.stderr
     values = json.loads(done.stdout)
+    assert len(values["warnings"]) == 1
+    measured = (copied / "report.html").read_text()
+    assert "points lost, measured" not in measured
+    assert f"{values['student_top1']:.2f} %" in measured
+    assert "so the drop says nothing about quantization" in measured
+    assert Report.load(copied / "report.json").measured.num_images == 40
+    strict = qimera("evaluate", copied, "--data", tmp_path / "test.npz", "--strict", "--max-drop", "99")
+    assert strict.exit_code == 5
+    assert "--strict: " in strict.stderr
+    assert "has no measured drop to compare with 99 points" in said(strict)
+
+
+def test_a_measurement_on_images_that_the_teacher_knows_is_called_one(run: RunDirectory, tmp_path: Path) -> None:
+    """Samples of another seed stand for real images here, as the teacher sees them."""
+    bank = load_bank(run, load_student(run)[1])
+    np.savez(
+        tmp_path / "test.npz", images=bank.pixels.permute(0, 2, 3, 1).numpy(), labels=bank.logits.argmax(1).numpy()
+    )
+    copied = shutil.copytree(run.path, tmp_path / "run")
+    done = qimera("evaluate", copied, "--data", tmp_path / "test.npz", "--strict", "--max-drop", "100")
+    assert done.exit_code == 0, done.stderr
+    assert "drop in top-1, 90 % interval:" in done.stdout
     measured = (copied / "report.html").read_text()
     assert "points lost, measured" in measured
-    assert f"{values['student_top1']:.2f} %" in measured
     assert "estimated" not in measured.partition("<h2>")[0]
-    assert Report.load(copied / "report.json").measured.num_images == 40
+    values = json.loads(qimera("compare", copied, "--json").stdout)[0]
+    assert qimera("compare", copied, "--max-drop", max(0, values["measured_drop"])).exit_code == 0
+    assert values["warnings"] == []
+
+
+def test_the_report_does_not_tell_where_the_users_files_are(run: RunDirectory, tmp_path: Path) -> None:
+    model = write_model_file(tmp_path)
+    save_file(load_model(f"{model}:build").state_dict(), tmp_path / "toy.safetensors")
+    options = (f"{model}:build", "--weights", tmp_path / "toy.safetensors", *INPUT, "--recipe", "ptq")
+    bank = synthesize(load_model(f"{model}:build"), SMALL_SPEC, SynthesisSettings(num_optimized=8, direct=FEW))
+    bank.save(tmp_path / "bank")
+    done = qimera("quantize", *options, "--bank", tmp_path / "bank", "--output", tmp_path / "run")
+    assert done.exit_code == 0, done.stderr
+    assert qimera("export", tmp_path / "run", "--output", tmp_path / "toy.onnx", "--min-agreement", 0).exit_code == 0
+    for file in ("report.html", "report.json", "summary.json", "summary.txt", "export-onnx.json"):
+        text = (tmp_path / "run" / file).read_text()
+        assert str(tmp_path.parent) not in text, file
+    assert RunDirectory.open(tmp_path / "run").summary().model == "toy.py:build"
+    assert RunDirectory.open(tmp_path / "run").settings.model == f"{model}:build"
 
 
 def test_names_of_the_user_cannot_change_the_page(run: RunDirectory) -> None:
@@ -249,12 +297,24 @@ def test_names_of_the_user_cannot_change_the_page(run: RunDirectory) -> None:
     assert "&lt;script&gt;" in page
 
 
-def test_a_bad_bank_is_warned_of_on_the_page_and_on_stderr(tmp_path: Path) -> None:
-    nothing = tiny_settings().input.model_copy(update={"mean": (0.0,), "std": (1.0,)})
-    tiny_settings(synthesis=SYNTHESIS, input=nothing).save(tmp_path / "settings.json")
-    done = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
-    assert "warning: statistics: samples differ from the training data" in done.stderr
+def test_a_bad_bank_is_warned_of_on_the_page_and_first_in_the_summary(tmp_path: Path, run: RunDirectory) -> None:
+    nothing = tiny_settings().input.replace(mean=(0.0,), std=(1.0,))
+    tiny_settings(synthesis=BAD_SYNTHESIS, input=nothing).save(tmp_path / "settings.json")
+    command = ("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
+    done = qimera(*command)
+    assert done.exit_code == 0
+    assert done.stdout.startswith("warning    statistics: samples differ from the training data")
     assert "a wrong mean, std or pixel range is the" in (tmp_path / "run" / "report.html").read_text()
+    strict = qimera(*command, "--strict", "--max-drop", 3)
+    assert strict.exit_code == 5
+    assert re.search(r"--strict: \S+ has \d warnings, shown above; --max-drop: \S+ has no estimated drop", said(strict))
+    both = qimera("compare", tmp_path / "run", run.path, "--json")
+    assert [bool(each["warnings"]) for each in json.loads(both.stdout)] == [True, False]
+    ranked = qimera("compare", tmp_path / "run", run.path, "--strict")
+    assert ranked.exit_code == 5
+    lines = [line for line in ranked.stdout.splitlines() if "w4a4" in line]
+    assert ["none" in line for line in lines] == [False, True]
+    assert "warning: " in ranked.stdout
 
 
 def test_an_exported_file_is_listed(run: RunDirectory, tmp_path: Path) -> None:
@@ -264,7 +324,7 @@ def test_an_exported_file_is_listed(run: RunDirectory, tmp_path: Path) -> None:
     (listed,) = Report.load(copied / "report.json").exports
     assert listed.num_bytes == (copied / "student.onnx").stat().st_size
     page = (copied / "report.html").read_text()
-    assert str(copied / "student.onnx") in page
+    assert "student.onnx" in page
     assert f"{listed.comparisons[0]['integer_layers']} of {listed.num_layers}" in page
     assert listed.comparisons[0]["latency_ms"] > 0
     assert f"{listed.comparisons[0]['latency_ms']:.3g} ms" in page
@@ -286,8 +346,6 @@ def test_a_run_beside_a_python_call_can_be_reported(tmp_path: Path) -> None:
 
 
 def load_student_teacher(run: RunDirectory) -> tuple[None, Teacher]:
-    from qimera.models import load_model
-
     return None, Teacher.capture(load_model("mnist_cnn"), run.settings.input)
 
 

@@ -1,11 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from qimera.errors import ConfigError
-from qimera.estimation import estimate_drop
-from qimera.models import load_model
+from qimera.estimation import estimate_drop, estimate_on_held_out
 from qimera.progress import Progress, silent
 from qimera.run import carry_out, check_run, load_student
 from qimera.run_directory import RunDirectory
@@ -15,44 +15,44 @@ from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
 from tests.command_line import tiny_settings
 
-
-@pytest.fixture(scope="module")
-def digits_teacher() -> Teacher:
-    return Teacher.capture(load_model("mnist_cnn"), tiny_settings().input)
-
-
-HELD_OUT = SynthesisSettings(num_optimized=16, num_held_out=8, direct=DirectSettings(num_steps=2, batch_size=16))
 GOOD = DistillationSettings(num_steps=0, start="compensated")
 BAD = DistillationSettings(num_steps=4, batch_size=8, weight_learning_rate=5.0)
 
 
+def with_bank(bank: Path, **changes: object) -> RunSettings:
+    """Return settings of a run that learns from a bank made earlier."""
+    return tiny_settings(bank=str(bank), **changes)
+
+
 def finished(path: Path, teacher: Teacher, settings: RunSettings) -> RunDirectory:
-    check_run(settings, teacher, None)
+    bank = SampleBank.load(Path(settings.bank), teacher) if settings.bank else None
+    check_run(settings, teacher, bank)
     run = RunDirectory.start(path, settings)
-    carry_out(run, teacher, None, silent)
+    carry_out(run, teacher, bank, silent)
     return run
 
 
 @pytest.mark.parametrize("ways", [("good", "bad"), ("bad", "good")])
 def test_of_several_recipes_the_student_with_the_lowest_estimated_drop_is_kept(
-    tmp_path: Path, digits_teacher: Teacher, ways: tuple[str, str]
+    tmp_path: Path, digits_teacher: Teacher, digits_bank: Path, ways: tuple[str, str]
 ) -> None:
     first, second = ({"good": GOOD, "bad": BAD}[way] for way in ways)
-    settings = tiny_settings(recipe=",".join(ways), synthesis=HELD_OUT, distillation=first, alternatives=(second,))
+    settings = with_bank(digits_bank, recipe=",".join(ways), distillation=first, alternatives=(second,))
     both = finished(tmp_path / "both", digits_teacher, settings)
-    alone = finished(tmp_path / "alone", digits_teacher, tiny_settings(synthesis=HELD_OUT, distillation=GOOD))
+    alone = finished(tmp_path / "alone", digits_teacher, with_bank(digits_bank, distillation=GOOD))
     assert both.summary().recipe == "good"
     assert both.summary().num_steps == 0
     kept, expected = (load_student(run)[0].module.state_dict() for run in (both, alone))
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
-    bank = SampleBank.load(both.bank_directory, digits_teacher)
-    other = finished(tmp_path / "other", digits_teacher, tiny_settings(synthesis=HELD_OUT, distillation=BAD))
+    bank = SampleBank.load(digits_bank, digits_teacher)
+    other = finished(tmp_path / "other", digits_teacher, with_bank(digits_bank, distillation=BAD))
     drops = [estimate_drop(load_student(run)[0], digits_teacher, bank).drop for run in (both, other)]
     assert drops[0] < drops[1]
 
 
 def test_a_choice_that_was_interrupted_comes_to_the_same_student(tmp_path: Path, digits_teacher: Teacher) -> None:
-    settings = tiny_settings(recipe="a,b", synthesis=HELD_OUT, distillation=GOOD, alternatives=(BAD,))
+    synthesis = SynthesisSettings(num_optimized=16, num_held_out=8, direct=DirectSettings(num_steps=2, batch_size=16))
+    settings = tiny_settings(recipe="a,b", synthesis=synthesis, distillation=GOOD, alternatives=(BAD,))
     whole = finished(tmp_path / "whole", digits_teacher, settings)
     run = RunDirectory.start(tmp_path / "run", settings)
 
@@ -87,15 +87,17 @@ def test_the_training_of_a_generator_that_is_not_there_is_refused_before_the_run
         check_run(settings, digits_teacher, None)
 
 
-def test_the_summary_states_the_estimate_of_the_student_that_was_kept(tmp_path: Path, digits_teacher: Teacher) -> None:
-    run = finished(tmp_path / "run", digits_teacher, tiny_settings(synthesis=HELD_OUT, distillation=GOOD))
+def test_the_summary_states_the_estimate_of_the_student_that_was_kept(
+    tmp_path: Path, digits_teacher: Teacher, digits_bank: Path
+) -> None:
+    run = finished(tmp_path / "run", digits_teacher, with_bank(digits_bank, distillation=GOOD))
     summary = run.summary()
-    assert (summary.num_samples, summary.num_held_out) == (16, 8)
+    assert (summary.num_samples, summary.num_held_out) == (48, 16)
     estimate = summary.estimate
     assert estimate is not None
-    assert 0 < estimate.num_samples <= 8
+    assert 0 < estimate.num_samples <= 16
     assert estimate.low <= estimate.drop <= estimate.high
-    assert "16 synthetic samples and 8 held out" in summary.text()
+    assert "48 synthetic samples and 16 held out" in summary.text()
     assert f"a drop of {estimate.drop:.1f} points" in summary.text()
     assert f"90 %), from {estimate.num_samples} held-out synthetic samples" in summary.text()
 
@@ -103,4 +105,21 @@ def test_the_summary_states_the_estimate_of_the_student_that_was_kept(tmp_path: 
 def test_without_held_out_samples_the_summary_has_no_estimate(tmp_path: Path, digits_teacher: Teacher) -> None:
     summary = finished(tmp_path / "run", digits_teacher, tiny_settings()).summary()
     assert summary.estimate is None
-    assert "none, for the bank holds no held-out samples" in summary.text()
+    assert "none without held-out samples" in summary.text()
+
+
+def test_samples_that_do_not_resemble_the_training_data_get_no_estimate_and_the_summary_says_why_first(
+    tmp_path: Path, digits_teacher: Teacher
+) -> None:
+    synthesis = SynthesisSettings(num_optimized=16, num_held_out=8, direct=DirectSettings(num_steps=1, batch_size=16))
+    run = finished(tmp_path / "run", digits_teacher, tiny_settings(synthesis=synthesis, distillation=GOOD))
+    summary = run.summary()
+    assert summary.estimate is None
+    assert summary.warnings[0].startswith("statistics: samples differ from the training data")
+    assert summary.text().startswith("warning    statistics: samples differ")
+    assert "estimate   none, because of the warning above" in summary.text()
+    assert json.loads((run.path / "summary.json").read_text())["warnings"] == list(summary.warnings)
+    student, bank = load_student(run)[0], SampleBank.load(run.bank_directory, digits_teacher)
+    with pytest.raises(ConfigError, match="estimate: none can be given, statistics: samples differ"):
+        estimate_drop(student, digits_teacher, bank)
+    assert estimate_on_held_out(student, digits_teacher, bank).num_samples > 0  # enough to compare students by

@@ -81,7 +81,7 @@ def test_it_looks_every_so_many_steps_and_at_the_last(
         seen.append(now)
         return Estimate(1.0, 0.0, 2.0, 90.0, 8)
 
-    monkeypatch.setattr("qimera.selection.estimate_drop", look)
+    monkeypatch.setattr("qimera.selection.estimate_on_held_out", look)
     best = BestState(student, teacher, split_bank, DistillationSettings(num_steps=5, select_every=every))
     for now in range(1, 6):
         best.consider(now)

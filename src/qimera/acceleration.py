@@ -69,8 +69,12 @@ def find_device(name: torch.device | str) -> torch.device:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % max(1, torch.cuda.device_count()))
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # the second where PyTorch was built without the device
-        there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
-        raise ConfigError(f"device: {name} cannot be used ({first_line(error)}); there are {there}") from None
+        there = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        listed = f"there are {', '.join(there)}" if len(there) > 1 else "there is only cpu"
+        reason = "no such kind of device" if "device type at start of" in str(error) else first_line(error)
+        meant = "cuda" if str(name).partition(":")[0] == "gpu" else name
+        likely = "; did you mean cuda?" if meant != name and len(there) > 1 else ""
+        raise ConfigError(f"device: {name} cannot be used ({reason}); {listed}{likely}") from None
 
 
 def to_device_(module: GraphModule, device: torch.device) -> None:

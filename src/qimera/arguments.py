@@ -61,4 +61,14 @@ Device = Annotated[
         metavar="NAME", help="Where to compute: cpu, or cuda (a GPU), or cuda:1 (the second one). Default: cpu."
     ),
 ]
+Strict = Annotated[bool, typer.Option("--strict", help="End with exit code 5 if there are warnings.")]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        "--max-drop",
+        metavar="POINTS",
+        min=0,
+        help="End with exit code 5 if more top-1 accuracy is lost, or nobody knows how much.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log.")]

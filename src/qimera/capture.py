@@ -2,9 +2,13 @@
 
 import copy
 import inspect
+import io
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.optim.swa_utils import AveragedModel
 
 from qimera.errors import ConfigError, UnsupportedModelError, first_line
@@ -25,6 +30,8 @@ from qimera.shapes import propagate_shapes_
 from qimera.simplification import inline_regions_, simplify_, writes_what_is_read_again
 
 logger = logging.getLogger(__name__)
+
+_TORCH = Path(torch.__file__).parent
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 _SOFTMAXES = {aten.softmax.int, aten.log_softmax.int}
@@ -186,8 +193,7 @@ def _exported(model: nn.Module, images: Tensor, name: str) -> ExportedProgram:
     takes_any = first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL
     batch = {0: Dim.DYNAMIC}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as of attributes that are assigned anew in every call
+        with _without_notes_to_developers():
             return torch.export.export(model, (images,), dynamic_shapes=((batch,),) if takes_any else (batch,))
     except Exception as error:
         for path, module in model.named_modules():
@@ -196,10 +202,36 @@ def _exported(model: nn.Module, images: Tensor, name: str) -> ExportedProgram:
                     f"{name} prepares images itself ({path}, {type(module).__name__} of torchvision.transforms), which "
                     "torch.export cannot capture; take it out, and give its mean and std as those of the images"
                 ) from error
+        reason = first_line(error)
+        if isinstance(error, GuardOnDataDependentSymNode):
+            reason = "what it computes next depends on the values of a tensor"
         raise UnsupportedModelError(
-            f"{name} cannot be captured by torch.export: {first_line(error)}; "
+            f"{name} cannot be captured by torch.export: {reason}{_place_of(error)}; "
             "remove data-dependent control flow and operations that fix the batch size"
         ) from error
+
+
+@contextmanager
+def _without_notes_to_developers() -> Iterator[None]:
+    """Keep back what torch warns of and prints while it exports, such as whole graphs before an error."""
+    log = logging.getLogger("torch")
+    level, said = log.level, io.StringIO()
+    try:
+        with warnings.catch_warnings(), redirect_stderr(said):
+            warnings.simplefilter("ignore")  # such as of attributes that are assigned anew in every call
+            log.setLevel(logging.ERROR)
+            yield
+    finally:
+        log.setLevel(level)
+        if said.getvalue().strip():
+            logger.debug("torch.export: %s", said.getvalue().strip())
+
+
+def _place_of(error: Exception) -> str:
+    """Return the last line outside of torch that led to ``error``; empty if there is none."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.line]
+    own = [frame for frame in frames if not Path(frame.filename).is_relative_to(_TORCH) and frame.name == "forward"]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else ""
 
 
 def _graph_of(program: ExportedProgram) -> tuple[GraphModule, bool]:

@@ -3,10 +3,10 @@
 torch, and all that builds on it, is imported inside the commands, so that ``qimera --help`` answers at once.
 """
 
-import json
+import signal
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from qimera.arguments import (
     Debug,
     Device,
     Logits,
+    MaxDrop,
     Mean,
     Model,
     PixelRange,
@@ -21,16 +22,14 @@ from qimera.arguments import (
     Seed,
     Shape,
     Std,
+    Strict,
     Threads,
     Weights,
     WithoutBatchNorms,
 )
-from qimera.console import ProgressDisplay, errors_as_messages, print_table
+from qimera.console import INTERRUPTED, ProgressDisplay, errors_as_messages, print_table, warn
 from qimera.errors import ConfigError
-
-if TYPE_CHECKING:
-    from qimera.diagnostics import Diagnosis
-    from qimera.report.content import Report
+from qimera.run_commands import compare, evaluate, export, report
 
 app = typer.Typer(
     name="qimera",
@@ -45,7 +44,12 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except SystemExit as ending:
+        if ending.code == INTERRUPTED:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # until Python has ended too
+        raise
 
 
 def _show_version(asked: bool) -> bool:
@@ -79,6 +83,7 @@ def inspect(
 ) -> None:
     """Show what of a model is quantized, and what samples are synthesised from."""
     with errors_as_messages(debug):
+        from qimera.diagnostics import untrained_because
         from qimera.options import ModelOptions
         from qimera.tables import layer_table, teacher_facts
 
@@ -87,6 +92,7 @@ def inspect(
         ).capture(untrained=True)
         typer.echo(teacher_facts(model, teacher), nl=False)
         print_table(layer_table(teacher, every_layer))
+        warn(filter(None, [untrained_because(teacher)]))
 
 
 @app.command("synthesize")
@@ -107,6 +113,7 @@ def make_bank(
     without_batch_norms: WithoutBatchNorms = None,
     recipe: Recipe = None,
     seed: Seed = None,
+    strict: Strict = False,
     device: Device = None,
     threads: Threads = None,
     debug: Debug = False,
@@ -116,8 +123,9 @@ def make_bank(
     with errors_as_messages(debug, f"the same command continues with what is in {unfinished}"):
         from qimera.acceleration import find_device
         from qimera.checkpoint import Checkpoints
-        from qimera.diagnostics import diagnose
+        from qimera.diagnostics import diagnose, untrained_because
         from qimera.distributed import is_main, joined
+        from qimera.limits import Limits, Result
         from qimera.options import ModelOptions, recipe_of_bank
         from qimera.pipeline import synthesize
         from qimera.synthesis.bank import SampleBank
@@ -133,9 +141,12 @@ def make_bank(
             raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
         options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
         teacher = options.capture()
+        warn(filter(None, [untrained_because(teacher)]))
         chosen = recipe_of_bank(teacher, recipe).synthesis
         made = None if bank is None else SampleBank.load(bank, teacher)
         if made is None:
+            if any(unfinished.glob("*")):
+                typer.echo(f"{output}: continues with what is in {unfinished}", err=True)
             # A place that cannot be written to is refused before the work.
             unfinished.mkdir(parents=True, exist_ok=True)
         with joined(), ProgressDisplay(is_main()) as progress:
@@ -147,7 +158,9 @@ def make_bank(
                 write_bank(made, output, form)
                 Checkpoints(unfinished).forget()
                 typer.echo(bank_facts(output, model, made, teacher))
-                _warn(diagnose(made, teacher))
+                found = diagnose(made, teacher).warnings
+                warn(found)
+                Limits(strict).check(Result(str(output), found))
 
 
 @app.command()
@@ -184,6 +197,8 @@ def quantize(
         Path | None,
         typer.Option(metavar="FILE", help="settings.json of a run: starts the same again, instead of MODEL."),
     ] = None,
+    strict: Strict = False,
+    max_drop: MaxDrop = None,
     device: Device = None,
     threads: Threads = None,
     debug: Debug = False,
@@ -191,7 +206,9 @@ def quantize(
     """Quantize a model without data; the result is a run directory."""
     with errors_as_messages(debug, f"the same command continues with what is in {output}"):
         from qimera.acceleration import find_device
+        from qimera.diagnostics import untrained_because
         from qimera.distributed import from_main, is_main, joined
+        from qimera.limits import Limits, Result
         from qimera.options import ModelOptions, RunOptions, read_settings, resolve
         from qimera.report.run import report_run
         from qimera.run import carry_out, check_run
@@ -209,122 +226,23 @@ def quantize(
             run = from_main(lambda: RunDirectory.start(output, read.settings))
             if is_main() and run.is_finished:
                 typer.echo(f"{output}: finished already, this is its summary", err=True)
+            elif is_main():
+                if done := run.so_far():
+                    typer.echo(f"{output}: continues where it was interrupted; {done}", err=True)
+                warn(filter(None, [untrained_because(read.teacher)]))
             with ProgressDisplay(is_main()) as progress:
                 summary = carry_out(run, read.teacher, read.bank, progress, place)
             if is_main():
                 if not run.report_page_file.exists():
-                    _warn(report_run(run))
+                    typer.echo("writing the report", err=True)
+                    report_run(run)
                 typer.echo(summary.text(), nl=False)
                 typer.echo(f"report: {run.report_page_file}", err=True)
+                Limits(strict, max_drop).check(Result(str(output), summary.warnings, summary.estimated_drop))
 
 
-@app.command()
-def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The --output of qimera quantize.")],
-    data: Annotated[
-        Path, typer.Option(metavar="PATH", help=".npz with uint8 images (NHWC) and labels, or a folder per class.")
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    device: Device = None,
-    threads: Threads = None,
-    debug: Debug = False,
-) -> None:
-    """Compare the student of a run with its teacher on labelled images."""
-    with errors_as_messages(debug):
-        from qimera.acceleration import find_device
-        from qimera.data import load_labelled_images
-        from qimera.report.run import keep_evaluation
-        from qimera.run import evaluate_run
-        from qimera.run_directory import RunDirectory
-        from qimera.tables import evaluation_table, evaluation_values
-
-        place = find_device(device or "cpu")
-        directory = RunDirectory.open(run)
-        images = load_labelled_images(data, directory.settings.input, directory.summary().num_classes)
-        with ProgressDisplay() as progress:
-            result = evaluate_run(directory, images, progress, place)
-        if as_json:
-            typer.echo(json.dumps(evaluation_values(run, data, result), indent=2))
-        else:
-            print_table(evaluation_table(result))
-        keep_evaluation(directory, data, images, result)
-
-
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The --output of qimera quantize.")],
-    threads: Threads = None,
-    debug: Debug = False,
-) -> None:
-    """Write the report of a run anew: report.html and report.json."""
-    with errors_as_messages(debug):
-        from qimera.report.run import report_run
-        from qimera.run_directory import RunDirectory
-
-        directory = RunDirectory.open(run)
-        _warn(report_run(directory))
-        typer.echo(directory.report_page_file)
-
-
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Each the --output of qimera quantize.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Put runs side by side: bits, size, accuracy and time."""
-    with errors_as_messages(debug):
-        from qimera.report.comparison import comparison_table, comparison_values
-        from qimera.run_directory import RunDirectory
-
-        directories = [RunDirectory.open(run) for run in runs]
-        if as_json:
-            typer.echo(json.dumps(comparison_values(directories), indent=2))
-        else:
-            print_table(comparison_table(directories))
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The --output of qimera quantize.")],
-    form: Annotated[
-        Literal["onnx", "pt2", "aotinductor", "executorch"],
-        typer.Option("--format", help="ONNX, torch.export program, AOTInductor package, or ExecuTorch for XNNPACK."),
-    ] = "onnx",
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the file goes. Default: in RUN, called student.*.")
-    ] = None,
-    include_preprocessing: Annotated[
-        bool, typer.Option("--include-preprocessing", help="Let the file read uint8 NHWC pixels and normalise them.")
-    ] = False,
-    labels: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Names of the classes, one a line, for the metadata.")
-    ] = None,
-    min_agreement: Annotated[
-        float, typer.Option(min=0, max=100, help="Percent of samples that must get the student's class.")
-    ] = 99.0,
-    threads: Threads = None,
-    debug: Debug = False,
-) -> None:
-    """Write the student of a run as a file for other runtimes, and compare the file with it."""
-    with errors_as_messages(debug, "no file was written"):
-        from qimera.export.run import FILE_NAMES, export_run
-        from qimera.report.run import report_run
-        from qimera.run_directory import RunDirectory
-
-        directory = RunDirectory.open(run)
-        path = output or directory.path / FILE_NAMES[form]
-        verification = export_run(
-            directory,
-            path,
-            form,
-            include_preprocessing=include_preprocessing,
-            labels_file=labels,
-            min_agreement=min_agreement,
-        )
-        if directory.report_page_file.exists():
-            report_run(directory)
-        typer.echo(f"{path}: {verification.text()}", nl=False)
+for command in (evaluate, report, compare, export):
+    app.command()(command)
 
 
 @app.command()
@@ -339,8 +257,3 @@ def recipes(
         from qimera.tables import recipe_table
 
         print_table(recipe_table(shape_of(input_shape), num_classes))
-
-
-def _warn(found: "Report | Diagnosis") -> None:
-    for warning in found.warnings:
-        typer.echo(f"warning: {warning}", err=True)

@@ -2,10 +2,11 @@
 
 import errno
 import logging
+import signal
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import NoReturn
@@ -13,7 +14,15 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.table import Table
 
@@ -29,6 +38,7 @@ _STAGES = {
     "direct": "optimise images",
     "sensitivity": "measure layers",
     "ranges": "search ranges",
+    "rounding": "find integers",
     "distillation": "train the student",
     "evaluation": "evaluate",
 }
@@ -47,13 +57,7 @@ class ProgressDisplay:
         self._shown = shown
         self._console = Console(stderr=True)
         self._bars = Bars(
-            TextColumn("{task.description:<20}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}", style="dim"),
+            *_columns(self._console.width),
             console=self._console,
             disable=not (self._console.is_terminal and shown),
         )
@@ -81,6 +85,8 @@ class ProgressDisplay:
             self._write(progress)
 
     def _draw(self, progress: Progress) -> None:
+        if progress.note and self._console.width < _WIDTH_WITH_METRICS:
+            self._bars.print(f"{_title(progress)}: {progress.note}")
         if progress.stage not in self._tasks:
             self._tasks[progress.stage] = self._bars.add_task(_title(progress), total=progress.total, metrics="")
         task = self._tasks[progress.stage]
@@ -102,6 +108,25 @@ class ProgressDisplay:
             per_step = (now - self._start) / (progress.step - self._first_step)
             facts.append(f"{per_step * (progress.total - progress.step):.0f} s left")
         typer.echo("  ".join(filter(None, (*facts, _metrics(progress)))), err=True)
+
+
+_WIDTH_WITH_METRICS, _WIDTH_WITH_ELAPSED = 110, 72
+"""Characters of a line from which losses, and the time that has passed, have room beside what matters more."""
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    """Return what a line of so many characters holds: stage, bar, count and time left always."""
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description:<20}"),
+        BarColumn(bar_width=16 if width >= _WIDTH_WITH_ELAPSED else 6),
+        MofNCompleteColumn(),
+    ]
+    if width >= _WIDTH_WITH_ELAPSED:
+        columns.append(TimeElapsedColumn())
+    columns += [TextColumn("left"), TimeRemainingColumn()]
+    if width >= _WIDTH_WITH_METRICS:
+        columns.append(TextColumn("{task.fields[metrics]}", style="dim"))
+    return columns
 
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -130,7 +155,18 @@ def errors_as_messages(debug: bool, if_interrupted: str = "") -> Iterator[None]:
         advice = "; make room, then give the same command again" if error.errno in _NO_ROOM else ""
         _fail(message + advice, USAGE, debug)
     except KeyboardInterrupt:
-        _fail("; ".join(filter(None, ("interrupted", if_interrupted))), INTERRUPTED, debug)
+        with without_interrupts():
+            _fail("; ".join(filter(None, ("interrupted", if_interrupted))), INTERRUPTED, debug)
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Ignore Ctrl-C, which an impatient user presses more than once while the process is already ending."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _fail(message: str, exit_code: int, debug: bool) -> NoReturn:
@@ -154,10 +190,21 @@ def _log_to_stderr(level: int) -> Iterator[None]:
         logger.setLevel(level_before)
 
 
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings on stderr, one a line."""
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
 def print_table(table: Table) -> None:
     """Print a table on stdout, wide enough for pipes and files too."""
+    Console(width=terminal_width()).print(table)
+
+
+def terminal_width() -> int:
+    """Return how many characters a line of stdout holds."""
     console = Console()
-    (console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)).print(table)
+    return console.width if console.is_terminal else _WIDTH_WITHOUT_TERMINAL
 
 
 def _title(progress: Progress) -> str:

@@ -63,8 +63,17 @@ class Diagnosis(Settings):
     clipped: float
     """Pixels that are black or white, in percent."""
 
-    warnings: tuple[str, ...] = ()
-    """What is wrong, what it does, and what to do about it; empty for a good bank."""
+    doubts: tuple[str, ...] = ()
+    """Why the samples do not resemble what the network was trained on, and what to do about it; empty where they do.
+    Nothing that is measured on samples with doubts tells what happens on real images."""
+
+    remarks: tuple[str, ...] = ()
+    """What else could be better, what it does, and what to do about it; empty for a good bank."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """All doubts and remarks."""
+        return self.doubts + self.remarks
 
 
 @torch.inference_mode()
@@ -96,11 +105,30 @@ def diagnose(bank: SampleBank, teacher: Teacher) -> Diagnosis:
         "near_duplicates": _near_duplicates(bank.pixels[chosen]),
         "clipped": _percent((bank.pixels == 0) | (bank.pixels == 255)),
     }
-    return Diagnosis(**values, warnings=tuple(_warnings(Diagnosis(**values))))
+    found = Diagnosis(**values)
+    untrained = untrained_because(teacher)
+    doubts = (untrained,) if untrained else tuple(_doubts(found))
+    return found.replace(doubts=doubts, remarks=tuple(_remarks(found)))
 
 
-def _warnings(found: Diagnosis) -> Iterator[str]:
+def untrained_because(teacher: Teacher) -> str:
+    """Return why the network looks untrained; empty for one that does not."""
+    fresh = [bool((tap.mean == 0).all() and (tap.var == 1).all()) for tap in teacher.batch_norms]
+    if not fresh or not all(fresh):
+        return ""
+    return (
+        f"untrained: the running means of all {len(fresh)} batch norms are 0 and their variances 1, as before any "
+        "training; did you forget --weights, or in Python to load the trained weights?"
+    )
+
+
+def _doubts(found: Diagnosis) -> Iterator[str]:
     gaps = found.statistics_gap
+    if not gaps:
+        yield (
+            "statistics: the network has no batch norms, so nothing tells whether samples resemble what it was trained "
+            "on; measure the student on labelled images"
+        )
     worst = max(gaps, key=lambda name: gaps[name], default="")
     if gaps and (gaps[worst] > LARGEST_GAP or sum(gaps.values()) / len(gaps) > _MEAN_GAP):
         reasons = (
@@ -117,6 +145,9 @@ def _warnings(found: Diagnosis) -> Iterator[str]:
             f"classes: the teacher puts {found.recognised:.0f} % of the samples of one class into it; check mean, std "
             "and pixel range, or raise ce_weight"
         )
+
+
+def _remarks(found: Diagnosis) -> Iterator[str]:
     missing = found.class_counts.count(0)
     if missing and found.num_samples >= 2 * len(found.class_counts):
         yield f"classes: {missing} of {len(found.class_counts)} classes have no sample; synthesise the bank anew"

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qimera.diagnostics import diagnose
 from qimera.errors import ConfigError
 from qimera.quantization.student import Student
 from qimera.synthesis.augmentation import flip_at_random, shift_each
@@ -75,7 +76,6 @@ class Estimate:
         )
 
 
-@torch.inference_mode()
 def estimate_drop(student: Student, teacher: Teacher, bank: SampleBank) -> Estimate:
     """Return how much accuracy the student loses on real images, estimated on the held-out part of ``bank``.
 
@@ -83,6 +83,21 @@ def estimate_drop(student: Student, teacher: Teacher, bank: SampleBank) -> Estim
         student: Of ``teacher``.
         teacher: The full-precision model.
         bank: Samples of this teacher, whose held-out part the student has not learned from.
+
+    Raises:
+        ConfigError: the bank is of another teacher, holds no held-out samples, or its samples do not resemble what the
+            network was trained on, so that they tell nothing about real images.
+    """
+    estimate = estimate_on_held_out(student, teacher, bank)
+    doubts = diagnose(bank, teacher).doubts
+    if doubts:
+        raise ConfigError(f"estimate: none can be given, {'; '.join(doubts)}")
+    return estimate
+
+
+@torch.inference_mode()
+def estimate_on_held_out(student: Student, teacher: Teacher, bank: SampleBank) -> Estimate:
+    """``estimate_drop``, whatever the samples are like: enough to compare students of one bank.
 
     Raises:
         ConfigError: the bank is of another teacher, or holds no held-out samples.

@@ -1,5 +1,6 @@
 """A model and labelled images -> how often it is right, and how often it agrees with its teacher."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -16,6 +17,15 @@ Classifier = nn.Module | Callable[[Tensor], Tensor]
 """Normalised images (batch, channel, height, width) -> logits (batch, num_classes)."""
 
 _TOP_K = 5
+_LEAST_KAPPA = 0.05
+"""Agreement with the labels, 0 by guessing and 1 at best, below which a network does not know these images."""
+
+_SURE = 2.33
+"""Standard deviations above guessing that chance reaches in one of a hundred cases."""
+
+_QUANTILE = 1.645
+"""Of the normal distribution, for a two-sided interval of 90 percent."""
+
 _MODE_DEPENDENT = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.Dropout, nn.Dropout2d)
 
 
@@ -40,6 +50,35 @@ class Evaluation:
 
     teacher_top5: float | None = None
     """The teacher's ``top5`` on the same images; None without a teacher."""
+
+    drop_low: float | None = None
+    drop_high: float | None = None
+    """Ends of the 90 percent interval of the drop (teacher's ``top1`` minus ``top1``, in points) on all images of which
+    these are a sample; None without a teacher."""
+
+    chance: float | None = None
+    """The ``top1`` that the teacher's answers would reach if they had nothing to do with the images; None without a
+    teacher."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Why the drop says nothing; empty where it does."""
+        if self.teacher_top1 is None or self.chance is None or not self._is_guessing(self.teacher_top1, self.chance):
+            return ()
+        return (
+            f"data: the full-precision model gets {self.teacher_top1:.1f} % of these {self.num_images:,} images right, "
+            f"and guessing {self.chance:.1f} %, so the drop says nothing about quantization; check that the images are "
+            "those of this model, the order of their classes, and mean, std and pixel range",
+        )
+
+    def _is_guessing(self, top1: float, chance: float) -> bool:
+        """Whether Cohen's kappa is next to nothing, or chance alone would often reach as much."""
+        if chance >= 100:
+            return False
+        share, guessed = top1 / 100, chance / 100
+        kappa = (share - guessed) / (1 - guessed)
+        deviation = math.sqrt(guessed * (1 - guessed) / self.num_images)
+        return kappa < _LEAST_KAPPA or share - guessed - 0.5 / self.num_images < _SURE * deviation
 
 
 @torch.inference_mode()
@@ -75,18 +114,18 @@ def evaluate(
     for role, classifier in classifiers.items():
         _check_eval_mode(role, classifier)
     rankings: dict[str, list[Tensor]] = {role: [] for role in classifiers}
-    done = 0
+    done, num_classes = 0, 0
     for images, labels in data.batches(batch_size):
         inputs = input_spec.normalize(torch.tensor(images).permute(0, 3, 1, 2).contiguous())
         logits = {role: _logits(role, classifier, inputs) for role, classifier in classifiers.items()}
         _check_classes({role: rows.shape[1] for role, rows in logits.items()}, int(labels.max()))
         for role, rows in logits.items():
             rankings[role].append(_ranking(rows))
-        done += len(labels)
+        done, num_classes = done + len(labels), logits["model"].shape[1]
         if progress is not None:
             progress(done, len(data))
     ranked = {role: torch.cat(parts) for role, parts in rankings.items()}
-    return _compare(ranked["model"], ranked.get("teacher"), torch.tensor(data.labels))
+    return _compare(ranked["model"], ranked.get("teacher"), torch.tensor(data.labels), num_classes)
 
 
 def _check_eval_mode(role: str, classifier: Classifier) -> None:
@@ -145,12 +184,41 @@ def _compare(
     ranking: Int64[Tensor, "batch rank"],
     teacher_ranking: Int64[Tensor, "batch rank"] | None,
     labels: Int64[Tensor, " batch"],
+    num_classes: int,
 ) -> Evaluation:
     top1, top5 = _accuracies(ranking, labels)
     if teacher_ranking is None:
         return Evaluation(len(labels), top1, top5)
     agreement = _percent(ranking[:, 0] == teacher_ranking[:, 0])
-    return Evaluation(len(labels), top1, top5, agreement, *_accuracies(teacher_ranking, labels))
+    right, teacher_right = ranking[:, 0] == labels, teacher_ranking[:, 0] == labels
+    interval = paired_interval(int((teacher_right & ~right).sum()), int((right & ~teacher_right).sum()), len(labels))
+    chance = _chance(teacher_ranking[:, 0], labels, num_classes)
+    return Evaluation(len(labels), top1, top5, agreement, *_accuracies(teacher_ranking, labels), *interval, chance)
+
+
+def paired_interval(num_lost: int, num_won: int, num_images: int) -> tuple[float, float]:
+    """Return the ends of the 90 percent interval of the drop, in points.
+
+    Half an image is added to each of the four outcomes, so that few images without a difference do not prove that there
+    is none (Agresti and Min 2005, "Simple improved confidence intervals for comparing matched proportions").
+
+    Args:
+        num_lost: Images that the teacher gets right and the model does not.
+        num_won: Images that the model gets right and the teacher does not.
+        num_images: All images.
+    """
+    lost, won, total = num_lost + 0.5, num_won + 0.5, num_images + 2
+    difference = (lost - won) / total
+    deviation = math.sqrt(lost + won - (lost - won) ** 2 / total) / total
+    return 100 * (difference - _QUANTILE * deviation), 100 * (difference + _QUANTILE * deviation)
+
+
+def _chance(answers: Int64[Tensor, " batch"], labels: Int64[Tensor, " batch"], num_classes: int) -> float:
+    """Return the percent of labels that these answers would meet in any other order; of one class, 1 of all classes."""
+    counts, answered = (each.bincount(minlength=num_classes).double() for each in (labels, answers))
+    if int((counts > 0).sum()) < 2:
+        return 100 / num_classes
+    return 100 * float(counts @ answered) / len(labels) ** 2
 
 
 def _accuracies(ranking: Int64[Tensor, "batch rank"], labels: Int64[Tensor, " batch"]) -> tuple[float, float | None]:

@@ -118,6 +118,14 @@ def absolute_source(source: str) -> str:
     return str(Path(source).resolve()) if Path(source).suffix == ".pt2" else source
 
 
+def short_source(source: str) -> str:
+    """Return ``source`` without the directories of a file, which are nobody's business but the user's."""
+    path, separator, function = source.rpartition(":")
+    if separator and Path(path).suffix == ".py":
+        return f"{Path(path).name}:{function}"
+    return Path(source).name if Path(source).suffix == ".pt2" else source
+
+
 # --- functions --------------------------------------------------------------------------------------------------------
 
 

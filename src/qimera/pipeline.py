@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -156,12 +157,14 @@ def quantize_with(
         if saved := kept.load():  # the training reads the rest
             restore_limits_(student.reference, saved["reference"])
         elif quantization.scheme == "hardware" and distillation.start == "compensated":
-            student.initialize_layers_(next(images), generator, equalize=distillation.equalize)
+            told = partial(_tell_layers, progress)
+            student.initialize_layers_(next(images), generator, equalize=distillation.equalize, report=told)
         else:
+            progress(Progress("ranges", 0, 1))
             student.initialize_ranges_(islice(images, NUM_RANGE_BATCHES))
+            progress(Progress("ranges", 1, 1))
     for part in (student.module, student.reference):
         copy_from_main_(part.state_dict().values())
-    progress(Progress("ranges", 1, 1))
     if distillation.generator_steps_per_step and bank.synthesizer is not None:
         synthesizer = copy.deepcopy(bank.synthesizer).to(worker.device)  # the bank serves other runs as it is
         drawing = draws_in_memory(bank.settings, worker, synthesizer)
@@ -262,6 +265,10 @@ def _make_parts(
 def _report(progress: ProgressCallback, stage: str, before: int, total: int) -> Report:
     """Return a callback that counts the steps of one part among those of all parts."""
     return lambda step, losses: _tell(progress, stage, before + step, total, losses)
+
+
+def _tell_layers(progress: ProgressCallback, done: int, total: int) -> None:
+    progress(Progress("rounding", done, total))
 
 
 def _tell(progress: ProgressCallback, stage: str, step: int, total: int, losses: dict[str, Tensor]) -> None:

@@ -62,7 +62,8 @@ def _fast(large: bool, num_classes: int) -> Recipe:
     """Minutes on two cores: lifelike images of few steps, many of them superposed, and many student steps."""
     return Recipe(
         "fast",
-        "minutes on two CPU cores: directly optimised samples, logits and block outputs",
+        "minutes on two CPU cores: directly optimised samples, "
+        + ("more of them than ptq, and no training" if large else "logits and block outputs"),
         _optimized(large, *((128, 320) if large else (1024, 160))),
         _distilled(large, num_classes, 0 if large else 8000),
     )
@@ -72,7 +73,8 @@ def _best(large: bool, num_classes: int) -> Recipe:
     """The same with more of everything; students of large images lose by training (docs/recipes.md)."""
     return Recipe(
         "best",
-        "an hour or more: more samples than fast and, where it trains, four times the student steps",
+        "an hour or more: more samples than fast, "
+        + ("and no training" if large else "and four times the student steps"),
         _optimized(large, *((256, 320) if large else (8192, 80))),
         _distilled(large, num_classes, 0 if large else 32000),
     )

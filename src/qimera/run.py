@@ -11,9 +11,10 @@ from qimera.bits import check_layer_bits
 from qimera.budget import check_budget
 from qimera.checkpoint import Checkpoints
 from qimera.data import LabelledImages
+from qimera.diagnostics import diagnose
 from qimera.distributed import from_main, is_main
 from qimera.errors import ConfigError
-from qimera.estimation import estimate_drop
+from qimera.estimation import estimate_on_held_out
 from qimera.evaluation import Evaluation, evaluate
 from qimera.files import replacing
 from qimera.progress import Progress, ProgressCallback
@@ -103,11 +104,14 @@ def _finish(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleB
     """Write the student and the summary."""
     with replacing(run.student_file) as temporary:
         student.save(temporary)
+    diagnosis = diagnose(bank, teacher)
+    is_told = bank.settings.num_held_out and not diagnosis.doubts
     summary = Summary.of_run(
         settings,
         teacher,
         bank=bank,
-        estimate=estimate_drop(student, teacher, bank) if bank.settings.num_held_out else None,
+        warnings=diagnosis.warnings,
+        estimate=estimate_on_held_out(student, teacher, bank) if is_told else None,
         allocation=run.allocation.lines() if run.allocation else (),
         bank_seconds=run.seconds(BANK),
         student_seconds=run.seconds(STUDENT),

@@ -164,6 +164,17 @@ class RunDirectory:
         found = [self.metrics.seconds(each) or 0.0 for each in parts if each.partition(" ")[0] == part]
         return sum(found) if found else None
 
+    def so_far(self) -> str:
+        """Return what an interrupted run has done already, for a person; empty if there is nothing."""
+        checkpoints = self.checkpoints_directory
+        bank = "its bank is complete" if self.has_bank else "a part of its bank is made"
+        facts = {
+            bank: self.has_bank or any(checkpoints.glob(f"{BANK}/*")),
+            "its bits are found": self.allocation_file.exists(),
+            "its student is in training": any(checkpoints.glob(f"{STUDENT}-*/*")),
+        }
+        return ", ".join(fact for fact, is_true in facts.items() if is_true)
+
     def finish(self, summary: Summary) -> None:
         """Write the summary; from then on the run is finished."""
         with replacing(self.text_file) as temporary:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qimera.checkpoint import State
-from qimera.estimation import estimate_drop
+from qimera.estimation import estimate_on_held_out
 from qimera.quantization.student import Student
 from qimera.settings import DistillationSettings
 from qimera.synthesis.bank import SampleBank
@@ -21,7 +21,7 @@ def choose(students: Sequence[Student], teacher: Teacher, bank: SampleBank) -> i
     Raises:
         ConfigError: the bank has no held-out samples.
     """
-    drops = [estimate_drop(student, teacher, bank).drop for student in students]
+    drops = [estimate_on_held_out(student, teacher, bank).drop for student in students]
     logger.info("estimated drops: %s points", ", ".join(f"{drop:.2f}" for drop in drops))
     return drops.index(min(drops))
 
@@ -46,7 +46,7 @@ class BestState:
         every, last = self.settings.select_every, self.settings.num_steps
         if not every or (step % every and step != last):
             return
-        now = estimate_drop(self.student, self.teacher, self.bank).drop
+        now = estimate_on_held_out(self.student, self.teacher, self.bank).drop
         logger.debug("step %d: estimated drop %.2f points", step, now)
         if now < self.lowest:
             self.lowest, self.step = now, step

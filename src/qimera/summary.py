@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from qimera.bits import spell_layer_bits
 from qimera.errors import ConfigError
 from qimera.estimation import Estimate
+from qimera.models import short_source
 from qimera.run_settings import RunSettings
 from qimera.sizes import float_bytes, packed_bytes
 from qimera.synthesis.bank import SampleBank
@@ -24,6 +25,11 @@ class Summary(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
     model: str
+    """Where the model came from, without directories."""
+
+    warnings: tuple[str, ...] = ()
+    """What a person should know before trusting the rest, the most important first; empty for a good run."""
+
     teacher_hash: str
     num_classes: int
     bits: str
@@ -54,7 +60,8 @@ class Summary(BaseModel):
     """Training steps of the student."""
 
     estimate: Estimate | None = None
-    """Accuracy that the student loses, as the held-out samples tell; None where the bank has none."""
+    """Accuracy that the student loses, as the held-out samples tell; None where the bank has none, or where a warning
+    says that its samples do not resemble what the network was trained on."""
 
     bank_agreement: float | None = None
     """Percent of synthetic samples, most of them trained on, that student and teacher put into the same class; in runs
@@ -77,6 +84,11 @@ class Summary(BaseModel):
     machine: str
     versions: dict[str, str]
 
+    @property
+    def estimated_drop(self) -> float | None:
+        """In points; None where there is no estimate."""
+        return None if self.estimate is None else self.estimate.drop
+
     @classmethod
     def of_run(
         cls,
@@ -84,6 +96,7 @@ class Summary(BaseModel):
         teacher: Teacher,
         *,
         bank: SampleBank,
+        warnings: tuple[str, ...],
         estimate: Estimate | None,
         allocation: tuple[str, ...],
         bank_seconds: float | None,
@@ -92,7 +105,8 @@ class Summary(BaseModel):
         """Collect the summary of a run that has just finished."""
         quantization = settings.quantization
         return cls(
-            model=settings.model,
+            model=short_source(settings.model),
+            warnings=warnings,
             teacher_hash=teacher.hash,
             num_classes=teacher.num_classes,
             bits=f"w{quantization.weight_bits}a{quantization.activation_bits}",
@@ -133,6 +147,7 @@ class Summary(BaseModel):
         exceptions = f", except {self.layer_bits}" if self.layer_bits and not self.allocation else ""
         held_out = f" and {self.num_held_out} held out" if self.num_held_out else ""
         facts = {
+            "warning": "\n".join(textwrap.fill(warning, _WIDTH, subsequent_indent="  ") for warning in self.warnings),
             "model": f"{self.model} ({self.num_classes} classes, teacher {self.teacher_hash[:12]})",
             "bits": f"{self.bits}{exceptions}, scheme {self.scheme}, target {self.target}",
             "budget": "\n".join(self.allocation),
@@ -141,7 +156,7 @@ class Summary(BaseModel):
             "student": f"{self.num_steps} steps, {_readable_seconds(self.student_seconds)}",
             "size": f"{readable_bytes(self.student_bytes)} instead of {readable_bytes(self.teacher_bytes)}, "
             f"{self.teacher_bytes / self.student_bytes:.1f} times smaller",
-            "estimate": "none, for the bank holds no held-out samples",
+            "estimate": "none, because of the warning above" if self.num_held_out else "none without held-out samples",
         }
         if self.estimate is not None:
             facts["estimate"] = self.estimate.text()
@@ -150,6 +165,10 @@ class Summary(BaseModel):
         return "".join(
             f"{name:<11}{textwrap.indent(fact, ' ' * 11).lstrip()}\n" for name, fact in facts.items() if fact
         )
+
+
+_WIDTH = 88
+"""Characters of a line of a warning."""
 
 
 def readable_bytes(num_bytes: int) -> str:

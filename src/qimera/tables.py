@@ -20,6 +20,8 @@ from qimera.teacher import Layer, Teacher
 
 _LISTED_AT_START = 4
 _LISTED_AT_END = 4
+_LISTED_WHOLE = 16
+"""Layers up to which none is left out."""
 
 
 def teacher_facts(model: str, teacher: Teacher) -> str:
@@ -71,10 +73,11 @@ def layer_table(teacher: Teacher, every_layer: bool) -> Table:
     """Return the layers with a weight; the middle of a long network is left out unless ``every_layer``."""
     table = _table("layer", "kind", right=("weight", "multiply-adds"))
     layers = teacher.layers
-    num_hidden = 0 if every_layer else max(0, len(layers) - _LISTED_AT_START - _LISTED_AT_END)
-    for layer in layers[:_LISTED_AT_START] if num_hidden > 1 else layers:
+    is_whole = every_layer or len(layers) <= _LISTED_WHOLE
+    num_hidden = 0 if is_whole else len(layers) - _LISTED_AT_START - _LISTED_AT_END
+    for layer in layers[:_LISTED_AT_START] if num_hidden else layers:
         table.add_row(*_layer_cells(layer))
-    if num_hidden > 1:
+    if num_hidden:
         table.add_row(f"... {num_hidden} more (--all)")
         for layer in layers[-_LISTED_AT_END:]:
             table.add_row(*_layer_cells(layer))
@@ -84,16 +87,19 @@ def layer_table(teacher: Teacher, every_layer: bool) -> Table:
 def evaluation_table(result: Evaluation) -> Table:
     """Return student beside teacher; only for an evaluation with a teacher."""
     assert result.teacher_top1 is not None
+    assert result.drop_low is not None
+    assert result.drop_high is not None
     table = _table("", right=("student", "teacher", "drop"))
     table.add_row(*_accuracy_cells("top-1 (%)", result.top1, result.teacher_top1))
     if result.top5 is not None and result.teacher_top5 is not None:
         table.add_row(*_accuracy_cells("top-5 (%)", result.top5, result.teacher_top5))
     table.add_row("agreement (%)", f"{result.agreement:.2f}")
     table.add_row("images", f"{result.num_images:,}")
+    table.caption = f"drop in top-1, 90 % interval: {result.drop_low:.2f} to {result.drop_high:.2f} points"
     return table
 
 
-def evaluation_values(run: Path, data: Path, result: Evaluation) -> dict[str, str | int | float | None]:
+def evaluation_values(run: Path, data: Path, result: Evaluation) -> dict[str, object]:
     """Return an evaluation with a teacher for machines; shares in percent."""
     assert result.teacher_top1 is not None
     return {
@@ -105,7 +111,10 @@ def evaluation_values(run: Path, data: Path, result: Evaluation) -> dict[str, st
         "teacher_top1": result.teacher_top1,
         "teacher_top5": result.teacher_top5,
         "drop": round(result.teacher_top1 - result.top1, 6),
+        "drop_low": result.drop_low,
+        "drop_high": result.drop_high,
         "agreement": result.agreement,
+        "warnings": result.warnings,
     }
 
 

@@ -61,7 +61,7 @@ def export_run(
         export = {"pt2": export_pt2, "aotinductor": export_aotinductor, "executorch": export_executorch}[form]
         verification = export(student, path, bank, min_agreement=min_agreement)
     with replacing(run.path / f"export-{form}.json") as temporary:
-        temporary.write_text(json.dumps({"file": str(path), **asdict(verification)}, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps({"file": path.name, **asdict(verification)}, indent=2) + "\n", encoding="utf-8")
     return verification
 
 

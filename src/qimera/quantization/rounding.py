@@ -1,5 +1,6 @@
 """First ranges and first integers of a student, layer after layer, each behind its quantized predecessors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def round_layers_(
     generator: torch.Generator,
     *,
     equalize: bool,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Tensor]:
     """Replace each layer's weight by the multiples of its steps that bring its output closest to the reference's.
 
@@ -60,15 +62,19 @@ def round_layers_(
         images: What the layers are looked at on.
         generator: Draws the positions.
         equalize: Scale channels between layers, in both graphs, where that brings an output closer still.
+        report: Told how many layers are done and how many there are, before the first one and after each.
 
     Returns:
         The scales of the channels (channel) that each layer reads, by the name of its node, where there are any.
     """
     scales: dict[str, Tensor] = {}
     mine, theirs = Walk(student, images), Walk(reference, images)
-    for node in student.graph.nodes:
-        quantizer = _weight_quantizer(student, node)
-        if quantizer is not None and theirs.advance_to(node.name):
+    quantizers = {
+        node: found for node in student.graph.nodes if (found := _weight_quantizer(student, node)) is not None
+    }
+    report(0, len(quantizers))
+    for done, (node, quantizer) in enumerate(quantizers.items(), 1):
+        if theirs.advance_to(node.name):
             edge = edge_into(student, node) if equalize else None
             if edge is not None:
                 scale = _equalize_(student, reference, edge, quantizer, (mine, theirs), generator)
@@ -78,6 +84,7 @@ def round_layers_(
             _round_layer_(student, node, quantizer, _seen(student, node, mine, theirs, generator))
             mine.repeat(node.all_input_nodes[1:])
             mine.advance_to(node.name)
+        report(done, len(quantizers))
     mine.advance_to(next(iter(reversed(student.graph.nodes))).name)
     return scales
 

@@ -213,14 +213,16 @@ class Student(nn.Module):
         generator: torch.Generator,
         *,
         equalize: bool = True,
+        report: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Fit every quantizer to ``images``, and round every layer's weight to suit its quantized inputs.
 
         For learned steps (scheme ``hardware``); see ``rounding.py`` (deviation D29). Channels are first scaled between
-        layers where that helps (deviation D30), unless ``equalize`` is false.
+        layers where that helps (deviation D30), unless ``equalize`` is false. ``report`` is told how many layers are
+        done, and how many there are.
         """
         with self._searching_ranges():
-            scales = round_layers_(self.module, self.reference, images, generator, equalize=equalize)
+            scales = round_layers_(self.module, self.reference, images, generator, equalize=equalize, report=report)
         self.channel_scales = {name: scale.cpu() for name, scale in scales.items()}
 
     @contextmanager

@@ -1,6 +1,7 @@
 """A finished run -> what its report says, as ``report.json`` holds it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from qimera.budget import bit_operations
 from qimera.costs import total_multiply_adds
 from qimera.diagnostics import Diagnosis, diagnose
 from qimera.metrics import KEYS, Line
+from qimera.models import short_source
 from qimera.quantization.student import Student
 from qimera.recipes import has_large_images
 from qimera.report.layers import LayerReport, layer_reports
@@ -37,6 +39,12 @@ class Measured(Settings):
     student_top5: float | None = None
     teacher_top5: float | None = None
     agreement: float
+    drop_low: float | None = None
+    drop_high: float | None = None
+    """Ends of the interval that holds the drop on all such images in 90 percent of all cases, in points."""
+
+    warnings: tuple[str, ...] = ()
+    """Why these figures say nothing; empty where they do."""
 
     @property
     def drop(self) -> float:
@@ -71,6 +79,8 @@ class Report(Settings):
     format_version: int = FORMAT_VERSION
     summary: Summary
     settings: RunSettings
+    """Those of the run, without the directories of files."""
+
     measured: Measured | None
     """None until ``qimera evaluate`` is given labelled images."""
 
@@ -88,7 +98,7 @@ class Report(Settings):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a person should know first."""
-        return self.bank.warnings
+        return (self.measured.warnings if self.measured else ()) + self.summary.warnings
 
 
 def collect(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleBank) -> Report:
@@ -96,7 +106,7 @@ def collect(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleB
     settings = student.settings
     return Report(
         summary=run.summary(),
-        settings=run.settings,
+        settings=_without_directories(run.settings),
         measured=measured_of(run),
         multiply_adds=total_multiply_adds(teacher.module),
         bit_operations=bit_operations(teacher, settings),
@@ -105,6 +115,11 @@ def collect(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleB
         curves=tuple(curves(run.metrics.lines())),
         exports=tuple(Export.load(path) for path in sorted(run.path.glob("export-*.json"))),
     )
+
+
+def _without_directories(settings: RunSettings) -> RunSettings:
+    names = {"weights": Path(settings.weights).name, "bank": Path(settings.bank).name}
+    return settings.replace(model=short_source(settings.model), **names)
 
 
 def measured_of(run: RunDirectory) -> Measured | None:

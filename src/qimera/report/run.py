@@ -25,13 +25,16 @@ def keep_evaluation(run: RunDirectory, path: Path, images: LabelledImages, resul
     assert result.teacher_top1 is not None
     assert result.agreement is not None
     measured = Measured(
-        data=str(path),
+        data=path.name,
         num_images=result.num_images,
         student_top1=result.top1,
         teacher_top1=result.teacher_top1,
         student_top5=result.top5,
         teacher_top5=result.teacher_top5,
         agreement=result.agreement,
+        drop_low=result.drop_low,
+        drop_high=result.drop_high,
+        warnings=result.warnings,
     )
     some = next(images.batches(_MAX_REAL))[0]
     real = run.settings.input.normalize(torch.tensor(some).permute(0, 3, 1, 2).contiguous())

@@ -1,0 +1,51 @@
+"""What a caller allows a result to be -> an error where it is not, so that a script can tell."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qimera.errors import VerificationError
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found, as far as limits are concerned."""
+
+    name: str
+    warnings: Sequence[str]
+    drop: float | None = None
+    """In points; None where there is no figure to trust."""
+
+    kind: str = "estimated"
+    """``estimated`` or ``measured``."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Options ``--strict`` and ``--max-drop``."""
+
+    strict: bool = False
+    max_drop: float | None = None
+
+    def check(self, *results: Result) -> None:
+        """Accept the results.
+
+        Raises:
+            VerificationError: one has warnings, or loses more points than allowed, or nobody knows how many.
+        """
+        reasons = [reason for result in results for reason in self._reasons(result)]
+        if reasons:
+            raise VerificationError("; ".join(reasons))
+
+    def _reasons(self, result: Result) -> list[str]:
+        reasons = []
+        if self.strict and result.warnings:
+            reasons.append(f"--strict: {result.name} has {len(result.warnings)} warnings, shown above")
+        if self.max_drop is not None and result.drop is None:
+            reasons.append(
+                f"--max-drop: {result.name} has no {result.kind} drop to compare with {self.max_drop:g} points"
+            )
+        elif self.max_drop is not None and result.drop is not None and result.drop > self.max_drop:
+            reasons.append(
+                f"--max-drop: {result.name} loses {result.drop:.2f} points ({result.kind}), more than {self.max_drop:g}"
+            )
+        return reasons
