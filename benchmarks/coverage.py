@@ -60,6 +60,7 @@ def main() -> None:
     options = _options()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     missing = [source for source in ARCHITECTURES if source not in results or source in options.again]
+    print(f"{len(results)} of {len(ARCHITECTURES)} have a result; {len(missing)} to go (--again NAME measures anew)")
     with get_context("spawn").Pool(options.processes, maxtasksperchild=8) as pool:
         for source, result in pool.imap_unordered(_examined, missing):
             results[source] = result

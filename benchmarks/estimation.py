@@ -103,7 +103,9 @@ def measure(network: str, work: Path) -> None:
         )
     for run in subject.runs:
         path = work / f"{network}-{run.name}.npz"
-        if not path.exists():
+        if path.exists():
+            print(f"{path}: {network} {run.name} is measured already; remove the file to measure it again", flush=True)
+        else:
             start = time.perf_counter()
             student = _student(run, teacher, bank)
             answers = {name: logits_of(student, view) for name, view in views.items()}

@@ -22,6 +22,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
+from measurement import without_result
 from zoo import load_subject
 
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Student, Teacher, recipe, synthesize
@@ -43,7 +44,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     for network in options.networks:
-        missing = [bits for bits in options.bits if not (RESULTS / f"{network}-{bits}.json").exists()]
+        missing = without_result(options.bits, lambda bits, network=network: RESULTS / f"{network}-{bits}.json")
         if missing:
             teacher, images = load_subject(network)
             bank = _bank(network, teacher)

@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def _full_precision(network: str, teacher: Teacher, images: LabelledImages) -> f
         top1 = evaluate(teacher, images, teacher.input_spec).top1
         path.write_text(json.dumps({"network": network, "full_precision": top1, "num_images": len(images)}) + "\n")
     return float(json.loads(path.read_text())["full_precision"])
+
+
+def without_result(names: Iterable[str], path_of: Callable[[str], Path]) -> list[str]:
+    """Return those that have no result yet, and say which have one."""
+    there = {name: path_of(name) for name in names}
+    for name, path in there.items():
+        if path.exists():
+            print(f"{path}: {name} is measured already; remove the file to measure it again", flush=True)
+    return [name for name, path in there.items() if not path.exists()]
 
 
 def device_name(device: str) -> str:

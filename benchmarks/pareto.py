@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from accuracy import kept_bank
-from measurement import RESULTS, keep, prepare
+from measurement import RESULTS, keep, prepare, without_result
 
 from qimera import (
     Allocation,
@@ -42,7 +42,7 @@ def main() -> None:
     teacher, images, full = prepare(options)
     chosen = recipe(options.recipe, teacher.input_spec, teacher.num_classes)
     for seed in options.seeds:
-        missing = [point for point in options.points if not _path(options, point, seed).exists()]
+        missing = without_result(options.points, lambda point, seed=seed: _path(options, point, seed))
         if missing:
             path = options.banks / f"{options.network}-{options.recipe}-{seed}"
             with ProgressDisplay() as progress:

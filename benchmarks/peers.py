@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy import noise_bank
-from measurement import RESULTS, keep, prepare
+from measurement import RESULTS, keep, prepare, without_result
 
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Teacher, evaluate, recipe, synthesize
 from qimera.bits import parse_bits
@@ -105,7 +105,7 @@ def main() -> None:
     teacher, images, full = prepare(options)
     for seed in options.seeds:
         for name in options.peers:
-            missing = [bits for bits in options.bits if not _path(options, name, bits, seed).exists()]
+            missing = without_result(options.bits, lambda bits, name=name, seed=seed: _path(options, name, bits, seed))
             if missing:
                 _run(options, teacher, images, full, name, seed, missing)
 
