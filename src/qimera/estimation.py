@@ -6,7 +6,7 @@ of other networks, whose real drop is known (benchmarks/estimation.py, docs/esti
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -68,8 +68,13 @@ class Estimate:
     num_samples: int
     """Held-out samples that this is from; superposed ones do not count, nor those that the teacher doubts."""
 
+    doubts: tuple[str, ...] = ()
+    """Why the samples say nothing about real images, as ``diagnose`` tells; drop, low and high are NaN then."""
+
     def text(self) -> str:
         """Return the estimate in a sentence."""
+        if self.doubts:
+            return f"none, for the samples say nothing about real images: {self.doubts[0]}"
         return (
             f"a drop of {self.drop:.1f} points ({self.low:.1f} to {self.high:.1f}, {100 * CONFIDENCE:.0f} %), from "
             f"{self.num_samples} held-out synthetic samples"
@@ -84,15 +89,16 @@ def estimate_drop(student: Student, teacher: Teacher, bank: SampleBank) -> Estim
         teacher: The full-precision model.
         bank: Samples of this teacher, whose held-out part the student has not learned from.
 
+    Returns:
+        The estimate. Where the samples do not resemble what the network was trained on, its drop is NaN and ``doubts``
+        says why.
+
     Raises:
-        ConfigError: the bank is of another teacher, holds no held-out samples, or its samples do not resemble what the
-            network was trained on, so that they tell nothing about real images.
+        ConfigError: the bank is of another teacher, or holds no held-out samples.
     """
     estimate = estimate_on_held_out(student, teacher, bank)
     doubts = diagnose(bank, teacher).doubts
-    if doubts:
-        raise ConfigError(f"estimate: none can be given, {'; '.join(doubts)}")
-    return estimate
+    return replace(estimate, drop=math.nan, low=math.nan, high=math.nan, doubts=doubts) if doubts else estimate
 
 
 @torch.inference_mode()
