@@ -76,7 +76,7 @@ def round_layers_(
     for done, (node, quantizer) in enumerate(quantizers.items(), 1):
         if theirs.advance_to(node.name):
             edge = edge_into(student, node) if equalize else None
-            if edge is not None:
+            if edge is not None and mine.can_set(edge.end.name):
                 scale = _equalize_(student, reference, edge, quantizer, (mine, theirs), generator)
                 if scale is not None:
                     scales[node.name] = scale

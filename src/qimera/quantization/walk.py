@@ -21,6 +21,11 @@ class Walk:
         assert isinstance(found, Tensor)
         return found
 
+    def can_set(self, name: str) -> bool:
+        """Return whether nothing that is computed already has read the node called ``name``."""
+        node = self._names[name]
+        return node in self._ahead or (bool(self._ahead) and node.next is self._ahead[-1])
+
     def set_(self, name: str, value: Tensor) -> None:
         """Go on as if the node called ``name``, which was computed last, had been ``value``."""
         self._interpreter.env[self._names[name]] = value
