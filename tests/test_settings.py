@@ -159,9 +159,9 @@ def test_a_copy_with_a_wrong_value_is_refused_as_new_settings_are(case: str) -> 
 
 def test_a_copy_keeps_what_was_given_and_checks_only_what_it_is() -> None:
     settings = DistillationSettings(num_steps=0, kl_weight=0.5)
-    copied = settings.replace(milestones=[3, 4])
-    assert copied == DistillationSettings(num_steps=0, kl_weight=0.5, milestones=(3, 4))
-    assert copied.model_fields_set == {"num_steps", "kl_weight", "milestones"}
+    copied = settings.replace(schedule="milestones", milestones=[3, 4])
+    assert copied == DistillationSettings(num_steps=0, kl_weight=0.5, schedule="milestones", milestones=(3, 4))
+    assert copied.model_fields_set == {"num_steps", "kl_weight", "schedule", "milestones"}
     assert settings.replace() == settings.model_copy() == settings
 
 
@@ -182,7 +182,7 @@ def run_settings() -> RunSettings:
         input=SPEC,
         synthesis=SynthesisSettings(num_generated=10, labels=LabelSettings(num_superposed_classes=4)),
         quantization=QuantizationSettings(weight_bits=3, layer_bits=parse_layer_bits("fc=8")),
-        distillation=DistillationSettings(milestones=(10, 20)),
+        distillation=DistillationSettings(schedule="milestones", milestones=(10, 20)),
     )
 
 

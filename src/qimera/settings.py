@@ -307,4 +307,8 @@ class DistillationSettings(Settings):
                 "kl_weight, ce_weight and feature_weight are all 0, so that nothing would be learned; set one of them "
                 "above 0, or num_steps to 0"
             )
+        if self.milestones and self.schedule == "cosine":
+            raise ValueError("milestones are for schedule milestones, given schedule cosine; leave one out")
+        if self.weight_decay and self.optimizer == "adam":
+            raise ValueError("weight_decay is for optimizer sgd, given optimizer adam; leave one out")
         return self
