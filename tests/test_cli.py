@@ -68,15 +68,18 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 
-def test_quantize_as_a_user_spells_it_makes_a_run_from_a_file_and_its_weights(tmp_path: Path, model_file: Path) -> None:
+@pytest.mark.parametrize("recipe", ["ptq", pytest.param("fast", marks=pytest.mark.slow)])
+def test_quantize_as_a_user_spells_it_makes_a_run_from_a_file_and_its_weights(
+    tmp_path: Path, model_file: Path, recipe: str
+) -> None:
     source = f"{model_file}:build"
     save_file(load_model(source).state_dict(), tmp_path / "toy.safetensors")
     options = (source, "--weights", tmp_path / "toy.safetensors", *INPUT)
-    bank = qimera("synthesize", *options, "--seed", 1, "--output", tmp_path / "bank")
+    bank = qimera("synthesize", *options, "--recipe", recipe, "--seed", 1, "--output", tmp_path / "bank")
     assert bank.exit_code == 0, bank.stderr
     assert "warning: " in bank.stderr
     assert "warning: " not in bank.stdout
-    how = ("--bits", "w3a4", "--recipe", "fast", "--scheme", "hardware", "--target", "openvino", "--layer-bits", "4=8")
+    how = ("--bits", "w3a4", "--recipe", recipe, "--scheme", "hardware", "--target", "openvino", "--layer-bits", "4=8")
     run = qimera("quantize", *options, *how, "--bank", tmp_path / "bank", "--output", tmp_path / "run")
     assert run.exit_code == 0, run.stderr
     assert "w3a4, except 4=w8a8, scheme hardware, target openvino" in run.stdout

@@ -68,8 +68,13 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
         assert np.allclose(logits, student(images).numpy(), atol=1e-4)
 
 
-def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command as it is typed, on a network of a few hundred parameters."""
+@pytest.mark.parametrize(
+    "recipe", [("--recipe", "ptq"), pytest.param((), marks=pytest.mark.slow)], ids=["ptq", "typed"]
+)
+def test_the_commands_of_the_readme_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: tuple[str, ...]
+) -> None:
+    """Every command as it is typed, on a network of a few hundred parameters; by default without the training."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet.py").write_text(RESNET)
     namespace: dict[str, object] = {}
@@ -84,7 +89,8 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     verbs = ("inspect", "quantize", "export", "evaluate", "compare", "recipes")
     assert [line[:2] for line in typed] == [["qimera", verb] for verb in verbs]
     for line in typed:
-        result = CliRunner().invoke(app, [part for word in line[1:] for part in (glob(word) or [word])])
+        more = recipe if line[1] == "quantize" else ()
+        result = CliRunner().invoke(app, [part for word in line[1:] for part in (glob(word) or [word])] + [*more])
         assert result.exit_code == 0, (line, result.output)
 
 
