@@ -6,7 +6,7 @@ from pathlib import Path
 from typer.testing import CliRunner, Result
 
 from qimera.cli import app
-from qimera.models import EMBEDDED_MODELS
+from qimera.input_spec import InputSpec
 from qimera.run_settings import RunSettings
 from qimera.settings import (
     DirectSettings,
@@ -47,6 +47,8 @@ def build_overflowing():
 def build_until_interrupted():
     raise KeyboardInterrupt
 """
+SMALL = f"{Path(__file__).with_name('small_classifier.py')}:build"
+SMALL_INPUT = InputSpec(shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
 INPUT = ("--input-shape", "1,8,8", "--mean", "0.5", "--std", "0.25")
 
 
@@ -60,13 +62,12 @@ def said(result: Result) -> str:
     return re.sub(r"\s+", " ", result.stderr)
 
 
-def tiny_settings(model: str = "mnist_cnn", **changes: object) -> RunSettings:
+def tiny_settings(model: str = SMALL, **changes: object) -> RunSettings:
     """Return settings of a run that takes a second."""
-    spec = EMBEDDED_MODELS["mnist_cnn"].input_spec
     synthesis = SynthesisSettings(num_optimized=16, direct=DirectSettings(num_steps=2, batch_size=16))
     distillation = DistillationSettings(num_steps=3, batch_size=8)
     values = {"synthesis": synthesis, "quantization": QuantizationSettings(), "distillation": distillation}
-    return RunSettings(**{"model": model, "recipe": "tiny", "input": spec, **values, **changes})
+    return RunSettings(**{"model": model, "recipe": "tiny", "input": SMALL_INPUT, **values, **changes})
 
 
 def write_model_file(folder: Path) -> Path:

@@ -13,6 +13,7 @@ from qimera.pipeline import synthesize
 from qimera.settings import DirectSettings, GeneratorSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
+from tests.command_line import SMALL, SMALL_INPUT
 from tests.networks import SPEC, TinyNet, toy_pixels, trained_tiny_net
 
 # Several threads on shared cores take longer than one, and sum in another order.
@@ -74,6 +75,12 @@ def digits_bank(digits_teacher: Teacher, tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.mktemp("digits") / "bank"
     synthesize(digits_teacher, settings=GOOD_DIGITS).save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def small_teacher() -> Teacher:
+    """The teacher of runs whose settings are ``tiny_settings()``."""
+    return Teacher.capture(load_model(SMALL), SMALL_INPUT)
 
 
 @pytest.fixture(scope="session")

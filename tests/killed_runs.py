@@ -24,7 +24,7 @@ from qimera.run_directory import RunDirectory
 from qimera.run_settings import RunSettings
 from qimera.settings import DirectSettings, DistillationSettings, GeneratorSettings, SynthesisSettings
 from qimera.teacher import Teacher
-from tests.command_line import tiny_settings
+from tests.command_line import SMALL, tiny_settings
 
 SYNTHESIS = SynthesisSettings(
     num_generated=16,
@@ -79,7 +79,7 @@ def main() -> None:
     kills, seed, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     checkpoint.SECONDS_BETWEEN = 0.0  # most of the time goes into writing
-    teacher = Teacher.capture(load_model("mnist_cnn"), settings(WAYS[0]).input)
+    teacher = Teacher.capture(load_model(SMALL), settings(WAYS[0]).input)
     tried = WAYS if kills >= 10 else WAYS[1:2]
     durations, expected = [], []
     for number, ways in enumerate(tried):

@@ -7,6 +7,7 @@ import pytest
 from qimera.allocation import allocate_bits
 from qimera.bits import parse_layer_bits
 from qimera.errors import ConfigError
+from qimera.models import EMBEDDED_MODELS
 from qimera.pipeline import quantize_with
 from qimera.quantization.student import Student
 from qimera.settings import DistillationSettings, QuantizationSettings
@@ -36,7 +37,8 @@ def test_a_rule_for_a_layer_that_is_not_there_is_refused_with_the_nearest(
 
 
 def test_a_file_of_settings_with_a_rule_for_no_layer_starts_no_run(tmp_path: Path) -> None:
-    tiny_settings(quantization=MISSPELT).save(tmp_path / "settings.json")
+    digits = EMBEDDED_MODELS["mnist_cnn"].input_spec
+    tiny_settings("mnist_cnn", input=digits, quantization=MISSPELT).save(tmp_path / "settings.json")
     result = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
     assert result.exit_code == 2
     assert re.search(r"layer_bits: 'cnov1' fits none of the \d+ layers \(nearest: ", said(result))

@@ -23,7 +23,7 @@ from qimera.run_directory import RunDirectory
 from qimera.run_settings import RunSettings
 from qimera.tables import layer_table
 from qimera.teacher import Teacher
-from tests.command_line import INPUT, qimera, said, tiny_settings, write_model_file
+from tests.command_line import INPUT, SMALL, qimera, said, tiny_settings, write_model_file
 
 FLOW = """
 from torch import nn
@@ -60,7 +60,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty images of noise: enough to count on."""
     generator = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("digits") / "digits.npz"
-    images = generator.integers(0, 256, (20, 28, 28, 1), dtype=np.uint8)
+    images = generator.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
     np.savez(path, images=images, labels=np.arange(20) % 10)
     return path
 
@@ -227,8 +227,8 @@ def test_a_bank_of_another_teacher_is_refused(tmp_path: Path, model_file: Path, 
 def test_a_bank_without_a_generator_is_refused_for_a_recipe_that_draws_fresh_samples(
     tmp_path: Path, finished_run: Path
 ) -> None:
-    options = ("--recipe", "paper", "--bank", finished_run / "bank", "--output", tmp_path / "run")
-    result = qimera("quantize", "mnist_cnn", *options)
+    options = (*INPUT, "--recipe", "paper", "--bank", finished_run / "bank", "--output", tmp_path / "run")
+    result = qimera("quantize", SMALL, *options)
     assert result.exit_code == 2
     assert "fresh_share" in said(result)
     assert list(tmp_path.iterdir()) == []
@@ -262,7 +262,7 @@ def test_evaluate_refuses_what_is_no_finished_run(tmp_path: Path, finished_run: 
 
 
 def test_evaluate_refuses_images_of_other_classes_and_missing_files(tmp_path: Path, finished_run: Path) -> None:
-    np.savez(tmp_path / "other.npz", images=np.zeros((2, 28, 28, 1), np.uint8), labels=np.array([3, 10]))
+    np.savez(tmp_path / "other.npz", images=np.zeros((2, 8, 8, 1), np.uint8), labels=np.array([3, 10]))
     result = qimera("evaluate", finished_run, "--data", tmp_path / "other.npz")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "10" in said(result)

@@ -1,4 +1,4 @@
-"""Two processes beside each other, as torchrun starts them, against one."""
+"""Two processes beside each other, as torchrun starts them or nearly so, against one."""
 
 import json
 import os
@@ -19,6 +19,10 @@ from tests.command_line import tiny_settings
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SIDE_BY_SIDE = [sys.executable, "-W", "ignore", "-m", "tests.side_by_side"]
+QIMERA = [*TORCHRUN, "-m", "qimera"]
+STARTS = [SIDE_BY_SIDE, pytest.param(QIMERA, marks=pytest.mark.slow)]
+"""Starts of the command line: processes that are forked when all is loaded cost a third."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
 
 Results = dict[str, dict[str, Tensor]]
@@ -27,11 +31,10 @@ Results = dict[str, dict[str, Tensor]]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results, Results]:
     """What one process comes to, and each of two."""
-    alone, together = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("together")
-    program = ["-m", "tests.two_processes"]
-    subprocess.run([sys.executable, *program, str(alone)], cwd=ROOT, env=ENVIRONMENT, check=True)
-    subprocess.run([*TORCHRUN, *program, str(together)], cwd=ROOT, env=ENVIRONMENT, check=True)
-    files = (alone / "0.pt", together / "0.pt", together / "1.pt")
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.two_processes", str(folder)]
+    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True)
+    files = (folder / "alone" / "0.pt", folder / "together" / "0.pt", folder / "together" / "1.pt")
     one, two, three = (torch.load(file, weights_only=True) for file in files)
     return one, two, three
 
@@ -66,9 +69,12 @@ def settings(num_steps: int, **changes: object) -> RunSettings:
     return tiny_settings(synthesis=synthesis, distillation=distillation, **changes)
 
 
+QUANTIZE = ["quantize", "--settings", "settings.json", "--output", "run"]
+
+
 def test_the_command_makes_one_run(tmp_path: Path) -> None:
     settings(6).save(tmp_path / "settings.json")
-    command = [*TORCHRUN, "-m", "qimera", "quantize", "--settings", "settings.json", "--output", "run"]
+    command = [*QIMERA, *QUANTIZE]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert done.stdout.count("estimate ") == 1
     run = RunDirectory.open(tmp_path / "run")
@@ -89,35 +95,39 @@ def test_the_command_makes_one_run(tmp_path: Path) -> None:
     }
 
 
-def test_too_many_processes_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", STARTS, ids=["forked", "torchrun"])
+def test_too_many_processes_are_refused(tmp_path: Path, start: list[str]) -> None:
     few = DistillationSettings(num_steps=1, batch_size=1, compile="never")
     settings(1).model_copy(update={"distillation": few}).save(tmp_path / "settings.json")
-    command = [*TORCHRUN, "-m", "qimera", "quantize", "--settings", "settings.json", "--output", "run"]
+    command = [*start, *QUANTIZE]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "batch_size: 1 samples cannot be shared by 2 processes" in done.stderr
 
 
-def test_where_a_process_is_killed_all_stop_with_a_message_and_the_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", STARTS, ids=["forked", "torchrun"])
+def test_where_a_process_is_killed_all_stop_with_a_message_and_the_run_goes_on(
+    tmp_path: Path, start: list[str]
+) -> None:
     settings(100_000).save(tmp_path / "settings.json")
-    command = [*TORCHRUN, "-m", "qimera", "quantize", "--settings", "settings.json", "--output", "run"]
+    command = [*start, *QUANTIZE]
     metrics = tmp_path / "run" / "metrics.jsonl"
 
-    def started() -> subprocess.Popen[str]:
+    def under_way() -> subprocess.Popen[str]:
         process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 120
         while not (metrics.exists() and '"step": 20,' in metrics.read_text()) and time.monotonic() < deadline:
             time.sleep(0.1)
         return process
 
-    process = started()
+    process = under_way()
     os.kill(workers(process.pid)[-1], signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "another process of this run has ended" in said
     assert (tmp_path / "run" / "bank").exists()
     metrics.unlink()
-    process = started()
+    process = under_way()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
     stages = {json.loads(line)["stage"] for line in metrics.read_text().splitlines()}

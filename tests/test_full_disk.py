@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from qimera.models import load_model
 from qimera.progress import Progress, silent
 from qimera.run import carry_out, load_bank
 from qimera.run_directory import RunDirectory
@@ -35,14 +34,9 @@ def asked() -> RunSettings:
 
 
 @pytest.fixture(scope="module")
-def digits(asked: RunSettings) -> Teacher:
-    return Teacher.capture(load_model("mnist_cnn"), asked.input)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, digits: Teacher, asked: RunSettings) -> RunDirectory:
+def whole(tmp_path_factory: pytest.TempPathFactory, small_teacher: Teacher, asked: RunSettings) -> RunDirectory:
     run = RunDirectory.start(tmp_path_factory.mktemp("whole") / "run", asked)
-    carry_out(run, digits, None, silent)
+    carry_out(run, small_teacher, None, silent)
     return run
 
 
@@ -55,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, digits: Teacher, asked: RunS
     ],
 )
 def test_a_run_on_a_disk_that_fills_up_stops_and_goes_on_when_there_is_room(
-    tmp_path: Path, digits: Teacher, asked: RunSettings, whole: RunDirectory, stage: str, step: int, file: str
+    tmp_path: Path, small_teacher: Teacher, asked: RunSettings, whole: RunDirectory, stage: str, step: int, file: str
 ) -> None:
     """Full from one step on, so that the next thing to be written is a line of metrics, the bank, or a student."""
     run = RunDirectory.start(tmp_path / "run", asked)
@@ -66,17 +60,17 @@ def test_a_run_on_a_disk_that_fills_up_stops_and_goes_on_when_there_is_room(
 
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     with room_for(unlimited), pytest.raises(OSError, match="File too large") as caught:
-        carry_out(run, digits, None, fill)
+        carry_out(run, small_teacher, None, fill)
     assert file in f"{caught.value.filename}/"
     assert not list(run.path.rglob("*.partial*"))
-    carry_out(RunDirectory.start(run.path, asked), digits, None, silent)
+    carry_out(RunDirectory.start(run.path, asked), small_teacher, None, silent)
     assert result(run.path) == result(whole.path)
 
 
 def test_the_command_says_which_file_and_what_to_do(tmp_path: Path) -> None:
     tiny_settings().save(tmp_path / "tiny.json")
     command = ("quantize", "--settings", tmp_path / "tiny.json", "--output", tmp_path / "run")
-    with room_for(100_000):
+    with room_for(5_000):
         full = qimera(*command)
     assert full.exit_code == 2
     assert "run/teacher.safetensors: File too large; make room, then give the same command again" in said(full)
@@ -85,8 +79,8 @@ def test_the_command_says_which_file_and_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["bank", "npz", "imagefolder", "safetensors"])
-def test_half_a_bank_is_never_left(tmp_path: Path, digits: Teacher, whole: RunDirectory, form: str) -> None:
-    bank = load_bank(whole, digits)
+def test_half_a_bank_is_never_left(tmp_path: Path, small_teacher: Teacher, whole: RunDirectory, form: str) -> None:
+    bank = load_bank(whole, small_teacher)
     with room_for(200), pytest.raises(OSError, match="File too large") as caught:
         write_bank(bank, tmp_path / "bank", form)  # type: ignore[arg-type]
     assert str(caught.value.filename).startswith(str(tmp_path / "bank"))

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera import checkpoint
-from qimera.models import load_model
 from qimera.pipeline import quantize, synthesize
 from qimera.progress import Progress, silent
 from qimera.run import carry_out
@@ -29,11 +28,6 @@ from tests.networks import NUM_CLASSES, SPEC, Head
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def digits() -> Teacher:
-    return Teacher.capture(load_model("mnist_cnn"), tiny_settings().input)
-
-
 @pytest.fixture(scope="module", params=WAYS)
 def ways(request: pytest.FixtureRequest) -> tuple[DistillationSettings, ...]:
     return request.param
@@ -41,11 +35,11 @@ def ways(request: pytest.FixtureRequest) -> tuple[DistillationSettings, ...]:
 
 @pytest.fixture(scope="module")
 def whole(
-    tmp_path_factory: pytest.TempPathFactory, digits: Teacher, ways: tuple[DistillationSettings, ...]
+    tmp_path_factory: pytest.TempPathFactory, small_teacher: Teacher, ways: tuple[DistillationSettings, ...]
 ) -> tuple[bytes, ...]:
     """What a run comes to that is not interrupted."""
     run = RunDirectory.start(tmp_path_factory.mktemp("whole") / "run", settings(ways))
-    carry_out(run, digits, None, silent)
+    carry_out(run, small_teacher, None, silent)
     return result(run.path)
 
 
@@ -70,17 +64,17 @@ class Stop:
 
 @pytest.mark.usefixtures("every_step")
 def test_an_interrupted_run_goes_on_at_its_last_step_and_comes_to_the_same(
-    tmp_path: Path, digits: Teacher, ways: tuple[DistillationSettings, ...], whole: tuple[bytes, ...]
+    tmp_path: Path, small_teacher: Teacher, ways: tuple[DistillationSettings, ...], whole: tuple[bytes, ...]
 ) -> None:
     """Interrupted again and again: while it trains the generator, makes the first and a later part, and the student."""
     path, again = tmp_path / "run", Stop()
     for stage, step, goes_on_at in [("generator", 4, 1), ("direct", 3, 0), ("direct", 14, 2), ("distillation", 20, 0)]:
         stop = Stop(stage, step)
         with pytest.raises(KeyboardInterrupt):
-            carry_out(RunDirectory.start(path, settings(ways)), digits, None, stop)
+            carry_out(RunDirectory.start(path, settings(ways)), small_teacher, None, stop)
         assert next(number for name, number in stop.seen if name == stage) == goes_on_at
     run = RunDirectory.start(path, settings(ways))
-    carry_out(run, digits, None, again)
+    carry_out(run, small_teacher, None, again)
     assert again.seen[0] == ("distillation", 19)
     assert result(path) == whole
     assert not run.checkpoints_directory.exists()
@@ -90,9 +84,9 @@ def test_an_interrupted_run_goes_on_at_its_last_step_and_comes_to_the_same(
 
 
 @pytest.mark.usefixtures("every_step")
-def test_a_student_that_is_finished_is_not_made_again(tmp_path: Path, digits: Teacher) -> None:
+def test_a_student_that_is_finished_is_not_made_again(tmp_path: Path, small_teacher: Teacher) -> None:
     asked = settings((BEST_STEP, PLAIN))
-    carry_out(RunDirectory.start(tmp_path / "whole", asked), digits, None, silent)
+    carry_out(RunDirectory.start(tmp_path / "whole", asked), small_teacher, None, silent)
     run, first = RunDirectory.start(tmp_path / "run", asked), Stop()
 
     def stop_in_the_second(progress: Progress) -> None:
@@ -101,27 +95,27 @@ def test_a_student_that_is_finished_is_not_made_again(tmp_path: Path, digits: Te
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        carry_out(run, digits, None, stop_in_the_second)
+        carry_out(run, small_teacher, None, stop_in_the_second)
     again = Stop()
-    carry_out(RunDirectory.start(run.path, asked), digits, None, again)
+    carry_out(RunDirectory.start(run.path, asked), small_teacher, None, again)
     assert [number for name, number in again.seen if name == "distillation"] == [24, 0, 10, 20, 24]
     assert result(run.path) == result(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("every_step")
-def test_calls_from_python_go_on_too(tmp_path: Path, digits: Teacher) -> None:
+def test_calls_from_python_go_on_too(tmp_path: Path, small_teacher: Teacher) -> None:
     asked = SynthesisSettings(num_optimized=32, direct=DirectSettings(num_steps=6, batch_size=16))
-    bank = synthesize(digits, settings=asked)
-    student = quantize(digits, bank, settings=PLAIN)
+    bank = synthesize(small_teacher, settings=asked)
+    student = quantize(small_teacher, bank, settings=PLAIN)
     with pytest.raises(KeyboardInterrupt):
-        synthesize(digits, settings=asked, checkpoints=tmp_path / "a", progress=Stop("direct", 9))
+        synthesize(small_teacher, settings=asked, checkpoints=tmp_path / "a", progress=Stop("direct", 9))
     again = Stop()
-    other_bank = synthesize(digits, settings=asked, checkpoints=tmp_path / "a", progress=again)
+    other_bank = synthesize(small_teacher, settings=asked, checkpoints=tmp_path / "a", progress=again)
     assert again.seen[0] == ("direct", 8)
     assert torch.equal(other_bank.pixels, bank.pixels)
     with pytest.raises(KeyboardInterrupt):
-        quantize(digits, bank, settings=PLAIN, checkpoints=tmp_path / "b", progress=Stop("distillation", 10))
-    resumed = quantize(digits, other_bank, settings=PLAIN, checkpoints=str(tmp_path / "b"))
+        quantize(small_teacher, bank, settings=PLAIN, checkpoints=tmp_path / "b", progress=Stop("distillation", 10))
+    resumed = quantize(small_teacher, other_bank, settings=PLAIN, checkpoints=str(tmp_path / "b"))
     assert states_equal(resumed.module, student.module)
 
 
@@ -164,14 +158,14 @@ def states_equal(one: nn.Module, other: nn.Module) -> bool:
 
 
 @pytest.mark.usefixtures("every_step")
-def test_nothing_of_another_seed_is_taken_up(tmp_path: Path, digits: Teacher) -> None:
+def test_nothing_of_another_seed_is_taken_up(tmp_path: Path, small_teacher: Teacher) -> None:
     with pytest.raises(KeyboardInterrupt):
-        synthesize(digits, settings=SYNTHESIS, seed=1, checkpoints=tmp_path, progress=Stop("direct", 8))
-    kept = synthesize(digits, settings=SYNTHESIS, seed=2, checkpoints=tmp_path)
-    assert torch.equal(kept.pixels, synthesize(digits, settings=SYNTHESIS, seed=2).pixels)
+        synthesize(small_teacher, settings=SYNTHESIS, seed=1, checkpoints=tmp_path, progress=Stop("direct", 8))
+    kept = synthesize(small_teacher, settings=SYNTHESIS, seed=2, checkpoints=tmp_path)
+    assert torch.equal(kept.pixels, synthesize(small_teacher, settings=SYNTHESIS, seed=2).pixels)
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path, digits: Teacher) -> None:
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, small_teacher: Teacher) -> None:
     """The command itself, in a process of its own."""
     long = tiny_settings(distillation=DistillationSettings(num_steps=100_000, batch_size=8, compile="never"))
     long.save(tmp_path / "long.json")
@@ -188,7 +182,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, digits: Teacher) -> None:
     assert "interrupted; the same command continues with what is in run" in said
     kept = torch.load(tmp_path / "run" / "checkpoints" / "student-0" / "student.pt", weights_only=True)
     assert kept["state"]["num_steps"] >= 20
-    SampleBank.load(tmp_path / "run" / "bank", digits)
+    SampleBank.load(tmp_path / "run" / "bank", small_teacher)
 
 
 @pytest.mark.timeout(1800)

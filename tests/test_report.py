@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shutil
@@ -12,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from qimera.input_spec import InputSpec
-from qimera.models import load_model
+from qimera.models import EMBEDDED_MODELS, load_model
 from qimera.pipeline import quantize, synthesize
 from qimera.progress import silent
 from qimera.quantization.student import Student
@@ -26,12 +26,11 @@ from qimera.run_directory import RunDirectory
 from qimera.settings import DirectSettings, DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
-from tests.command_line import INPUT, qimera, said, tiny_settings, write_model_file
+from tests.command_line import INPUT, SMALL_INPUT, qimera, said, tiny_settings, write_model_file
 from tests.networks import SPEC, Lambda
 
 FEW = DirectSettings(num_steps=1, batch_size=8)
 BAD_SYNTHESIS = SynthesisSettings(num_optimized=48, num_held_out=16, direct=DirectSettings(num_steps=10, batch_size=32))
-SMALL_SPEC = InputSpec(shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -40,7 +39,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def run(tmp_path_factory: pytest.TempPathFactory, digits_bank: Path) -> RunDirectory:
     """A finished run with its report."""
     folder = tmp_path_factory.mktemp("run")
-    tiny_settings(bank=str(digits_bank)).save(folder / "settings.json")
+    spec = EMBEDDED_MODELS["mnist_cnn"].input_spec
+    tiny_settings("mnist_cnn", input=spec, bank=str(digits_bank)).save(folder / "settings.json")
     done = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
     assert done.exit_code == 0, done.stderr
     assert f"report: {folder / 'run' / 'report.html'}" in done.stderr
@@ -136,7 +136,7 @@ def test_a_run_of_the_papers_scheme_ends_with_its_report(tmp_path: Path) -> None
     tiny_settings(synthesis=BAD_SYNTHESIS, quantization=paper).save(tmp_path / "settings.json")
     done = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
     assert done.exit_code == 0, done.stderr
-    assert len(Report.load(tmp_path / "run" / "report.json").layers) == 10
+    assert len(Report.load(tmp_path / "run" / "report.json").layers) == 3
 
 
 # --- content ----------------------------------------------------------------------------------------------------------
@@ -179,12 +179,9 @@ def test_the_plane_keeps_distances_and_names_the_nearest_class() -> None:
         assert int(classes[row, column]) == wanted
 
 
-def test_the_walk_leads_from_one_class_to_the_other(run: RunDirectory) -> None:
-    _, teacher = load_student(run)
-    bank = load_bank(run, teacher)
+def test_the_walk_leads_from_one_class_to_the_other(teacher: Teacher, bank: SampleBank) -> None:
     longer = bank.settings.model_copy(update={"direct": DirectSettings(num_steps=60)})
-    object.__setattr__(bank, "settings", longer)
-    walk = walk_between(3, 8, teacher, bank)
+    walk = walk_between(1, 3, teacher, dataclasses.replace(bank, settings=longer))
     assert walk.pixels.shape == (7, *teacher.input_spec.shape)
     assert float(walk.probabilities[0, 0]) > 0.6 > 0.3 > float(walk.probabilities[-1, 0])
     assert float(walk.probabilities[-1, 1]) > 0.6
@@ -274,7 +271,7 @@ def test_the_report_does_not_tell_where_the_users_files_are(run: RunDirectory, t
     model = write_model_file(tmp_path)
     save_file(load_model(f"{model}:build").state_dict(), tmp_path / "toy.safetensors")
     options = (f"{model}:build", "--weights", tmp_path / "toy.safetensors", *INPUT, "--recipe", "ptq")
-    bank = synthesize(load_model(f"{model}:build"), SMALL_SPEC, SynthesisSettings(num_optimized=8, direct=FEW))
+    bank = synthesize(load_model(f"{model}:build"), SMALL_INPUT, SynthesisSettings(num_optimized=8, direct=FEW))
     bank.save(tmp_path / "bank")
     done = qimera("quantize", *options, "--bank", tmp_path / "bank", "--output", tmp_path / "run")
     assert done.exit_code == 0, done.stderr
@@ -337,10 +334,9 @@ def test_the_report_is_written_anew_when_asked_for(run: RunDirectory, tmp_path: 
     assert (copied / "report.html").exists()
 
 
-def test_a_run_beside_a_python_call_can_be_reported(tmp_path: Path) -> None:
+def test_a_run_beside_a_python_call_can_be_reported(tmp_path: Path, small_teacher: Teacher) -> None:
     run = RunDirectory.start(tmp_path / "run", tiny_settings())
-    _, teacher = load_student_teacher(run)
-    carry_out(run, teacher, None, silent)
+    carry_out(run, small_teacher, None, silent)
     assert report_run(run).summary.estimate is None  # no held-out samples
     assert "holds no samples to estimate" in run.report_page_file.read_text().replace("\n", " ")
 

@@ -7,6 +7,7 @@ import torch
 
 from qimera.errors import ConfigError
 from qimera.estimation import estimate_drop, estimate_on_held_out
+from qimera.models import EMBEDDED_MODELS
 from qimera.progress import Progress, silent
 from qimera.run import carry_out, check_run, load_student
 from qimera.run_directory import RunDirectory
@@ -22,7 +23,7 @@ BAD = DistillationSettings(num_steps=4, batch_size=8, weight_learning_rate=5.0)
 
 def with_bank(bank: Path, **changes: object) -> RunSettings:
     """Return settings of a run that learns from a bank made earlier."""
-    return tiny_settings(bank=str(bank), **changes)
+    return tiny_settings("mnist_cnn", input=EMBEDDED_MODELS["mnist_cnn"].input_spec, bank=str(bank), **changes)
 
 
 def finished(path: Path, teacher: Teacher, settings: RunSettings) -> RunDirectory:
@@ -51,10 +52,10 @@ def test_of_several_recipes_the_student_with_the_lowest_estimated_drop_is_kept(
     assert drops[0] < drops[1]
 
 
-def test_a_choice_that_was_interrupted_comes_to_the_same_student(tmp_path: Path, digits_teacher: Teacher) -> None:
+def test_a_choice_that_was_interrupted_comes_to_the_same_student(tmp_path: Path, small_teacher: Teacher) -> None:
     synthesis = SynthesisSettings(num_optimized=16, num_held_out=8, direct=DirectSettings(num_steps=2, batch_size=16))
     settings = tiny_settings(recipe="a,b", synthesis=synthesis, distillation=GOOD, alternatives=(BAD,))
-    whole = finished(tmp_path / "whole", digits_teacher, settings)
+    whole = finished(tmp_path / "whole", small_teacher, settings)
     run = RunDirectory.start(tmp_path / "run", settings)
 
     def interrupt(progress: Progress) -> None:
@@ -62,8 +63,8 @@ def test_a_choice_that_was_interrupted_comes_to_the_same_student(tmp_path: Path,
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        carry_out(run, digits_teacher, None, interrupt)
-    again = finished(run.path, digits_teacher, settings)
+        carry_out(run, small_teacher, None, interrupt)
+    again = finished(run.path, small_teacher, settings)
     one, two = (load_student(each)[0].module.state_dict() for each in (whole, again))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -76,16 +77,16 @@ def test_a_choice_that_was_interrupted_comes_to_the_same_student(tmp_path: Path,
     ],
 )
 def test_a_choice_without_held_out_samples_is_refused_before_the_run(
-    digits_teacher: Teacher, changes: dict[str, object]
+    small_teacher: Teacher, changes: dict[str, object]
 ) -> None:
     with pytest.raises(ConfigError, match="holds no held-out samples to judge by"):
-        check_run(tiny_settings(**changes), digits_teacher, None)
+        check_run(tiny_settings(**changes), small_teacher, None)
 
 
-def test_the_training_of_a_generator_that_is_not_there_is_refused_before_the_run(digits_teacher: Teacher) -> None:
+def test_the_training_of_a_generator_that_is_not_there_is_refused_before_the_run(small_teacher: Teacher) -> None:
     settings = tiny_settings(distillation=DistillationSettings(num_steps=2, generator_steps_per_step=1))
     with pytest.raises(ConfigError, match="generator_steps_per_step: 1, but the bank of these settings has no"):
-        check_run(settings, digits_teacher, None)
+        check_run(settings, small_teacher, None)
 
 
 def test_the_summary_states_the_estimate_of_the_student_that_was_kept(
@@ -103,26 +104,26 @@ def test_the_summary_states_the_estimate_of_the_student_that_was_kept(
     assert f"90 %), from {estimate.num_samples} held-out synthetic samples" in summary.text()
 
 
-def test_without_held_out_samples_the_summary_has_no_estimate(tmp_path: Path, digits_teacher: Teacher) -> None:
-    summary = finished(tmp_path / "run", digits_teacher, tiny_settings()).summary()
+def test_without_held_out_samples_the_summary_has_no_estimate(tmp_path: Path, small_teacher: Teacher) -> None:
+    summary = finished(tmp_path / "run", small_teacher, tiny_settings()).summary()
     assert summary.estimate is None
     assert "none without held-out samples" in summary.text()
 
 
 def test_samples_that_do_not_resemble_the_training_data_get_no_estimate_and_the_summary_says_why_first(
-    tmp_path: Path, digits_teacher: Teacher
+    tmp_path: Path, small_teacher: Teacher
 ) -> None:
     synthesis = SynthesisSettings(num_optimized=16, num_held_out=8, direct=DirectSettings(num_steps=1, batch_size=16))
-    run = finished(tmp_path / "run", digits_teacher, tiny_settings(synthesis=synthesis, distillation=GOOD))
+    run = finished(tmp_path / "run", small_teacher, tiny_settings(synthesis=synthesis, distillation=GOOD))
     summary = run.summary()
     assert summary.estimate is None
     assert summary.warnings[0].startswith("statistics: samples differ from the training data")
     assert summary.text().startswith("warning    statistics: samples differ")
     assert "estimate   none, because of the warning above" in summary.text()
     assert json.loads((run.path / "summary.json").read_text())["warnings"] == list(summary.warnings)
-    student, bank = load_student(run)[0], SampleBank.load(run.bank_directory, digits_teacher)
-    estimate = estimate_drop(student, digits_teacher, bank)
+    student, bank = load_student(run)[0], SampleBank.load(run.bank_directory, small_teacher)
+    estimate = estimate_drop(student, small_teacher, bank)
     assert all(math.isnan(value) for value in (estimate.drop, estimate.low, estimate.high))
     assert estimate.doubts == summary.warnings[: len(estimate.doubts)]
     assert estimate.text().startswith("none, for the samples say nothing about real images: statistics")
-    assert estimate_on_held_out(student, digits_teacher, bank).num_samples > 0  # enough to compare students by
+    assert estimate_on_held_out(student, small_teacher, bank).num_samples > 0  # enough to compare students by

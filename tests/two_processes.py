@@ -1,4 +1,7 @@
-"""A program for ``torchrun``: what each process comes to -> one file a process; alone, what a single one comes to."""
+"""A program: what each of two processes comes to -> together/0.pt, together/1.pt; what a single one does -> alone/0.pt.
+
+python -m tests.two_processes FOLDER
+"""
 
 import sys
 from pathlib import Path
@@ -10,7 +13,8 @@ from qimera.models import load_model
 from qimera.pipeline import quantize, synthesize
 from qimera.settings import DirectSettings, DistillationSettings, GeneratorSettings, SynthesisSettings
 from qimera.teacher import Teacher
-from tests.command_line import tiny_settings
+from tests.command_line import SMALL, tiny_settings
+from tests.side_by_side import ended, load_what_a_run_needs, started
 
 OPTIMIZED = SynthesisSettings(
     num_optimized=48, num_held_out=8, direct=DirectSettings(num_steps=3, batch_size=16, precision="float32")
@@ -28,10 +32,9 @@ STUDENTS = {
 }
 
 
-def main() -> None:
+def write_into(folder: Path) -> None:
     """Write banks and students."""
-    torch.set_num_threads(1)
-    teacher = Teacher.capture(load_model("mnist_cnn"), tiny_settings().input)
+    teacher = Teacher.capture(load_model(SMALL), tiny_settings().input)
     with joined():
         bank = synthesize(teacher, settings=OPTIMIZED)
         generated = synthesize(teacher, settings=GENERATED)
@@ -41,8 +44,19 @@ def main() -> None:
             found[name] = quantize(teacher, bank, settings=settings).module.state_dict()
         beside = STUDENTS["plain"].model_copy(update={"fresh_share": 0.5, "generator_steps_per_step": 1})
         found["beside"] = quantize(teacher, generated, settings=beside).module.state_dict()
-        torch.save(found, Path(sys.argv[1]) / f"{rank()}.pt")
+        torch.save(found, folder / f"{rank()}.pt")
+
+
+def main(folder: Path) -> None:
+    """Do it side by side, and alone."""
+    load_what_a_run_needs()
+    for name in ("together", "alone"):
+        (folder / name).mkdir()
+    children = started(lambda: write_into(folder / "together"))
+    if ended(children):
+        sys.exit(1)
+    write_into(folder / "alone")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))
