@@ -1,6 +1,7 @@
 """One thread, and what many tests share: a small trained classifier, its teacher, and a small bank of its samples."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -15,6 +16,7 @@ from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
 from tests.command_line import SMALL, SMALL_INPUT
 from tests.networks import SPEC, TinyNet, toy_pixels, trained_tiny_net
+from tests.shared import changed, keep, tensors_of
 
 # Several threads on shared cores take longer than one, and sum in another order.
 torch.set_num_threads(1)
@@ -37,19 +39,25 @@ TINY_SYNTHESIS = SynthesisSettings(
 @pytest.fixture(scope="session")
 def tiny_model() -> TinyNet:
     """A trained classifier as a user would bring it; no test may change it."""
-    return trained_tiny_net()
+    model = trained_tiny_net()
+    keep("tiny_model", model.state_dict())
+    return model
 
 
 @pytest.fixture(scope="session")
 def teacher(tiny_model: TinyNet) -> Teacher:
     """The teacher captured from ``tiny_model``."""
-    return Teacher.capture(tiny_model, SPEC)
+    teacher = Teacher.capture(tiny_model, SPEC)
+    keep("teacher", tensors_of(teacher))
+    return teacher
 
 
 @pytest.fixture(scope="session")
 def bank(teacher: Teacher) -> SampleBank:
     """A bank with samples of both producers and a generator that can draw more."""
-    return synthesize(teacher, settings=TINY_SYNTHESIS, seed=0)
+    bank = synthesize(teacher, settings=TINY_SYNTHESIS, seed=0)
+    keep("bank", tensors_of(bank))
+    return bank
 
 
 @pytest.fixture(scope="session")
@@ -80,10 +88,20 @@ def digits_bank(digits_teacher: Teacher, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def small_teacher() -> Teacher:
     """The teacher of runs whose settings are ``tiny_settings()``."""
-    return Teacher.capture(load_model(SMALL), SMALL_INPUT)
+    teacher = Teacher.capture(load_model(SMALL), SMALL_INPUT)
+    keep("small_teacher", tensors_of(teacher))
+    return teacher
 
 
 @pytest.fixture(scope="session")
 def toy_images() -> Tensor:
     """Normalised images of the task that ``tiny_model`` was trained on, which it has not seen."""
-    return SPEC.normalize(toy_pixels(512, seed=2)[0])
+    images = SPEC.normalize(toy_pixels(512, seed=2)[0])
+    keep("toy_images", {"images": images})
+    return images
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_shared_has_changed() -> Iterator[None]:
+    yield
+    assert not changed(), "a test of this file changes what others share"

@@ -13,7 +13,8 @@ from qimera.settings import LayerBits, QuantizationSettings
 from qimera.sizes import float_bytes, packed_bytes, unquantized_bytes
 from qimera.tables import teacher_facts
 from qimera.teacher import Teacher
-from tests.networks import NETWORKS, SPEC, random_network
+from tests import shared
+from tests.networks import NETWORKS, SPEC
 
 TOY = InputSpec(shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
 
@@ -49,7 +50,7 @@ def test_what_is_no_budget_is_refused_with_what_was_given(text: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("bits", [2, 5, 8])
 def test_sizes_of_layers_add_up_to_packed_bytes(name: str, bits: int) -> None:
-    teacher = Teacher.capture(random_network(name), SPEC)
+    teacher = shared.teacher_of(name)
     choices = layer_choices(teacher, settings("size=1"), Budget("size", 1.0))
     assert len({choice.name for choice in choices}) == len(choices)
     expected = packed_bytes(teacher, QuantizationSettings(weight_bits=bits))
@@ -101,7 +102,7 @@ def test_inspect_tells_which_products_of_activations_are_in_integers() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_is_decided_and_what_is_not_add_up_to_the_bit_operations_of_a_report(name: str) -> None:
-    teacher = Teacher.capture(random_network(name), SPEC)
+    teacher = shared.teacher_of(name)
     given, budget = settings("bops=1", weight_bits=3, activation_bits=6), Budget("bops", 1.0)
     expected = sum(each.costs[3, 6] for each in layer_choices(teacher, given, budget))
     assert bit_operations(teacher, given) == expected + fixed_cost(teacher, given, budget)
@@ -109,7 +110,7 @@ def test_what_is_decided_and_what_is_not_add_up_to_the_bit_operations_of_a_repor
 
 @pytest.mark.parametrize("name", ["shared convolution", "shared convolution with bias"])
 def test_all_calls_of_a_layer_have_the_bits_of_its_rule(name: str) -> None:
-    student = Student(Teacher.capture(random_network(name), SPEC), settings("", ("conv", 3, 8)))
+    student = Student(shared.teacher_of(name), settings("", ("conv", 3, 8)))
     student.initialize_ranges_([torch.randn(4, *SPEC.shape, generator=torch.Generator().manual_seed(0))])
     integers = student.converted()
     for call in ("conv", "conv@1", "conv@2"):

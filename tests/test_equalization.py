@@ -11,7 +11,8 @@ from qimera import QuantizationSettings, Student, Teacher
 from qimera.export.onnx import export_onnx
 from qimera.graph import WEIGHTED
 from qimera.quantization.equalization import Edge, candidate_scales, edge_into
-from tests.networks import NUM_CLASSES, SPEC, Head, random_network
+from tests import shared
+from tests.networks import NUM_CLASSES, SPEC, Head
 
 
 class Uneven(nn.Module):
@@ -100,7 +101,7 @@ def test_a_pooled_and_flattened_map_reaches_the_classifier() -> None:
     ],
 )
 def test_only_tensors_between_two_layers_of_their_own_are_edges(name: str, readers: list[str]) -> None:
-    assert list(edges_of(Teacher.capture(random_network(name), SPEC))) == readers
+    assert list(edges_of(shared.teacher_of(name))) == readers
 
 
 class Clamped(nn.Module):

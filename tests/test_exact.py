@@ -14,15 +14,12 @@ from qimera.quantization.exact import _ExactLayer, with_exact_sums
 from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.teacher import Teacher
-from tests.networks import NETWORKS, NUM_CLASSES, SPEC, random_network
+from tests import shared
+from tests.networks import NETWORKS, NUM_CLASSES
 
 
 def student_of(name: str, bits: int, scheme: str = "hardware") -> tuple[Student, Tensor]:
-    teacher = Teacher.capture(random_network(name), SPEC)
-    student = Student(teacher, QuantizationSettings(weight_bits=bits, activation_bits=bits, scheme=scheme))
-    images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(0))
-    student.initialize_ranges_([images])
-    return student, images
+    return shared.student_of(name, f"w{bits}a{bits}", scheme), shared.noise()
 
 
 class _OnLevels(torch.fx.Interpreter):

@@ -6,6 +6,7 @@ from torch.fx import GraphModule
 from qimera.folding import fold_batch_norms, unfold_batch_norms
 from qimera.graph import BATCH_NORM, WEIGHTED, aten, layer_name, logits_node, with_outputs
 from qimera.teacher import Teacher
+from tests import shared
 from tests.networks import NETWORKS, SPEC, random_network
 
 
@@ -15,8 +16,7 @@ def images(count: int = 4) -> Tensor:
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def network(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Teacher]:
-    model = random_network(request.param)
-    return request.param, model, Teacher.capture(model, SPEC)
+    return request.param, random_network(request.param), shared.teacher_of(request.param)
 
 
 def norms(module: GraphModule) -> int:
@@ -77,7 +77,7 @@ def test_the_graph_itself_is_left_alone(network: tuple[str, nn.Module, Teacher],
 
 
 def test_calls_that_share_a_convolution_get_weights_of_their_own_when_folded() -> None:
-    teacher = Teacher.capture(random_network("shared convolution"), SPEC)
+    teacher = shared.teacher_of("shared convolution")
     folded = fold_batch_norms(teacher.module)
     weights = [node.args[1].target for node in folded.graph.nodes if node.target in WEIGHTED]
     assert len(set(weights)) == len(weights) == 5
@@ -87,7 +87,7 @@ def test_calls_that_share_a_convolution_get_weights_of_their_own_when_folded() -
 
 def test_a_folded_norm_leaves_its_name_to_the_layer() -> None:
     """Block outputs are matched by name between the teacher's graph and the student's."""
-    teacher = Teacher.capture(random_network("residual"), SPEC)
+    teacher = shared.teacher_of("residual")
     before = [node.name for node in teacher.module.graph.nodes if node.target is BATCH_NORM]
     folded = fold_batch_norms(teacher.module)
     after = [node.name for node in folded.graph.nodes if node.target is aten.conv2d.default]
@@ -97,7 +97,7 @@ def test_a_folded_norm_leaves_its_name_to_the_layer() -> None:
 
 
 def test_unfolded_norms_can_be_trained() -> None:
-    unfolded = unfold_batch_norms(Teacher.capture(random_network("residual"), SPEC).module)
+    unfolded = unfold_batch_norms(shared.teacher_of("residual").module)
     names = [name for name, _ in unfolded.named_parameters()]
     assert "bn1.factor" in names
     assert "bn1.offset" in names

@@ -16,7 +16,8 @@ from qimera.errors import ConfigError, UnsupportedModelError
 from qimera.graph_files import describe, load_graph, save_graph
 from qimera.shapes import propagate_shapes_
 from qimera.teacher import Teacher
-from tests.networks import NETWORKS, SPEC, Lambda, random_network
+from tests import shared
+from tests.networks import NETWORKS, SPEC, Lambda
 
 IMAGES = torch.randn(3, *SPEC.shape, generator=torch.Generator().manual_seed(0))
 
@@ -31,7 +32,7 @@ def shapes(teacher: Teacher) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
-    teacher = Teacher.capture(random_network(name), SPEC)
+    teacher = shared.teacher_of(name)
     teacher.save(tmp_path / "teacher.safetensors")
     loaded = Teacher.load(tmp_path / "teacher.safetensors", SPEC)
     assert loaded.hash == teacher.hash

@@ -19,7 +19,8 @@ from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
-from tests.networks import NETWORKS, SPEC, Head, random_network, toy_pixels
+from tests import shared
+from tests.networks import NETWORKS, SPEC, Head, toy_pixels
 
 
 def student_of(teacher: Teacher, bits: str = "w4a4", scheme: str = "hardware") -> Student:
@@ -82,7 +83,7 @@ WITHOUT_KERNEL = {
 
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name not in WITHOUT_KERNEL])
 def test_every_layer_of_any_network_runs_in_an_integer_kernel(tmp_path: Path, name: str) -> None:
-    student = student_of(Teacher.capture(random_network(name), SPEC))
+    student = shared.student_of(name)
     verification = export_onnx(student, tmp_path / "model.onnx")
     assert verification.comparisons[0].float_layers == ()
     assert verification.comparisons[0].identical >= 98
@@ -90,7 +91,7 @@ def test_every_layer_of_any_network_runs_in_an_integer_kernel(tmp_path: Path, na
 
 @pytest.mark.parametrize("name", WITHOUT_KERNEL)
 def test_layers_without_integer_kernel_are_named(tmp_path: Path, name: str) -> None:
-    student = student_of(Teacher.capture(random_network(name), SPEC))
+    student = shared.student_of(name)
     verification = export_onnx(student, tmp_path / "model.onnx")
     assert verification.comparisons[0].float_layers == WITHOUT_KERNEL[name]
     assert f"in floating point: {WITHOUT_KERNEL[name][0]}" in verification.text()

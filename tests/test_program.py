@@ -14,7 +14,8 @@ from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
-from tests.networks import NETWORKS, SPEC, Head, random_network
+from tests import shared
+from tests.networks import NETWORKS, SPEC, Head
 
 CLIP = torch.ops.aten.hardtanh.default
 MNIST = EMBEDDED_MODELS["mnist_cnn"].input_spec
@@ -53,7 +54,7 @@ def test_a_program_agrees_with_the_student(
 @pytest.mark.parametrize("bits", ["w8a8", "w3a3"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_form_for_integer_kernels_changes_no_logits(name: str, bits: str) -> None:
-    student = student_of(Teacher.capture(random_network(name), SPEC), bits)
+    student = shared.student_of(name, bits)
     images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = student.converted()(images)
@@ -158,7 +159,7 @@ def test_a_package_runs_every_layer_in_an_integer_kernel(
 
 @pytest.mark.slow
 def test_layers_that_a_package_computes_in_floating_point_are_named(tmp_path: Path) -> None:
-    student = student_of(Teacher.capture(random_network("transposed convolution"), SPEC))
+    student = shared.student_of("transposed convolution")
     assert export_aotinductor(student, tmp_path / "model.pt2").comparisons[0].float_layers == ("up",)
 
 

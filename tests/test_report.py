@@ -341,10 +341,6 @@ def test_a_run_beside_a_python_call_can_be_reported(tmp_path: Path, small_teache
     assert "holds no samples to estimate" in run.report_page_file.read_text().replace("\n", " ")
 
 
-def load_student_teacher(run: RunDirectory) -> tuple[None, Teacher]:
-    return None, Teacher.capture(load_model("mnist_cnn"), run.settings.input)
-
-
 def test_runs_are_put_side_by_side(run: RunDirectory, tmp_path: Path) -> None:
     other = shutil.copytree(run.path, tmp_path / "other")
     summary = json.loads((other / "summary.json").read_text())

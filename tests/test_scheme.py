@@ -11,6 +11,7 @@ from qimera.quantization.scheme import ADDITIONS, JOINS, MATRIX_PRODUCTS, POOLIN
 from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.teacher import Teacher
+from tests import shared
 from tests.networks import NETWORKS, SPEC, Head, random_network
 
 
@@ -56,7 +57,7 @@ def reads_images(node: Node) -> bool:
 
 @pytest.fixture(scope="module", params=NETWORKS)
 def random_teacher(request: pytest.FixtureRequest) -> Teacher:
-    return Teacher.capture(random_network(request.param), SPEC)
+    return shared.teacher_of(request.param)
 
 
 # --- hardware ---------------------------------------------------------------------------------------------------------
@@ -83,9 +84,7 @@ def test_every_edge_that_an_integer_kernel_reads_is_on_a_grid(random_teacher: Te
 
 
 def test_the_networks_above_have_every_kind_of_edge() -> None:
-    targets = {
-        node.target for name in NETWORKS for node in Teacher.capture(random_network(name), SPEC).module.graph.nodes
-    }
+    targets = {node.target for name in NETWORKS for node in shared.teacher_of(name).module.graph.nodes}
     assert {aten.add.Tensor, aten.mul.Tensor, aten.cat.default, aten.matmul.default} <= targets
     assert {
         aten.max_pool2d.default,
@@ -299,7 +298,7 @@ def test_layers_named_by_a_pattern_get_weight_bits_of_their_own_in_the_paper_sch
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "inductor", "xnnpack"])
 def test_some_targets_add_before_they_round(target: str) -> None:
-    student = student_of(Teacher.capture(random_network("residual"), SPEC), target=target)
+    student = student_of(shared.teacher_of("residual"), target=target)
     convolutions = [node for node in student.module.graph.nodes if node.target in CONVOLUTIONS]
     added = [node for node in convolutions if any(user.target in ADDITIONS for user in node.users)]
     rounded = [node for node in convolutions if any(user.op == "call_module" for user in node.users)]

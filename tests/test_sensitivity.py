@@ -11,7 +11,8 @@ from qimera.sensitivity import Sensitivity, measure_sensitivity
 from qimera.settings import SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
-from tests.networks import SPEC, random_network
+from tests import shared
+from tests.networks import SPEC
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_the_same_seed_gives_the_same_losses_and_every_layer_is_reported(
 
 @pytest.mark.parametrize("name", ["transposed convolution", "shared convolution", "norms before convolutions"])
 def test_layers_of_every_kind_are_measured(name: str) -> None:
-    teacher = Teacher.capture(random_network(name), SPEC)
+    teacher = shared.teacher_of(name)
     images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(0))
     labels = torch.full((16, teacher.num_classes), 1 / teacher.num_classes)
     samples = SampleBank.from_images(images, labels, teacher, SynthesisSettings(), 0)

@@ -11,7 +11,8 @@ from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.sizes import packed_bytes, stored_layers, unquantized_bytes
 from qimera.teacher import Teacher
-from tests.networks import SPEC, Head, random_network
+from tests import shared
+from tests.networks import SPEC, Head
 
 GRAY = InputSpec(shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
 
@@ -51,14 +52,14 @@ def test_a_layer_that_is_called_twice_is_stored_once_with_a_bias_for_each_call()
 
 
 def test_a_layer_is_stored_for_each_batch_norm_that_is_folded_into_it() -> None:
-    teacher = Teacher.capture(random_network("shared convolution"), SPEC)
+    teacher = shared.teacher_of("shared convolution")
     stored = stored_layers(teacher.module)["conv"]
     assert stored.num_weights == (6 * 6 * 9,) * 3
     assert (stored.num_scales, stored.num_biases) == (18, 18)
 
 
 def test_batch_norms_that_stay_hold_a_factor_and_an_offset_per_channel() -> None:
-    teacher = Teacher.capture(random_network("norms before convolutions"), SPEC)
+    teacher = shared.teacher_of("norms before convolutions")
     assert unquantized_bytes(teacher.module) == 3 * 6 * 2 * 4
 
 

@@ -13,7 +13,8 @@ from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFak
 from qimera.quantization.student import Student, block_outputs
 from qimera.settings import QuantizationSettings
 from qimera.teacher import Teacher
-from tests.networks import NETWORKS, SPEC, random_network
+from tests import shared
+from tests.networks import NETWORKS
 
 SCHEMES = ["hardware", "paper"]
 
@@ -77,9 +78,7 @@ def test_the_converted_graph_equals_the_student_bit_for_bit(
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_converted_graph_of_any_network_equals_its_student(name: str, scheme: str) -> None:
-    teacher = Teacher.capture(random_network(name), SPEC)
-    images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(0))
-    student = student_of(teacher, images, scheme=scheme)
+    student, images = shared.student_of(name, scheme=scheme), shared.noise()
     with torch.no_grad():
         assert torch.equal(student.converted()(images), student.module(images))
 
@@ -269,11 +268,10 @@ def test_block_outputs_are_the_activations_that_everything_flows_through(teacher
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_block_output_of_the_teacher_is_found_in_the_student(name: str, scheme: str) -> None:
-    teacher = Teacher.capture(random_network(name), SPEC)
+    teacher = shared.teacher_of(name)
     names = block_outputs(fold_batch_norms(teacher.module))
     assert names
-    images = torch.randn(8, *SPEC.shape, generator=torch.Generator().manual_seed(0))
-    student = student_of(teacher, images, "w8a8", scheme)
+    student, images = shared.student_of(name, "w8a8", scheme), shared.noise(8)
     with torch.no_grad():
         _, expected = with_outputs(fold_batch_norms(teacher.module), names)(images)
         logits, found = student.with_features(names)(images)

@@ -1,0 +1,71 @@
+"""What many tests of one process share, made once: teachers and students of ``NETWORKS``. None of it may change.
+
+``conftest.py`` checks after every file that nothing has.
+"""
+
+import copy
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qimera.bits import parse_bits
+from qimera.quantization.student import Student
+from qimera.settings import QuantizationSettings
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher import Teacher
+from tests.networks import SPEC, random_network
+
+_kept: dict[str, tuple[Mapping[str, Tensor], dict[str, Tensor]]] = {}
+
+
+def keep(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Remember what tensors are now; ``changed`` names those that are something else later."""
+    _kept[name] = tensors, {key: value.detach().clone() for key, value in tensors.items()}
+
+
+def changed() -> list[str]:
+    """Return the names of tensors that have changed since they were shared."""
+    return [
+        f"{name}: {key}"
+        for name, (now, before) in _kept.items()
+        for key, value in before.items()
+        if not torch.equal(now[key], value)
+    ]
+
+
+def tensors_of(shared: Teacher | SampleBank) -> dict[str, Tensor]:
+    """Return every tensor of a teacher, statistics and classifier too, or of a bank and its generator."""
+    if isinstance(shared, SampleBank):
+        own = {name: getattr(shared, name) for name in ("pixels", "soft_labels", "logits")}
+        return {**own, **({} if shared.synthesizer is None else shared.synthesizer.state_dict())}
+    statistics = {f"{tap.name}.{key}": getattr(tap, key) for tap in shared.batch_norms for key in ("mean", "var")}
+    return {**shared.state_dict(), **statistics, "classifier": shared.classifier.weight}
+
+
+@cache
+def teacher_of(name: str) -> Teacher:
+    """Return the teacher of one of ``NETWORKS`` with random weights."""
+    teacher = Teacher.capture(random_network(name), SPEC)
+    keep(f"teacher of {name}", tensors_of(teacher))
+    return teacher
+
+
+def noise(count: int = 16) -> Tensor:
+    """Return images that the ranges of students are fitted to."""
+    return torch.randn(count, *SPEC.shape, generator=torch.Generator().manual_seed(0))
+
+
+def student_of(name: str, bits: str = "w4a4", scheme: str = "hardware") -> Student:
+    """Return a student of one of ``NETWORKS``, its ranges fitted to ``noise``: a copy, which a test may change."""
+    return copy.deepcopy(_student_of(name, bits, scheme))
+
+
+@cache
+def _student_of(name: str, bits: str, scheme: str) -> Student:
+    weight_bits, activation_bits = parse_bits(bits)
+    settings = QuantizationSettings(weight_bits=weight_bits, activation_bits=activation_bits, scheme=scheme)
+    student = Student(teacher_of(name), settings)
+    student.initialize_ranges_([noise()])
+    return student
