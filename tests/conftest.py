@@ -1,5 +1,6 @@
 """One thread, and what many tests share: a small trained classifier, its teacher, and a small bank of its samples."""
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,9 @@ import hypothesis
 import pytest
 import torch
 from torch import Tensor
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from qimera.export import comparison
 from qimera.models import EMBEDDED_MODELS, load_model
 from qimera.pipeline import synthesize
 from qimera.settings import DirectSettings, GeneratorSettings, SynthesisSettings
@@ -27,6 +30,9 @@ torch.compiler.set_stance("force_eager")
 # No deadline: the first example of a test pays for whatever PyTorch loads.
 hypothesis.settings.register_profile("qimera", deadline=None, max_examples=30)
 hypothesis.settings.load_profile("qimera")
+
+# After an export the runtime is timed for half a second, which tells a user something and a test nothing.
+comparison._TIMED_MILLISECONDS = 10.0
 
 TINY_SYNTHESIS = SynthesisSettings(
     num_generated=48,
@@ -99,6 +105,23 @@ def toy_images() -> Tensor:
     images = SPEC.normalize(toy_pixels(512, seed=2)[0])
     keep("toy_images", {"images": images})
     return images
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _operations_are_read_once() -> Iterator[None]:
+    """Keep the table of ONNX operations, which PyTorch reads from source code anew for every file it writes."""
+    read, tables = ONNXRegistry.from_torchlib, {}
+
+    def copied(opset_version: int) -> ONNXRegistry:
+        if opset_version not in tables:
+            tables[opset_version] = read(opset_version)
+        table = copy.copy(tables[opset_version])
+        table.functions = {name: list(each) for name, each in table.functions.items()}  # where a translation is added
+        return table
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

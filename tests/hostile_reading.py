@@ -1,9 +1,9 @@
 """Reads hostile files while an audit hook watches; started by test_hostile.py, for the hook stays as long as a process.
 
-    python -m tests.hostile_reading archives|teachers STEP SEED COUNT
+    python -m tests.hostile_reading archives|teachers STEP SEED COUNT ...
 
-Reads every STEP-th file made by hand (the first if it is 0), and COUNT random ones from SEED on. Prints
-one line of JSON: how many files were refused and read, and what went wrong with which.
+Reads every STEP-th file made by hand (the first if it is 0), and COUNT random ones from SEED on; then those of the next
+four words. Prints one line of JSON for each: how many files were refused and read, and what went wrong with which.
 """
 
 import json
@@ -142,7 +142,7 @@ def main(files: Iterator[tuple[str, Archive | TeacherFile]], reader: Callable[[P
         if number == 0:
             assert was_read
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+            resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
             continue
         result.read += was_read
         result.refused += not was_read
@@ -152,13 +152,14 @@ def main(files: Iterator[tuple[str, Archive | TeacherFile]], reader: Callable[[P
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    what, step, seed, count = sys.argv[1], *map(int, sys.argv[2:5])
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        seeds = range(seed, seed + count)
-        if what == "archives":
-            found = main(archives(step, seeds), read_program)
-        else:
-            found = main(teachers(step, seeds), lambda path: Teacher.load(path, SPEC).module)
-        sys.stdout.write(json.dumps(vars(found)) + "\n")
+        for first in range(1, len(sys.argv), 4):
+            what, step, seed, count = sys.argv[first], *map(int, sys.argv[first + 1 : first + 4])
+            seeds = range(seed, seed + count)
+            if what == "archives":
+                found = main(archives(step, seeds), read_program)
+            else:
+                found = main(teachers(step, seeds), lambda path: Teacher.load(path, SPEC).module)
+            sys.stdout.write(json.dumps(vars(found)) + "\n")
         os.chdir("/")

@@ -35,7 +35,7 @@ from tests.command_line import tiny_settings
 from tests.networks import NUM_CLASSES, SPEC, TinyNet
 from tests.test_run_directory import summary
 
-NUM_CASES = {"default": 300, "slow": 10_000}
+NUM_CASES = {"default": 150, "slow": 10_000}
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,18 @@ ROOT = Path(__file__).parent.parent
 AMOUNTS = ["default", pytest.param("slow", marks=pytest.mark.slow)]
 
 
-def outcome(*arguments: object) -> dict[str, object]:
-    """Return what a program that reads hostile files found."""
+def outcomes(*arguments: object) -> list[dict[str, object]]:
+    """Return what a program that reads hostile files found, one kind of file after another."""
     command = [sys.executable, "-W", "ignore", "-m", *map(str, arguments)]
     environment = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def few() -> list[dict[str, object]]:
+    """What became of some archives, and of some teachers."""
+    return outcomes("tests.hostile_reading", "archives", 11, 0, 60, "teachers", 6, 0, 60)
 
 
 def check(found: dict[str, object]) -> None:
@@ -37,22 +43,24 @@ def check(found: dict[str, object]) -> None:
 
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_nothing_in_an_archive_runs(amount: str) -> None:
-    found = outcome("tests.hostile_reading", "archives", *((4, 0, 60) if amount == "default" else (1, 1000, 10_000)))
+def test_nothing_in_an_archive_runs(request: pytest.FixtureRequest, amount: str) -> None:
+    whole = ("tests.hostile_reading", "archives", 1, 1000, 10_000)
+    found = request.getfixturevalue("few")[0] if amount == "default" else outcomes(*whole)[0]
     check(found)
     assert found["refused"] > found["read"] > 10
 
 
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_nothing_in_a_saved_teacher_runs(amount: str) -> None:
-    found = outcome("tests.hostile_reading", "teachers", *((6, 0, 60) if amount == "default" else (1, 1000, 10_000)))
+def test_nothing_in_a_saved_teacher_runs(request: pytest.FixtureRequest, amount: str) -> None:
+    whole = ("tests.hostile_reading", "teachers", 1, 1000, 10_000)
+    found = request.getfixturevalue("few")[1] if amount == "default" else outcomes(*whole)[0]
     check(found)
     assert found["refused"] > found["read"] > 5
 
 
 def test_nothing_in_other_files_runs() -> None:
-    check(outcome("tests.hostile_others"))
+    check(outcomes("tests.hostile_others")[-1])
 
 
 # --- run directories --------------------------------------------------------------------------------------------------

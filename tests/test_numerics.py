@@ -1,5 +1,6 @@
 """Weights and statistics that training should not leave, but does: each works, or is refused with its name."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from qimera.errors import QimeraError, UnsupportedModelError
 from qimera.pipeline import quantize, synthesize
 from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
 from qimera.teacher import Teacher
-from tests.networks import SPEC, TinyNet, toy_pixels, trained_tiny_net
+from tests.networks import SPEC, TinyNet, toy_pixels
 
 SYNTHESIS = SynthesisSettings(num_optimized=16, direct=DirectSettings(num_steps=4, batch_size=16))
 STARTS = {
@@ -79,8 +80,10 @@ def zero_layer(model: TinyNet) -> None:
 @pytest.mark.parametrize(
     "change", [constant_channel, no_variance_at_all, dead_class, large_logits, no_momentum, tiny_weights, zero_layer]
 )
-def test_unusual_networks_give_finite_students(change: Callable[[TinyNet], None], start: str) -> None:
-    model = trained_tiny_net()
+def test_unusual_networks_give_finite_students(
+    tiny_model: TinyNet, change: Callable[[TinyNet], None], start: str
+) -> None:
+    model = copy.deepcopy(tiny_model)
     change(model)
     teacher = Teacher.capture(model, SPEC)
     bank = synthesize(teacher, settings=SYNTHESIS)
@@ -93,8 +96,8 @@ def test_unusual_networks_give_finite_students(change: Callable[[TinyNet], None]
 
 
 @pytest.mark.parametrize("num_classes", [1, 2])
-def test_heads_of_one_and_two_classes(num_classes: int) -> None:
-    model = trained_tiny_net()
+def test_heads_of_one_and_two_classes(tiny_model: TinyNet, num_classes: int) -> None:
+    model = copy.deepcopy(tiny_model)
     model.fc = nn.Linear(24, num_classes)
     if num_classes == 1:
         with pytest.raises(QimeraError, match="at least 2 classes"):

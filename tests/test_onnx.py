@@ -43,6 +43,14 @@ def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:
     assert difference.max() < 0.1 * expected.std()
 
 
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory, teacher: Teacher) -> Path:
+    """The file of a W4A4 student."""
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    export_onnx(student_of(teacher), path)
+    return path
+
+
 def operations(path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path).graph.node]
 
@@ -50,7 +58,7 @@ def operations(path: Path) -> list[str]:
 # --- the file computes what the student computes ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", ["w2a2", "w3a3", "w4a4", "w5a6", "w8a8"])
+@pytest.mark.parametrize("bits", ["w2a2", pytest.param("w3a3", marks=pytest.mark.slow), "w4a4", "w5a6", "w8a8"])
 def test_a_file_gives_the_students_logits_on_real_integers(
     tmp_path: Path, teacher: Teacher, bank: SampleBank, toy_images: Tensor, bits: str
 ) -> None:
@@ -98,18 +106,15 @@ def test_layers_without_integer_kernel_are_named(tmp_path: Path, name: str) -> N
 
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_the_batch_is_dynamic(tmp_path: Path, teacher: Teacher, toy_images: Tensor, batch: int) -> None:
-    student = student_of(teacher)
-    export_onnx(student, tmp_path / "model.onnx")
-    assert logits_of(tmp_path / "model.onnx", toy_images[:batch].numpy()).shape == (batch, 5)
+def test_the_batch_is_dynamic(file: Path, toy_images: Tensor, batch: int) -> None:
+    assert logits_of(file, toy_images[:batch].numpy()).shape == (batch, 5)
 
 
 # --- its form ---------------------------------------------------------------------------------------------------------
 
 
-def test_activations_are_clipped_as_integers(tmp_path: Path, teacher: Teacher) -> None:
-    export_onnx(student_of(teacher), tmp_path / "model.onnx")
-    model = onnx.load(tmp_path / "model.onnx")
+def test_activations_are_clipped_as_integers(file: Path) -> None:
+    model = onnx.load(file)
     values = {each.name: onnx.numpy_helper.to_array(each) for each in model.graph.initializer}
     clips = [node for node in model.graph.node if node.op_type == "Clip"]
     assert clips
@@ -175,10 +180,9 @@ def test_weights_take_the_bits_that_they_have(tmp_path: Path, bits: str, stored:
     assert np.array_equal(expanded, integers.numpy())
 
 
-def test_values_that_were_moved_about_stay_integers(tmp_path: Path, teacher: Teacher) -> None:
+def test_values_that_were_moved_about_stay_integers(file: Path, teacher: Teacher) -> None:
     """The classifier behind a Reshape is an integer kernel too."""
-    export_onnx(student_of(teacher), tmp_path / "model.onnx")
-    _, float_layers = onnx_runtime(tmp_path / "model.onnx", [layer.name for layer in teacher.layers])
+    _, float_layers = onnx_runtime(file, [layer.name for layer in teacher.layers])
     assert float_layers == []
 
 
@@ -193,10 +197,9 @@ def test_the_metadata_says_what_a_device_team_asks(tmp_path: Path, teacher: Teac
     assert QuantizationSettings.model_validate_json(metadata["qimera.quantization"]).weight_bits == 3
 
 
-def test_nothing_of_the_exporting_machine_is_in_the_file(tmp_path: Path, teacher: Teacher) -> None:
-    export_onnx(student_of(teacher), tmp_path / "model.onnx")
-    content = (tmp_path / "model.onnx").read_bytes()
-    for trace in (b"site-packages", b"pkg.torch", b"/home", str(tmp_path).encode()):
+def test_nothing_of_the_exporting_machine_is_in_the_file(file: Path) -> None:
+    content = file.read_bytes()
+    for trace in (b"site-packages", b"pkg.torch", b"/home", str(file.parent).encode()):
         assert trace not in content
 
 

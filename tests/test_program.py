@@ -51,7 +51,7 @@ def test_a_program_agrees_with_the_student(
     assert verification.num_bytes == (tmp_path / "model.pt2").stat().st_size
 
 
-@pytest.mark.parametrize("bits", ["w8a8", "w3a3"])
+@pytest.mark.parametrize("bits", ["w8a8", pytest.param("w3a3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_form_for_integer_kernels_changes_no_logits(name: str, bits: str) -> None:
     student = shared.student_of(name, bits)

@@ -105,7 +105,7 @@ def every_kind() -> Teacher:
     return Teacher.capture(model, SPEC)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 6))])
 def test_bytes_told_are_those_that_the_file_holds(every_kind: Teacher, bits: int) -> None:
     settings = QuantizationSettings(weight_bits=bits, activation_bits=8)
     student = Student(every_kind, settings)
