@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,13 +85,13 @@ CASES = (
 )
 
 
-def measure(network: str) -> None:
+def measure(network: str, names: Sequence[str]) -> None:
     """Write what becomes of each case of a network that has no result yet."""
     path = RESULTS / f"{network}.json"
     found = json.loads(path.read_text())["cases"] if path.exists() else {}
-    missing = [case for case in CASES if case.name not in found]
+    missing = [case for case in CASES if case.name in names and case.name not in found]
     if not missing:
-        print(f"{network}: all {len(CASES)} cases are in {path}; remove it to measure again")
+        print(f"{network}: all these cases are in {path}; remove it to measure again")
         return
     right, data = load_subject(network)
     images, labels = test_images(data, SUBJECTS[network], right)
@@ -152,11 +152,13 @@ def main() -> None:
     """Measure what has no result yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(SUBJECTS)}")
+    names = [case.name for case in CASES]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for name in options.networks or SUBJECTS:
-        measure(name)
+        measure(name, options.cases)
 
 
 if __name__ == "__main__":
