@@ -1,9 +1,15 @@
-"""A program: the training step of a small student, plain and compiled -> how far apart, and whether it is one graph.
+"""A program: steps of a small student and of a generator, plain and compiled -> how far apart, and what broke graphs.
 
+    python -m tests.compiled_step BACKEND
+
+with a backend of ``torch.compile``: inductor writes C++ and has it compiled, which takes half a minute; with
+aot_eager_decomp_partition the same graphs, traced, differentiated and split as for inductor, are run by PyTorch.
 A program of its own because the type checks of the test run cannot be compiled.
 """
 
 import json
+import sys
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,13 +20,34 @@ from qimera.distillation import Lesson
 from qimera.quantization.student import Student
 from qimera.settings import DistillationSettings, QuantizationSettings
 from qimera.teacher import Teacher
+from tests.device_steps import generator
 from tests.networks import NUM_CLASSES, SPEC, toy_pixels, trained_tiny_net
 
 
-def main() -> None:
-    """Print both losses, the relative distance between the gradients, and why a compiled step fell into parts."""
+def main(backend: str) -> None:
+    """Print what became of both."""
     torch.set_num_threads(1)
+    torch.compile = partial(torch.compile, backend=backend)
     teacher = Teacher.capture(trained_tiny_net(), SPEC)
+    found = {"student": student_step(teacher), "generator": generator_steps(teacher)}
+    print(json.dumps(found))  # noqa: T201
+
+
+def compiled_graphs() -> dict[str, object]:
+    """Return how many graphs were compiled since the counters were cleared, and what broke them into parts."""
+    return {"graphs": counters["stats"]["unique_graphs"], "breaks": list(counters["graph_break"])}
+
+
+def generator_steps(teacher: Teacher) -> dict[str, object]:
+    """Return the losses of a generator in every step, and why a compiled step fell into parts."""
+    counters.clear()
+    losses = {"plain": generator(teacher, "never"), "compiled": generator(teacher, "always")}
+    return {"losses": losses, **compiled_graphs()}
+
+
+def student_step(teacher: Teacher) -> dict[str, object]:
+    """Return both losses, the relative distance between the gradients, and why a compiled step fell into parts."""
+    counters.clear()
     plain, gradients = loss_and_gradients(teacher, "never")
     fused, fused_gradients = loss_and_gradients(teacher, "always")
     distances = {}
@@ -30,8 +57,7 @@ def main() -> None:
             for found in (gradients, fused_gradients)
         )
         distances[kind] = float((one - other).norm() / one.norm())
-    breaks = list(counters["graph_break"])
-    print(json.dumps({"plain": plain, "fused": fused, "distances": distances, "breaks": breaks}))  # noqa: T201
+    return {"plain": plain, "fused": fused, "distances": distances, **compiled_graphs()}
 
 
 def loss_and_gradients(teacher: Teacher, mode: Compile) -> tuple[float, dict[str, Tensor]]:
@@ -47,4 +73,4 @@ def loss_and_gradients(teacher: Teacher, mode: Compile) -> tuple[float, dict[str
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -1,4 +1,5 @@
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -15,16 +16,24 @@ from tests.program_result import result_of
 CPU = torch.device("cpu")
 
 
-def test_a_compiled_step_is_one_graph_with_the_losses_and_gradients_of_the_plain_one() -> None:
-    found = result_of("tests.compiled_step")
+@pytest.fixture(scope="module", params=["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
+def steps(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What became of compiled steps, with and without C++."""
+    return result_of("tests.compiled_step", request.param)
+
+
+def test_a_compiled_step_is_one_graph_with_the_losses_and_gradients_of_the_plain_one(steps: dict[str, Any]) -> None:
+    found = steps["student"]
+    assert found["graphs"] == 2  # that of the teacher, and the losses
     assert found["breaks"] == []  # a step in parts is compiled anew every time, and slower than one that is not
     assert found["fused"] == pytest.approx(found["plain"], rel=1e-4)  # sums in another order
     # Another order of summation moves some value over the edge between two levels.
     assert max(found["distances"].values()) < 0.05
 
 
-def test_a_compiled_generator_learns_as_the_plain_one() -> None:
-    found = result_of("tests.device_steps", "cpu", "generator", "plain", "compiled")
+def test_a_compiled_generator_learns_as_the_plain_one(steps: dict[str, Any]) -> None:
+    found = steps["generator"]
+    assert found["graphs"] == 1
     assert found["breaks"] == []
     assert found["losses"]["compiled"] == pytest.approx(found["losses"]["plain"], rel=0.02)
     assert found["losses"]["plain"][-1] < 0.6 * found["losses"]["plain"][0]
