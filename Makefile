@@ -14,13 +14,13 @@ demo: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py
 
 # A process for each core, of one thread each; a file's tests stay together, for they share what is slow to make.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 10
 
 test: check
 	$(PYTEST)
 
 test-all: check
-	$(PYTEST) -m "not gpu" --timeout 3600
+	$(PYTEST) -m "not gpu" --timeout 3600 --hypothesis-profile thorough
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

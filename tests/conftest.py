@@ -28,8 +28,9 @@ torch.set_num_threads(1)
 torch.compiler.set_stance("force_eager")
 
 # No deadline: the first example of a test pays for whatever PyTorch loads.
-hypothesis.settings.register_profile("qimera", deadline=None, max_examples=30)
-hypothesis.settings.load_profile("qimera")
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=8)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=100)  # that of `make test-all`
+hypothesis.settings.load_profile("quick")
 
 # After an export the runtime is timed for half a second, which tells a user something and a test nothing.
 comparison._TIMED_MILLISECONDS = 10.0

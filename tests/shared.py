@@ -4,6 +4,7 @@
 """
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from functools import cache
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qimera.bits import parse_bits
+from qimera.input_spec import InputSpec
 from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
@@ -18,6 +20,8 @@ from qimera.teacher import Teacher
 from tests.networks import SPEC, random_network
 
 _kept: dict[str, tuple[Mapping[str, Tensor], dict[str, Tensor]]] = {}
+
+_fitted: dict[tuple[str, InputSpec, bytes, QuantizationSettings], Student] = {}
 
 
 def keep(name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -58,14 +62,18 @@ def noise(count: int = 16) -> Tensor:
 
 
 def student_of(name: str, bits: str = "w4a4", scheme: str = "hardware") -> Student:
-    """Return a student of one of ``NETWORKS``, its ranges fitted to ``noise``: a copy, which a test may change."""
-    return copy.deepcopy(_student_of(name, bits, scheme))
-
-
-@cache
-def _student_of(name: str, bits: str, scheme: str) -> Student:
+    """Return a student of one of ``NETWORKS``, its ranges fitted to ``noise``."""
     weight_bits, activation_bits = parse_bits(bits)
     settings = QuantizationSettings(weight_bits=weight_bits, activation_bits=activation_bits, scheme=scheme)
-    student = Student(teacher_of(name), settings)
-    student.initialize_ranges_([noise()])
-    return student
+    return fitted(teacher_of(name), noise(), settings)
+
+
+def fitted(teacher: Teacher, images: Tensor, settings: QuantizationSettings) -> Student:
+    """Return a student whose ranges are fitted to these images: a copy, which a test may change."""
+    seen = hashlib.sha256(images.contiguous().numpy().tobytes()).digest()
+    key = teacher.hash, teacher.input_spec, seen, settings
+    if key not in _fitted:
+        student = Student(teacher, settings)
+        student.initialize_ranges_([images])
+        _fitted[key] = student
+    return copy.deepcopy(_fitted[key])

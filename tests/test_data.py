@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -56,7 +56,6 @@ def test_gray_images_may_leave_out_the_channel_axis(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_labelled_images(str(path), GRAY, 4).images[:], images[..., None])
 
 
-@settings(max_examples=30, deadline=None)
 @given(num_images=st.integers(1, 20), batch_size=st.integers(1, 25))
 def test_batches_hold_every_image_once_and_in_order(num_images: int, batch_size: int) -> None:
     data = LabelledImages(pixels(num_images, 8, 10, 3), np.arange(num_images, dtype=np.int64))
@@ -117,7 +116,6 @@ def test_arrays_that_do_not_fit_are_refused_with_the_reason(tmp_path: Path, case
     assert str(path) in str(caught.value)
 
 
-@settings(max_examples=40, deadline=None)
 @given(share=st.floats(0, 0.999))
 def test_a_truncated_archive_is_refused(tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
     path = write_npz(tmp_path_factory.mktemp("npz"), images=pixels(2, 8, 10, 3), labels=LABELS)
@@ -320,7 +318,6 @@ def test_another_size_is_resized_to_cover_and_cropped_to_the_centre(tmp_path: Pa
     assert (covered[:, :, 1:-1] == 200).all()
 
 
-@settings(max_examples=40, deadline=None)
 @given(height=st.integers(1, 60), width=st.integers(1, 60))
 def test_every_size_is_brought_to_the_shape_without_a_border(
     tmp_path_factory: pytest.TempPathFactory, height: int, width: int

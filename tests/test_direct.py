@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -101,7 +101,6 @@ def test_the_rate_falls_along_a_cosine(teacher: Teacher) -> None:
 # --- what holds whatever the settings ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=15)
 @given(
     num_steps=st.integers(1, 3),
     learning_rate=st.sampled_from([0.01, 1.0, 10.0]),
@@ -179,7 +178,6 @@ def test_a_diverging_image_stops_with_the_name_of_the_term(teacher: Teacher) -> 
 # --- the noise that images start from ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=20)
 @given(
     channels=st.integers(1, 4),
     height=st.integers(8, 40),

@@ -19,7 +19,7 @@ from qimera.settings import DistillationSettings, QuantizationSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.synthesizer import SynthesizerTraining
 from qimera.teacher import Teacher
-from tests import reference
+from tests import reference, shared
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -32,9 +32,8 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def student_of(teacher: Teacher, bank: SampleBank, bits: int = 3, scheme: str = "hardware") -> Student:
-    student = Student(teacher, QuantizationSettings(weight_bits=bits, activation_bits=bits, scheme=scheme))
-    student.initialize_ranges_([bank.take(slice(None)).images])
-    return student
+    settings = QuantizationSettings(weight_bits=bits, activation_bits=bits, scheme=scheme)
+    return shared.fitted(teacher, bank.take(slice(None)).images, settings)
 
 
 def distilled(teacher: Teacher, bank: SampleBank, seed: int = 0, bits: int = 3, **settings: object) -> Student:

@@ -21,6 +21,7 @@ from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
+from tests import shared
 from tests.networks import SPEC, TinyNet
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -32,9 +33,8 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def student_of(teacher: Teacher, bank: SampleBank, bits: int = 3) -> Student:
-    student = Student(teacher, QuantizationSettings(weight_bits=bits, activation_bits=bits))
-    student.initialize_ranges_([bank.take(slice(bank.num_training)).images])
-    return student
+    settings = QuantizationSettings(weight_bits=bits, activation_bits=bits)
+    return shared.fitted(teacher, bank.take(slice(bank.num_training)).images, settings)
 
 
 class Answering(Student):

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -56,7 +56,6 @@ def counted(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
     return 100 * hits / len(labels)
 
 
-@settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), num_classes=st.integers(6, 12), batch_size=st.integers(1, 40))
 def test_shares_are_what_counting_image_by_image_gives(seed: int, num_classes: int, batch_size: int) -> None:
     rng = np.random.default_rng(seed)

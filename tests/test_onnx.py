@@ -26,9 +26,7 @@ from tests.networks import NETWORKS, SPEC, Head, toy_pixels
 def student_of(teacher: Teacher, bits: str = "w4a4", scheme: str = "hardware") -> Student:
     weight_bits, activation_bits = parse_bits(bits)
     settings = QuantizationSettings(weight_bits=weight_bits, activation_bits=activation_bits, scheme=scheme)
-    student = Student(teacher, settings)
-    student.initialize_ranges_([torch.randn(32, *SPEC.shape, generator=torch.Generator().manual_seed(0))])
-    return student
+    return shared.fitted(teacher, shared.noise(32), settings)
 
 
 def logits_of(path: Path, inputs: np.ndarray, **options: object) -> np.ndarray:

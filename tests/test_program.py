@@ -24,9 +24,7 @@ MNIST = EMBEDDED_MODELS["mnist_cnn"].input_spec
 def student_of(teacher: Teacher, bits: str = "w4a4", scheme: str = "hardware") -> Student:
     weight_bits, activation_bits = parse_bits(bits)
     settings = QuantizationSettings(weight_bits=weight_bits, activation_bits=activation_bits, scheme=scheme)
-    student = Student(teacher, settings)
-    student.initialize_ranges_([torch.randn(32, *SPEC.shape, generator=torch.Generator().manual_seed(0))])
-    return student
+    return shared.fitted(teacher, shared.noise(32), settings)
 
 
 def share_of_equal_classes(a: Tensor, b: Tensor) -> float:

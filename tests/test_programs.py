@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim
@@ -84,7 +84,6 @@ def test_a_missing_program_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path / "absent.pt2"))
 
 
-@settings(max_examples=25, deadline=None)
 @given(share=st.floats(0, 0.999))
 def test_a_truncated_program_is_refused(archive: Path, tmp_path_factory: pytest.TempPathFactory, share: float) -> None:
     path = tmp_path_factory.mktemp("truncated") / "tiny.pt2"

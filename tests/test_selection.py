@@ -12,12 +12,12 @@ from qimera.selection import BestState, choose
 from qimera.settings import DistillationSettings, QuantizationSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
+from tests import shared
 
 
 def student_of(teacher: Teacher, bank: SampleBank, bits: int = 3) -> Student:
-    student = Student(teacher, QuantizationSettings(weight_bits=bits, activation_bits=bits))
-    student.initialize_ranges_([bank.take(slice(bank.num_training)).images])
-    return student
+    settings = QuantizationSettings(weight_bits=bits, activation_bits=bits)
+    return shared.fitted(teacher, bank.take(slice(bank.num_training)).images, settings)
 
 
 def state(student: Student) -> dict[str, torch.Tensor]:

@@ -33,9 +33,7 @@ def student_of(
     teacher: Teacher, images: Tensor, bits: str = "w4a4", scheme: str = "hardware", layer_bits: str = ""
 ) -> Student:
     """Return a student with ranges fitted to the images."""
-    student = Student(teacher, settings_of(bits, scheme, layer_bits))
-    student.initialize_ranges_([images])
-    return student
+    return shared.fitted(teacher, images, settings_of(bits, scheme, layer_bits))
 
 
 def disturb_(student: Student) -> None:
