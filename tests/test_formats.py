@@ -14,7 +14,7 @@ from qimera.synthesis import formats
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.formats import Format, write_bank
 from qimera.teacher import Teacher
-from tests.command_line import qimera, said
+from tests.command_line import INPUT, SMALL, qimera, said
 from tests.networks import NUM_CLASSES
 
 
@@ -73,16 +73,16 @@ def test_a_failure_leaves_nothing(tmp_path: Path, bank: SampleBank, monkeypatch:
 
 
 def test_the_command_writes_a_bank_made_earlier(tmp_path: Path) -> None:
-    arguments = ("synthesize", "mnist_cnn", "--recipe", "ptq")
+    arguments = ("synthesize", SMALL, *INPUT, "--recipe", "ptq")
     done = qimera(*arguments, "--output", tmp_path / "bank")
     assert done.exit_code == 0, done.stderr
     again = ("--bank", tmp_path / "bank", "--format", "npz", "--output", tmp_path / "bank.npz")
     refused = qimera(*arguments, "--seed", "1", *again)
     assert refused.exit_code == 2
     assert "--bank: its samples are made already, so leave out --recipe, --seed" in said(refused)
-    done = qimera("synthesize", "mnist_cnn", *again)
+    done = qimera("synthesize", SMALL, *INPUT, *again)
     assert done.exit_code == 0, done.stderr
-    assert "bank.npz: 128 synthetic samples and 128 held out of mnist_cnn" in done.stdout
+    assert f"bank.npz: 128 synthetic samples and 128 held out of {SMALL}" in done.stdout
     assert sorted(each.name for each in tmp_path.iterdir()) == ["bank", "bank.npz"]
     assert "exists already" in said(qimera(*arguments, "--output", tmp_path / "bank"))
 
