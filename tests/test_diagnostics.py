@@ -15,15 +15,15 @@ from qimera.teacher import Teacher
 RIGHT = EMBEDDED_MODELS["mnist_cnn"].input_spec
 
 
-def digits(spec: InputSpec = RIGHT) -> tuple[SampleBank, Teacher]:
+def digits(spec: InputSpec, count: int) -> tuple[SampleBank, Teacher]:
     teacher = Teacher.capture(load_model("mnist_cnn"), spec)
-    direct = DirectSettings(num_steps=40, batch_size=64, precision="float32")
-    return synthesize(teacher, settings=SynthesisSettings(num_optimized=64, direct=direct)), teacher
+    direct = DirectSettings(num_steps=40, batch_size=count, precision="float32")
+    return synthesize(teacher, settings=SynthesisSettings(num_optimized=count, direct=direct)), teacher
 
 
 @pytest.fixture(scope="module")
 def good() -> tuple[SampleBank, Teacher]:
-    return digits()
+    return digits(RIGHT, 64)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_a_good_bank_has_no_warnings(diagnosis: Diagnosis) -> None:
 )
 def test_wrong_mean_and_std_are_detected(mean: float, std: float, pixel_range: tuple[float, float]) -> None:
     wrong = InputSpec(shape=RIGHT.shape, mean=(mean,), std=(std,), pixel_range=pixel_range)
-    warnings = diagnose(*digits(wrong)).warnings
+    warnings = diagnose(*digits(wrong, 32)).warnings
     assert any("a wrong mean, std or pixel range is the commonest reason" in warning for warning in warnings)
 
 
