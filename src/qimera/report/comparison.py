@@ -66,7 +66,7 @@ def comparison_table(runs: Sequence[RunDirectory], width: int) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     for name in shown:
         if name in _LEFT:
-            table.add_column(name, overflow="fold")
+            table.add_column(name, overflow="fold", min_width=len(name))
         else:
             table.add_column(name, justify="right", no_wrap=True)
     for cells in rows:
@@ -78,6 +78,9 @@ def comparison_table(runs: Sequence[RunDirectory], width: int) -> Table:
 _LEFT = ("run", "bits", "recipe")
 _DISPENSABLE = ("time", "agree (%)", "seed", "size")
 """Columns that narrow terminals do without, the first ones first."""
+
+_BETWEEN = 3
+"""Characters between two columns."""
 
 _RUN_WIDTH, _LEFT_WIDTH = 24, 10
 """Characters to which a column at the left may be folded."""
@@ -107,7 +110,7 @@ def _that_fit(rows: Sequence[dict[str, str]], width: int) -> list[str]:
         needed[name] = min(needed[name], _RUN_WIDTH if name == "run" else _LEFT_WIDTH)
     shown = list(needed)
     for name in _DISPENSABLE:
-        if sum(needed[each] + 2 for each in shown) <= width:
+        if sum(needed[each] + _BETWEEN for each in shown) <= width:
             break
         shown.remove(name)
     return shown
