@@ -271,7 +271,7 @@ def test_every_stage_reports_up_to_its_total(teacher: Teacher) -> None:
         steps = [each.step for each in found]
         assert steps == sorted(steps), stage
         assert found[-1].step == found[-1].total, stage
-    assert set(by_stage["generator"][0].metrics) == {"generator_ce", "generator_bns"}
+    assert set(by_stage["generator"][0].metrics) == {"generator_ce", "generator_bns", "generator_tv"}
     assert set(by_stage["direct"][1].metrics) == {"direct_ce", "direct_bns", "direct_tv"}
 
 

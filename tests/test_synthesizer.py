@@ -10,6 +10,7 @@ from qimera.errors import DivergenceError
 from qimera.quantization.student import Student
 from qimera.seeds import Place, generator_for
 from qimera.settings import GeneratorSettings, LabelSettings, QuantizationSettings, SynthesisSettings
+from qimera.synthesis.augmentation import shift_batch
 from qimera.synthesis.losses import bns_loss
 from qimera.synthesis.synthesizer import Draw, Synthesizer, SynthesizerTraining, check_finite
 from qimera.teacher import Teacher
@@ -165,16 +166,21 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("ce_weight", "bns_weight"), [(1.0, 0.1), (1.0, 0.0), (0.0, 1.0)])
 @pytest.mark.parametrize("relative", [False, True])
-def test_a_step_follows_the_gradient_of_cross_entropy_plus_bns(
-    teacher: Teacher, ce_weight: float, bns_weight: float, relative: bool
+@pytest.mark.parametrize(("tv_weight", "max_shift"), [(0.0, 0), (0.5, 0), (0.5, 2)])
+def test_a_step_follows_the_gradient_of_cross_entropy_bns_and_smoothness(
+    teacher: Teacher, ce_weight: float, bns_weight: float, relative: bool, tv_weight: float, max_shift: int
 ) -> None:
     """The loss is written out again here, on a copy of the generator with the same draw."""
-    settings = settings_of(ce_weight=ce_weight, bns_weight=bns_weight, relative_bns=relative)
+    settings = settings_of(
+        ce_weight=ce_weight, bns_weight=bns_weight, relative_bns=relative, tv_weight=tv_weight, max_shift=max_shift
+    )
     synthesizer = Synthesizer(teacher, settings, seeded(0))
     twin = copy.deepcopy(synthesizer)
     SynthesizerTraining(synthesizer, teacher, settings, 1).step()
 
-    images, soft_label = twin(twin.draw(16, generator_for(1, Place.TRAINING_ALONE, 0, 0)))
+    random = generator_for(1, Place.TRAINING_ALONE, 0, 0)
+    images, soft_label = twin(twin.draw(16, random))
+    images = shift_batch(images, max_shift, random)
     logits, entering = teacher.forward_with_taps(images)
     loss = -ce_weight * (soft_label * logits.log_softmax(1)).sum(1).mean()
     for x, recorded in zip(entering, teacher.batch_norms, strict=True):
@@ -184,6 +190,8 @@ def test_a_step_follows_the_gradient_of_cross_entropy_plus_bns(
             gap = (mean - recorded.mean).square() + (var.sqrt() - recorded.var.sqrt()).square()
             gap = gap / (var + recorded.var)
         loss = loss + bns_weight * gap.mean() / len(entering)
+    neighbours = [(images[:, :, 1:], images[:, :, :-1]), (images[..., 1:], images[..., :-1])]
+    loss = loss + tv_weight * sum((one - two).abs().mean() for one, two in neighbours)
     loss.backward()
     for (name, mine), theirs in zip(synthesizer.named_parameters(), twin.parameters(), strict=True):
         assert mine.grad is not None

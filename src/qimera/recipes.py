@@ -141,6 +141,9 @@ def _published_synthesis(large: bool, labels: LabelSettings, generator: Generato
         "ce_weight": 1.0,
         "bns_weight": 0.1,
         "relative_bns": False,
+        "sum_of_scales": False,
+        "tv_weight": 0.0,
+        "max_shift": 0,
         "milestones": (100 * _EPOCH, 200 * _EPOCH, 300 * _EPOCH),
     }
     return SynthesisSettings(

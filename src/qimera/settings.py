@@ -60,12 +60,23 @@ class GeneratorSettings(Settings):
     """Doublings of the resolution behind the linear layer; 0: as many as leave 4 to 7 pixels there. The authors make 2
     (deviation D32)."""
 
+    sum_of_scales: bool = True
+    """Let every resolution add an image of its own, as in directly optimised images; off, the last one alone makes the
+    image, as in the authors' code (deviation D33)."""
+
     conditional_norm_from: int = Field(200, ge=2)
     """Number of classes from which the generator's batch norms are conditioned on the class (deviation D26)."""
 
     ce_weight: float = Field(0.05, ge=0)
     bns_weight: float = Field(5.0, ge=0)
     """Weight of the batch-normalization statistics loss, averaged over layers."""
+
+    tv_weight: float = Field(0.05, ge=0)
+    """Weight of the mean absolute difference between neighbouring pixels; the authors have none (deviation D33)."""
+
+    max_shift: int = Field(2, ge=0)
+    """Largest random shift of the batch before the teacher sees it, in pixels; the authors shift nothing (deviation
+    D33)."""
 
     relative_bns: bool = True
     """Divide statistics by their variances, so that every channel counts alike (deviation D7)."""

@@ -13,6 +13,7 @@ from qimera.checkpoint import Checkpoint, State
 from qimera.settings import DirectSettings
 from qimera.synthesis.augmentation import flip_at_random, shift_batch
 from qimera.synthesis.losses import bns_loss, soft_cross_entropy, total_variation
+from qimera.synthesis.pixels import enlarged, within_limits
 from qimera.synthesis.synthesizer import check_finite
 from qimera.teacher import Teacher
 
@@ -152,13 +153,7 @@ def _scales(start: Tensor, num_scales: int) -> list[Tensor]:
 
 
 def _compose(scales: list[Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """Return the images that the scales add up to, within the valid range.
-
-    The gradient passes through the limits, so that a pixel beyond them can come back.
-    """
-    images = scales[0]
-    for coarse in scales[1:]:
-        images = images + F.interpolate(coarse, size=images.shape[2:], mode="bilinear")
-    valid = torch.minimum(torch.maximum(images.detach(), low), high)
-    # images - images.detach() is exactly 0; a difference added to the images themselves would round beyond the limits
-    return (valid + (images - images.detach())).contiguous(memory_format=torch.channels_last)
+    """Return the images that the scales add up to, within the valid range."""
+    size = (scales[0].shape[2], scales[0].shape[3])
+    images = sum((enlarged(coarse, size) for coarse in scales[1:]), scales[0])
+    return within_limits(images, low, high).contiguous(memory_format=torch.channels_last)

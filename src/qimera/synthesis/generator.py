@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from qimera.input_spec import InputSpec
 from qimera.settings import GeneratorSettings
+from qimera.synthesis.pixels import enlarged, within_limits
 
 _FEWEST_CHANNELS = 8
 _FEWEST_PIXELS = 4
@@ -43,9 +44,9 @@ class Generator(nn.Module):
     """The generator of GDFQ and Qimera: a linear layer, then doublings of the resolution.
 
     They make two; with more of them the channels are halved once more at each, so that few are left where pixels are
-    many (deviation D32). Sizes that are no multiples are reached by upsampling to the exact size (deviation D22). The
-    last batch norm gives images the mean and variance of normalised ones; a tanh after it bends their extremes into the
-    valid pixel range (deviation D4).
+    many (deviation D32). Sizes that are no multiples are reached by upsampling to the exact size (deviation D22). Every
+    resolution adds an image of its own to the result (deviation D33). The last batch norm gives images the mean and
+    variance of normalised ones; pixels beyond black and white are clamped (deviation D4).
     """
 
     def __init__(self, latent_dim: int, input_spec: InputSpec, settings: GeneratorSettings, num_classes: int) -> None:
@@ -65,15 +66,18 @@ class Generator(nn.Module):
 
         self.first_norm, self.norms = norm(first), nn.ModuleList(norm(width) for width in widths[1:])
         self.last_norm = nn.BatchNorm2d(channels, affine=False)
-        self.register_buffer("centre", (input_spec.low + input_spec.high) / 2)
-        self.register_buffer("radius", (input_spec.high - input_spec.low) / 2)
+        coarse = widths[:-1] if settings.sum_of_scales else []
+        self.to_pixels = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in coarse)
+        self.register_buffer("low", input_spec.low)
+        self.register_buffer("high", input_spec.high)
         # Pixels that training did not normalise have another mean and spread: the middle and a quarter of their range.
-        usual = (input_spec.low < 0) & (input_spec.high > 0) & (self.radius < 8)
-        self.register_buffer("mean", torch.where(usual, 0.0, self.centre), persistent=False)
-        self.register_buffer("std", torch.where(usual, 1.0, self.radius / 2), persistent=False)
+        centre, radius = (self.low + self.high) / 2, (self.high - self.low) / 2
+        usual = (self.low < 0) & (self.high > 0) & (radius < 8)
+        self.register_buffer("mean", torch.where(usual, 0.0, centre), persistent=False)
+        self.register_buffer("std", torch.where(usual, 1.0, radius / 2), persistent=False)
 
-    centre: Tensor
-    radius: Tensor
+    low: Tensor
+    high: Tensor
     mean: Tensor
     std: Tensor
 
@@ -82,10 +86,13 @@ class Generator(nn.Module):
     ) -> Float[Tensor, "batch channel height width"]:
         """Return one normalised image per latent."""
         x = self.first_norm(self.linear(latent).view(-1, self.base_channels, *self.sizes[0]), soft_label)
-        for size, conv, norm in zip(self.sizes[1:], self.convs, self.norms, strict=True):
+        coarse = []
+        for level, (size, conv, norm) in enumerate(zip(self.sizes[1:], self.convs, self.norms, strict=True)):
+            if self.to_pixels:
+                coarse.append(self.to_pixels[level](x))
             x = F.leaky_relu(norm(conv(F.interpolate(x, size=size)), soft_label), 0.2)
-        normalised = self.mean + self.std * self.last_norm(self.last_conv(x))
-        return self.centre + self.radius * torch.tanh((normalised - self.centre) / self.radius)
+        images = sum((enlarged(each, self.sizes[-1]) for each in coarse), self.last_conv(x))
+        return within_limits(self.mean + self.std * self.last_norm(images), self.low, self.high)
 
 
 def _doublings(side: int) -> int:

@@ -15,9 +15,10 @@ from qimera.errors import DivergenceError
 from qimera.progress import is_reported
 from qimera.seeds import Place, generator_for
 from qimera.settings import SynthesisSettings
+from qimera.synthesis.augmentation import shift_batch
 from qimera.synthesis.embeddings import ClassEmbedding, DisentanglementMapping
 from qimera.synthesis.generator import Generator
-from qimera.synthesis.losses import bns_loss, soft_cross_entropy
+from qimera.synthesis.losses import bns_loss, soft_cross_entropy, total_variation
 from qimera.synthesis.superposition import draw_mixtures, soft_labels, superpose, take_turns
 from qimera.teacher import Teacher
 
@@ -89,15 +90,17 @@ class SynthesizerTraining:
         self._last_step = num_steps or self.settings.num_steps
         num_pixels = self.settings.batch_size * math.prod(teacher.input_spec.shape[1:])
         self.is_compiled = is_compiled(self.settings.compile, self._last_step, num_pixels, teacher.device)
+        self._make = compiled(synthesizer, self.is_compiled, teacher.device)
         self._judge = compiled(self._losses, self.is_compiled, teacher.device)
         self.optimizer = torch.optim.Adam(synthesizer.parameters(), self.settings.learning_rate, betas=(0.5, 0.999))
         self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, list(self.settings.milestones), 0.1)
         self.num_steps = 0
 
     def step(self) -> dict[str, Tensor]:
-        """Train on one fresh batch: L_G = CE(soft label) + weight * BNS (Choi et al. 2021, after GDFQ).
+        """Train on one fresh batch: L_G = CE(soft label) + weight * BNS (Choi et al. 2021, after GDFQ), and smoothness.
 
-        With a student and ``adversarial_weight``, samples are also sought on which it differs from the teacher.
+        The batch is shifted at random before the teacher sees it (deviation D33). With a student and
+        ``adversarial_weight``, samples are also sought on which it differs from the teacher.
         Each of several processes draws its share of the batch.
 
         Returns:
@@ -111,7 +114,10 @@ class SynthesizerTraining:
         place = Place.TRAINING_ALONE if self.student is None else Place.TRAINING_BESIDE_STUDENT
         generator = generator_for(self.seed, place, self.num_steps, rank())
         num_samples = -(-self.settings.batch_size // world_size())
-        loss, losses = self._judge(self.synthesizer.draw(num_samples, generator))
+        images, soft_label = self._make(self.synthesizer.draw(num_samples, generator))
+        max_shift = self.settings.max_shift
+        seen = shift_batch(images, max_shift, generator) if max_shift else images
+        loss, losses = self._judge(seen.contiguous(memory_format=torch.channels_last), soft_label)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=list(self.synthesizer.parameters()))  # the student's own gradients are not touched
         average_gradients_(self.synthesizer.parameters())
@@ -120,18 +126,24 @@ class SynthesizerTraining:
         self.num_steps += 1
         return check_finite(losses, self.num_steps, self._last_step)
 
-    def _losses(self, drawn: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, images: Tensor, soft_label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of all terms, and each of them without its weight or gradient."""
-        images, soft_label = self.synthesizer(drawn)
-        logits, entering = self.teacher.forward_with_taps(images.contiguous(memory_format=torch.channels_last))
-        ce = soft_cross_entropy(logits, soft_label)
-        bns = bns_loss(entering, self.teacher.batch_norms, relative=self.settings.relative_bns)
-        terms = {"generator_ce": ce, "generator_bns": bns}
-        total = self.settings.ce_weight * ce + self.settings.bns_weight * bns
-        if self.student is not None and self.settings.adversarial_weight:
-            terms["generator_gap"] = F.l1_loss(self.student(images), logits)
-            total = total - self.settings.adversarial_weight * terms["generator_gap"]
-        return total, {name: term.detach() for name, term in terms.items()}
+        settings = self.settings
+        logits, entering = self.teacher.forward_with_taps(images)
+        terms = {
+            "generator_ce": (settings.ce_weight, soft_cross_entropy(logits, soft_label)),
+            "generator_bns": (
+                settings.bns_weight,
+                bns_loss(entering, self.teacher.batch_norms, relative=settings.relative_bns),
+            ),
+        }
+        if settings.tv_weight:
+            terms["generator_tv"] = (settings.tv_weight, total_variation(images))
+        if self.student is not None and settings.adversarial_weight:
+            gap = F.l1_loss(self.student(images), logits)
+            terms["generator_gap"] = (-settings.adversarial_weight, gap)
+        total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
+        return total, {name: loss.detach() for name, (_, loss) in terms.items()}
 
     def state_dict(self) -> State:
         """Return what ``load_state_dict`` needs to go on."""
