@@ -81,7 +81,9 @@ GOOD_DIGITS = SynthesisSettings(
 @pytest.fixture(scope="session")
 def digits_teacher() -> Teacher:
     """The teacher of the embedded classifier of digits."""
-    return Teacher.capture(load_model("mnist_cnn"), EMBEDDED_MODELS["mnist_cnn"].input_spec)
+    teacher = Teacher.capture(load_model("mnist_cnn"), EMBEDDED_MODELS["mnist_cnn"].input_spec)
+    keep("digits_teacher", tensors_of(teacher))
+    return teacher
 
 
 @pytest.fixture(scope="session")

@@ -141,7 +141,13 @@ def test_a_network_multiplies_as_much_as_pytorch_counts() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
-@pytest.mark.parametrize(("name", "size"), [("resnet18", 64), ("mobilenetv3_small_050", 64), ("test_vit", 160)])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("test_resnet", 64), ("test_efficientnet", 64), ("test_vit", 160)),
+        *(pytest.param(name, 64, marks=pytest.mark.slow) for name in ("resnet18", "mobilenetv3_small_050")),
+    ],
+)
 def test_an_architecture_multiplies_as_much_as_pytorch_counts(name: str, size: int) -> None:
     assert_counts_as_pytorch(build("timm", name, None), size)
 
