@@ -5,6 +5,8 @@
 
 A run that is interrupted continues when the same command is given again, on any device. ``--folder`` holds all of it:
 results/NAME.json of finished runs, and states/NAME of the one that was begun, below 60 MB together.
+
+The folder has no __init__.py: with one it would hide the standard library's queue from the programs beside it.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from measurement import device_name, keep
 from zoo import load_subject
@@ -34,7 +36,7 @@ from qimera.run_directory import RunDirectory
 from qimera.run_settings import RunSettings
 from qimera.settings import LabelSettings
 
-FOLDER = Path(__file__).parent / ".queue"
+FOLDER = Path(__file__).parents[1] / ".queue"
 _SECONDS_TO_SAVE = 20.0
 """Kept back at the end: the last step is finished and saved, and a finished student scored."""
 
