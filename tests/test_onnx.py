@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
 from qimera.export.onnx import export_onnx
 from qimera.export.onnx_model import onnx_model
 from qimera.export.verification import onnx_runtime
+from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.student import Student
 from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
@@ -133,7 +135,10 @@ def test_relu6_and_relu_are_left_to_the_integer_grids(tmp_path: Path, teacher: T
 
 @pytest.mark.parametrize("limit", [0.5, 6.0, 100.0])
 @pytest.mark.parametrize("bits", ["w8a8", "w4a3"])
-def test_a_clip_inside_or_outside_of_the_grid_is_absorbed_exactly(tmp_path: Path, limit: float, bits: str) -> None:
+@pytest.mark.parametrize("growth", [1.0, 1.8])
+def test_a_clip_inside_or_outside_of_the_grid_is_absorbed_exactly(
+    tmp_path: Path, limit: float, bits: str, growth: float
+) -> None:
     class Clipped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -143,6 +148,9 @@ def test_a_clip_inside_or_outside_of_the_grid_is_absorbed_exactly(tmp_path: Path
             return self.head(F.hardtanh(self.bn(self.conv(x)), -limit / 2, limit))
 
     student = student_of(Teacher.capture(Clipped(), SPEC), bits)
+    for quantizer in student.module.modules():
+        if isinstance(quantizer, LearnedStepFakeQuantize) and quantizer.log_scale.numel() == 1:
+            quantizer.log_scale.data += math.log(growth)  # as training does: the grid reaches beyond the clip
     export_onnx(student, tmp_path / "model.onnx")
     images = 3 * torch.randn(32, *SPEC.shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
