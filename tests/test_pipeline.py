@@ -334,6 +334,12 @@ def test_wrong_arguments_are_refused(
         quantize(teacher, bank, settings=SHORT, **arguments)
 
 
+def test_a_start_that_the_scheme_of_the_paper_has_not_is_refused(teacher: Teacher, bank: SampleBank) -> None:
+    settings = DistillationSettings(num_steps=0, start="compensated")
+    with pytest.raises(ConfigError, match="start: compensated integers are for scheme hardware, given scheme paper"):
+        quantize(teacher, bank, scheme="paper", settings=settings)
+
+
 def test_bits_for_a_layer_that_is_not_there_are_refused_with_the_nearest_name(
     teacher: Teacher, bank: SampleBank
 ) -> None:

@@ -12,7 +12,7 @@ from qimera.progress import Progress, silent
 from qimera.run import carry_out, check_run, load_student
 from qimera.run_directory import RunDirectory
 from qimera.run_settings import RunSettings
-from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
+from qimera.settings import DirectSettings, DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
 from tests.command_line import tiny_settings
@@ -50,6 +50,14 @@ def test_of_several_recipes_the_student_with_the_lowest_estimated_drop_is_kept(
     other = finished(tmp_path / "other", digits_teacher, with_bank(digits_bank, distillation=BAD))
     drops = [estimate_drop(load_student(run)[0], digits_teacher, bank).drop for run in (both, other)]
     assert drops[0] < drops[1]
+
+
+def test_a_start_that_the_scheme_has_not_is_refused_before_anything_is_made(digits_teacher: Teacher) -> None:
+    settings = tiny_settings(
+        "mnist_cnn", quantization=QuantizationSettings(scheme="paper"), alternatives=(GOOD,), recipe="fast,ptq"
+    )
+    with pytest.raises(ConfigError, match="start: compensated integers are for scheme hardware"):
+        check_run(settings, digits_teacher, None)
 
 
 def test_a_choice_that_was_interrupted_comes_to_the_same_student(tmp_path: Path, small_teacher: Teacher) -> None:

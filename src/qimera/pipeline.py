@@ -22,7 +22,7 @@ from qimera.quantization.equalization import restore_limits_
 from qimera.quantization.student import Student
 from qimera.recipes import recipe
 from qimera.seeds import Place, check_seed, generator_for
-from qimera.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
+from qimera.settings import DistillationSettings, QuantizationSettings, SynthesisSettings, check_start
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.parts import Part, Report, make_part, parts_of
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining, are_read
@@ -135,6 +135,7 @@ def quantize_with(
     """``quantize`` with every setting spelled out."""
     check_bank(bank, teacher)
     seed = check_seed(seed)
+    check_start(quantization, distillation)
     check_layer_bits(quantization.layer_bits, [layer.name for layer in teacher.layers])
     if bank.settings.generator.adversarial_weight and not distillation.generator_steps_per_step:
         raise ConfigError("adversarial_weight: works against a student; set generator_steps_per_step to 1 or more")
@@ -156,7 +157,7 @@ def quantize_with(
     with exact_convolutions(worker.device):
         if saved := kept.load():  # the training reads the rest
             restore_limits_(student.reference, saved["reference"])
-        elif quantization.scheme == "hardware" and distillation.start == "compensated":
+        elif distillation.start == "compensated":
             told = partial(_tell_layers, progress)
             student.initialize_layers_(next(images), generator, equalize=distillation.equalize, report=told)
         else:

@@ -22,6 +22,7 @@ from qimera.quantization.student import Student
 from qimera.run_directory import ALLOCATION, BANK, STUDENT, RunDirectory
 from qimera.run_settings import RunSettings
 from qimera.selection import choose
+from qimera.settings import check_start
 from qimera.summary import Summary
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher import Teacher
@@ -31,12 +32,14 @@ def check_run(settings: RunSettings, teacher: Teacher, bank: SampleBank | None) 
     """Refuse what would stop the run only after its directory was made.
 
     Raises:
-        ConfigError: bits for a layer that is not there, a budget out of reach, fresh samples or training of a generator
-            without one, or a choice without held-out samples.
+        ConfigError: bits for a layer that is not there, a budget out of reach, a start that the scheme has not, fresh
+            samples or training of a generator without one, or a choice without held-out samples.
     """
     check_layer_bits(settings.quantization.layer_bits, [layer.name for layer in teacher.layers])
     check_budget(teacher, settings.quantization)
     ways = (settings.distillation, *settings.alternatives)
+    for way in ways:
+        check_start(settings.quantization, way)
     fresh_share = max(way.fresh_share for way in ways)
     steps = max(way.generator_steps_per_step for way in ways)
     if steps and not fresh_share and not _has_generator(settings, bank):

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from qimera.acceleration import Compile, Precision
+from qimera.errors import ConfigError
 from qimera.validated import Settings
 
 
@@ -323,3 +324,16 @@ class DistillationSettings(Settings):
         if self.weight_decay and self.optimizer == "adam":
             raise ValueError("weight_decay is for optimizer sgd, given optimizer adam; leave one out")
         return self
+
+
+def check_start(quantization: QuantizationSettings, distillation: DistillationSettings) -> None:
+    """Refuse a first student that the scheme does not have.
+
+    Raises:
+        ConfigError: integers that make up for errors of rounding, which min-max ranges have not.
+    """
+    if quantization.scheme == "paper" and distillation.start == "compensated":
+        raise ConfigError(
+            "start: compensated integers are for scheme hardware, given scheme paper; choose a recipe that trains, "
+            "such as paper, set start to nearest, or leave scheme out"
+        )
