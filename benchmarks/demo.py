@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qimera import (
-    DistillationSettings,
+    DirectSettings,
     GeneratorSettings,
     LabelledImages,
     LabelSettings,
@@ -47,7 +47,7 @@ NUM_STEPS = {4: 200, 2: 800}
 """Training steps by bits; the fewer bits, the more there is to mend."""
 
 _GENERATOR = GeneratorSettings(num_steps=150, base_channels=32, learning_rate=3e-3)
-_WITHOUT = _GENERATOR.model_copy(update={"extracted_embeddings": False, "disentanglement_mapping": False})
+_WITHOUT = _GENERATOR.replace(extracted_embeddings=False, disentanglement_mapping=False)
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,14 @@ ROWS = (
         ),
     ),
     Row(
-        "Qimera, generator",
-        synthetic_bank(SynthesisSettings(num_generated=NUM_SAMPLES, num_optimized=0, generator=_GENERATOR)),
+        "Qimera, recipe qimera",
+        synthetic_bank(
+            SynthesisSettings(
+                num_optimized=NUM_SAMPLES,
+                generator=_GENERATOR,
+                direct=DirectSettings(num_steps=20, start="generator"),
+            )
+        ),
     ),
     Row("Qimera, recipe fast", synthetic_bank(SynthesisSettings(num_optimized=NUM_SAMPLES))),
 )
@@ -133,9 +139,7 @@ def _measure(
 ) -> tuple[Student, str, str, str, str, str]:
     settings = QuantizationSettings(weight_bits=bits, activation_bits=bits)
     training = recipe("fast", teacher.input_spec, teacher.num_classes).distillation
-    training = DistillationSettings.model_validate(
-        {**training.model_dump(), "num_steps": NUM_STEPS[bits] if row.trains else 0}
-    )
+    training = training.replace(num_steps=NUM_STEPS[bits] if row.trains else 0)
     start = time.perf_counter()
     student = quantize_with(teacher, bank, settings, training, seed=seed, progress=progress)
     seconds = bank_seconds + time.perf_counter() - start

@@ -25,7 +25,7 @@ def test_every_recipe_has_settings_for_every_data_set(name: str, spec: InputSpec
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="no recipe called 'quick'; there are ptq, fast, best, paper, gdfq"):
+    with pytest.raises(ConfigError, match="no recipe called 'quick'; there are ptq, fast, best, qimera, paper, gdfq"):
         recipe("quick", CIFAR, 10)
 
 
@@ -53,6 +53,21 @@ def test_the_paper_recipe_has_the_published_settings(
     assert (student.momentum, student.temperature, student.ce_weight) == (0.9, 20, 1)
     assert (student.fresh_share, student.generator_steps_per_step) == (1, 1)
     assert (student.feature_weight, student.blend_probability, student.max_shift, student.flip) == (0, 0, 0, False)
+
+
+@pytest.mark.parametrize(("spec", "num_classes"), SETTINGS)
+def test_qimera_refines_superposed_samples_of_the_whole_generator_and_trains_as_fast_does(
+    spec: InputSpec, num_classes: int
+) -> None:
+    made = recipe("qimera", spec, num_classes)
+    assert made.synthesis.num_optimized
+    assert made.synthesis.direct.start == "generator"
+    assert made.synthesis.labels == LabelSettings()
+    generator = made.synthesis.generator
+    assert generator.disentanglement_mapping
+    assert generator.extracted_embeddings
+    assert generator.num_steps
+    assert made.distillation == recipe("fast", spec, num_classes).distillation
 
 
 @pytest.mark.parametrize("num_classes", [10, 100, 1000])
