@@ -31,12 +31,12 @@ from qimera import (
     recipe,
     synthesize,
 )
-from qimera.bits import parse_bits
-from qimera.console import ProgressDisplay
-from qimera.estimation import estimate_on_held_out
+from qimera.assessment.estimation import estimate_on_held_out
+from qimera.cli.console import ProgressDisplay
+from qimera.config.bits import parse_bits
+from qimera.config.settings import SynthesisSettings
+from qimera.machine.progress import ProgressCallback
 from qimera.pipeline import quantize_with
-from qimera.progress import ProgressCallback
-from qimera.settings import SynthesisSettings
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ import matplotlib.pyplot as plt
 import torch
 
 from qimera import InputSpec, SampleBank, SynthesisSettings, Teacher
-from qimera.models import EMBEDDED_MODELS, load_model
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.superposition import soft_labels
+from qimera.teacher.sources import EMBEDDED_MODELS, load_model
 
 PAIRS = ((3, 8), (4, 9), (1, 7), (0, 6), (2, 5))
 SHARES = (0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0)

@@ -36,12 +36,12 @@ from qimera import (
     quantize,
     synthesize,
 )
-from qimera.folding import fold_batch_norms
-from qimera.graph import batch_norms
-from qimera.models import load_model
-from qimera.outputs import choose_logits
+from qimera.graph.folding import fold_batch_norms
+from qimera.graph.nodes import batch_norms
 from qimera.quantization import rounding
 from qimera.synthesis.direct import noise_images
+from qimera.teacher.logits import choose_logits
+from qimera.teacher.sources import load_model
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"

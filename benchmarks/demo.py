@@ -32,13 +32,13 @@ from qimera import (
     export_onnx,
     synthesize,
 )
-from qimera.console import ProgressDisplay
-from qimera.models import EMBEDDED_MODELS, load_model
+from qimera.cli.console import ProgressDisplay
+from qimera.config.recipes import recipe
+from qimera.machine.progress import ProgressCallback
 from qimera.pipeline import quantize_with
-from qimera.progress import ProgressCallback
-from qimera.recipes import recipe
-from qimera.sizes import float_bytes, packed_bytes
-from qimera.summary import readable_bytes
+from qimera.quantization.sizes import float_bytes, packed_bytes
+from qimera.report.summary import readable_bytes
+from qimera.teacher.sources import EMBEDDED_MODELS, load_model
 
 MODEL = "mnist_cnn"
 OUTPUT = Path("runs") / "demo"

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from zoo import load_model_of, load_subject
 
 from qimera import InputSpec, Teacher, recipe, synthesize
-from qimera.diagnostics import diagnose
-from qimera.estimation import estimate_on_held_out
+from qimera.assessment.diagnostics import diagnose
+from qimera.assessment.estimation import estimate_on_held_out
+from qimera.config.settings import QuantizationSettings
 from qimera.pipeline import quantize_with
-from qimera.settings import QuantizationSettings
 
 RESULTS = Path(__file__).parent / "results" / "doubts"
 SMALL, LARGE = {"num_optimized": 128, "num_held_out": 128}, {"num_optimized": 32, "num_held_out": 32}

@@ -23,8 +23,8 @@ from torch import Tensor
 from zoo import load_subject
 
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Teacher, recipe, synthesize
-from qimera.bits import parse_bits
-from qimera.estimation import Calibration, distance, estimate_from, lifelike, standard_error, views_of
+from qimera.assessment.estimation import Calibration, distance, estimate_from, lifelike, standard_error, views_of
+from qimera.config.bits import parse_bits
 from qimera.pipeline import quantize_with
 
 RESULTS = Path(__file__).parent / "results" / "estimation"

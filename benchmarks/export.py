@@ -26,7 +26,7 @@ from measurement import without_result
 from zoo import load_subject
 
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Student, Teacher, recipe, synthesize
-from qimera.bits import parse_bits
+from qimera.config.bits import parse_bits
 from qimera.export.comparison import compare
 from qimera.export.integer_graph import layers_in
 from qimera.export.onnx_model import onnx_model

@@ -16,9 +16,9 @@ from measurement import RESULTS, keep, prepare
 from torch import Tensor
 
 from qimera import LabelledImages, Teacher, recipe, synthesize
-from qimera.console import ProgressDisplay
-from qimera.diagnostics import features_of, margins_of
-from qimera.settings import SynthesisSettings
+from qimera.assessment.diagnostics import features_of, margins_of
+from qimera.cli.console import ProgressDisplay
+from qimera.config.settings import SynthesisSettings
 from qimera.synthesis.superposition import shows_one_class
 
 NUM_REAL = 2000

@@ -31,10 +31,10 @@ from torch.export import Dim
 from zoo import load_subject
 
 from qimera import InputSpec, QuantizationSettings, Teacher
-from qimera.bits import parse_bits
+from qimera.config.bits import parse_bits
 from qimera.export.onnx import export_onnx
 from qimera.export.onnx_model import OPSET
-from qimera.folding import fold_batch_norms
+from qimera.graph.folding import fold_batch_norms
 from qimera.quantization.student import Student
 from qimera.synthesis.direct import noise_images
 

@@ -20,10 +20,10 @@ from speed import MANY, drawn_bank, make_course, make_training
 from speed_tables import SPEED
 
 from qimera import Teacher, recipe
-from qimera.acceleration import Compile, find_device
-from qimera.distillation import Course
-from qimera.settings import DirectSettings
+from qimera.config.settings import DirectSettings
+from qimera.machine.acceleration import Compile, find_device
 from qimera.synthesis.direct import noise_images, optimize_images
+from qimera.training.distillation import Course
 
 Steps = Callable[[int], object]
 """Makes so many steps."""

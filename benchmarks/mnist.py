@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from qimera.data import LabelledImages
+from qimera.assessment.data import LabelledImages
 
 _HELD_OUT_EVERY = 5
 

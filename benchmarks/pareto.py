@@ -29,9 +29,9 @@ from qimera import (
     quantize,
     recipe,
 )
-from qimera.bits import parse_bits
-from qimera.budget import Budget, layer_choices
-from qimera.console import ProgressDisplay
+from qimera.cli.console import ProgressDisplay
+from qimera.config.bits import parse_bits
+from qimera.mixed_precision.budget import Budget, layer_choices
 
 PARETO = RESULTS / "pareto"
 

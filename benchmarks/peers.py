@@ -20,17 +20,17 @@ from accuracy import noise_bank
 from measurement import RESULTS, keep, prepare, without_result
 
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Teacher, evaluate, recipe, synthesize
-from qimera.bits import parse_bits
-from qimera.console import ProgressDisplay
-from qimera.pipeline import quantize_with
-from qimera.progress import ProgressCallback
-from qimera.settings import (
+from qimera.cli.console import ProgressDisplay
+from qimera.config.bits import parse_bits
+from qimera.config.settings import (
     DirectSettings,
     DistillationSettings,
     GeneratorSettings,
     LabelSettings,
     SynthesisSettings,
 )
+from qimera.machine.progress import ProgressCallback
+from qimera.pipeline import quantize_with
 
 NUM_SAMPLES = 1024
 PLAIN_LABELS = LabelSettings(superposition=False)

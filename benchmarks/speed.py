@@ -32,15 +32,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from qimera import QuantizationSettings, SampleBank, Student, Teacher, evaluate, recipe, synthesize
-from qimera.acceleration import Compile, autocast
-from qimera.bits import parse_bits
-from qimera.distillation import Course
-from qimera.graph import WEIGHTED
+from qimera.config.bits import parse_bits
+from qimera.config.settings import DistillationSettings, SynthesisSettings
+from qimera.graph.nodes import WEIGHTED
+from qimera.machine.acceleration import Compile, autocast
+from qimera.machine.seeds import Place, generator_for
 from qimera.pipeline import quantize_with
-from qimera.seeds import Place, generator_for
-from qimera.settings import DistillationSettings, SynthesisSettings
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
+from qimera.training.distillation import Course
 
 PAPER_STEPS = 80_000
 """Of 200 samples: 400 epochs of 200 steps (Choi et al. 2021)."""

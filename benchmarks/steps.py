@@ -17,11 +17,11 @@ from estimation import SUBJECTS, WORK, bank_of, logits_of, test_images
 from zoo import load_subject
 
 from qimera import QuantizationSettings, Student, recipe
-from qimera.bits import parse_bits
-from qimera.distillation import distill_
-from qimera.estimation import estimate_on_held_out
+from qimera.assessment.estimation import estimate_on_held_out
+from qimera.config.bits import parse_bits
+from qimera.machine.progress import Progress
 from qimera.pipeline import quantize_with
-from qimera.progress import Progress
+from qimera.training.distillation import distill_
 
 RESULTS = Path(__file__).parent / "results" / "steps"
 

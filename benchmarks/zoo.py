@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from qimera import InputSpec, LabelledImages, Teacher
-from qimera.models import EMBEDDED_MODELS, load_model
+from qimera.teacher.sources import EMBEDDED_MODELS, load_model
 
 FOLDER = Path(os.environ.get("QIMERA_ZOO", Path(__file__).resolve().parents[2] / "shared"))
 

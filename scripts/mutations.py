@@ -118,14 +118,14 @@ MUTATIONS = (
     ),
     Mutation(
         "resume: the optimizer starts anew",
-        "distillation.py",
+        "training/distillation.py",
         'self._optimizer.load_state_dict(state["optimizer"])',
         "pass",
         "test_distillation.py test_interruption.py",
     ),
     Mutation(
         "resume: random numbers start anew",
-        "distillation.py",
+        "training/distillation.py",
         'self.generator.set_state(state["generator"])',
         "pass",
         "test_distillation.py test_interruption.py",

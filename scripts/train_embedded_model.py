@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.mnist import load_mnist_split
-from qimera.data import LabelledImages
-from qimera.embedded import MnistCnn
-from qimera.models import EMBEDDED_MODELS
+from qimera.assessment.data import LabelledImages
+from qimera.teacher.embedded import MnistCnn
+from qimera.teacher.sources import EMBEDDED_MODELS
 
 SEED = 0
 BATCH_SIZE = 100
@@ -36,7 +36,7 @@ def main() -> None:
     """Train, report and save."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--epochs", type=int, default=40)
-    default_output = Path("src/qimera/weights") / EMBEDDED_MODELS["mnist_cnn"].weights_file
+    default_output = Path("src/qimera/teacher/weights") / EMBEDDED_MODELS["mnist_cnn"].weights_file
     arguments.add_argument("--output", type=Path, default=default_output)
     options = arguments.parse_args()
 

@@ -9,7 +9,12 @@ from pathlib import Path
 import qimera
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
-OTHER_MODULES = ("qimera.calibration", "qimera.models", "qimera.synthesis.formats", "qimera.report.run")
+OTHER_MODULES = (
+    "qimera.export.calibration",
+    "qimera.teacher.sources",
+    "qimera.synthesis.formats",
+    "qimera.runs.reporting",
+)
 
 
 def main() -> None:

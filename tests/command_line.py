@@ -5,10 +5,10 @@ from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
-from qimera.cli import app
-from qimera.input_spec import InputSpec
-from qimera.run_settings import RunSettings
-from qimera.settings import (
+from qimera.cli.app import app
+from qimera.config.input_spec import InputSpec
+from qimera.config.run_settings import RunSettings
+from qimera.config.settings import (
     DirectSettings,
     DistillationSettings,
     QuantizationSettings,

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from qimera.acceleration import Compile, compiled
-from qimera.distillation import Lesson
+from qimera.config.settings import DistillationSettings, QuantizationSettings
+from qimera.machine.acceleration import Compile, compiled
 from qimera.quantization.student import Student
-from qimera.settings import DistillationSettings, QuantizationSettings
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
+from qimera.training.distillation import Lesson
 from tests.device_steps import generator
 from tests.networks import NUM_CLASSES, SPEC, toy_pixels, trained_tiny_net
 

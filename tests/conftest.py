@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from qimera.config.settings import DirectSettings, GeneratorSettings, SynthesisSettings
 from qimera.export import comparison
-from qimera.models import EMBEDDED_MODELS, load_model
 from qimera.pipeline import synthesize
-from qimera.settings import DirectSettings, GeneratorSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.sources import EMBEDDED_MODELS, load_model
+from qimera.teacher.teacher import Teacher
 from tests.command_line import SMALL, SMALL_INPUT
 from tests.networks import SPEC, TinyNet, toy_pixels, trained_tiny_net
 from tests.shared import changed, keep, tensors_of

@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from qimera.acceleration import Compile, find_device
-from qimera.distillation import Course
-from qimera.pipeline import synthesize
-from qimera.quantization.student import Student
-from qimera.seeds import Place, generator_for
-from qimera.settings import (
+from qimera.config.settings import (
     DirectSettings,
     DistillationSettings,
     GeneratorSettings,
     QuantizationSettings,
     SynthesisSettings,
 )
+from qimera.machine.acceleration import Compile, find_device
+from qimera.machine.seeds import Place, generator_for
+from qimera.pipeline import synthesize
+from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
+from qimera.training.distillation import Course
 from tests.networks import SPEC, trained_tiny_net
 
 NUM_STEPS = 12

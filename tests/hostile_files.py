@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from qimera.allocation import Allocation
-from qimera.checkpoint import Checkpoints
-from qimera.data import load_labelled_images
-from qimera.metrics import Metrics
+from qimera.assessment.data import load_labelled_images
+from qimera.config.run_settings import RunSettings
+from qimera.machine.checkpoint import Checkpoints
+from qimera.machine.metrics import Metrics
+from qimera.mixed_precision.allocation import Allocation
 from qimera.report.content import Measured, Report
-from qimera.run_settings import RunSettings
-from qimera.state_dicts import read_state_dict
-from qimera.summary import Summary
+from qimera.report.summary import Summary
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.state_dicts import read_state_dict
+from qimera.teacher.teacher import Teacher
 from tests.hostile_archives import CODE, SHAPE, Payload, Tiny, pickled
 from tests.hostile_reading import SPEC
 from tests.hostile_strings import STRANGE

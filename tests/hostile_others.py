@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from qimera.errors import QimeraError
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.audit import watched
 from tests.hostile_archives import Tiny
 from tests.hostile_files import Case, cases

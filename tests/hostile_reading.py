@@ -23,11 +23,11 @@ import sympy.sets.setexpr  # noqa: F401
 import torch
 from torch.fx import GraphModule
 
+from qimera.config.input_spec import InputSpec
 from qimera.errors import QimeraError
-from qimera.input_spec import InputSpec
-from qimera.operations import operation_name
-from qimera.programs import read_program
-from qimera.teacher import Teacher
+from qimera.graph.operations import operation_name
+from qimera.teacher.programs import read_program
+from qimera.teacher.teacher import Teacher
 from tests import hostile_archives, hostile_graphs, hostile_teachers, hostile_tensors
 from tests.audit import watched
 from tests.audit_sources import strange_code

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from qimera import checkpoint
-from qimera.models import load_model
-from qimera.progress import silent
-from qimera.run import carry_out
-from qimera.run_directory import RunDirectory
-from qimera.run_settings import RunSettings
-from qimera.settings import DirectSettings, DistillationSettings, GeneratorSettings, SynthesisSettings
-from qimera.teacher import Teacher
+from qimera.config.run_settings import RunSettings
+from qimera.config.settings import DirectSettings, DistillationSettings, GeneratorSettings, SynthesisSettings
+from qimera.machine import checkpoint
+from qimera.machine.progress import silent
+from qimera.runs.directory import RunDirectory
+from qimera.runs.execution import carry_out
+from qimera.teacher.sources import load_model
+from qimera.teacher.teacher import Teacher
 from tests.command_line import SMALL, tiny_settings
 
 SYNTHESIS = SynthesisSettings(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera.input_spec import InputSpec
+from qimera.config.input_spec import InputSpec
 
 NUM_CLASSES = 5
 SPEC = InputSpec(shape=(3, 16, 16), mean=(0.48, 0.45, 0.5), std=(0.25, 0.3, 0.2))

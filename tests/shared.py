@@ -11,12 +11,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qimera.bits import parse_bits
-from qimera.input_spec import InputSpec
+from qimera.config.bits import parse_bits
+from qimera.config.input_spec import InputSpec
+from qimera.config.settings import QuantizationSettings
 from qimera.quantization.student import Student
-from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, random_network
 
 _kept: dict[str, tuple[Mapping[str, Tensor], dict[str, Tensor]]] = {}

@@ -15,9 +15,9 @@ from collections.abc import Callable
 
 import torch
 
-from qimera.cli import app
-from qimera.models import load_model
-from qimera.teacher import Teacher
+from qimera.cli.app import app
+from qimera.teacher.sources import load_model
+from qimera.teacher.teacher import Teacher
 from tests.command_line import SMALL, tiny_settings
 
 NUM_PROCESSES = 2
@@ -47,7 +47,7 @@ def ended(children: list[int]) -> int:
 def load_what_a_run_needs() -> None:
     """Import what commands import, and capture a network, which is when PyTorch loads most of itself."""
     torch.set_num_threads(1)
-    for name in ("qimera.options", "qimera.report.run", "qimera.run"):
+    for name in ("qimera.cli.options", "qimera.runs.reporting", "qimera.runs.execution"):
         importlib.import_module(name)
     Teacher.capture(load_model(SMALL), tiny_settings().input)
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qimera.acceleration import Precision, autocast, compiled, has_fast_bfloat16, is_compiled, narrow_gradients_
-from qimera.distillation import Lesson
+from qimera.config.settings import DistillationSettings, QuantizationSettings
+from qimera.machine.acceleration import Precision, autocast, compiled, has_fast_bfloat16, is_compiled, narrow_gradients_
 from qimera.quantization.student import Student
-from qimera.settings import DistillationSettings, QuantizationSettings
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
+from qimera.training.distillation import Lesson
 from tests.program_result import result_of
 
 CPU = torch.device("cpu")

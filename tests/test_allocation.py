@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from qimera.allocation import Allocation, allocate_bits
-from qimera.bits import parse_layer_bits
+from qimera.config.bits import parse_layer_bits
+from qimera.config.input_spec import InputSpec
+from qimera.config.settings import DistillationSettings, LayerBits, QuantizationSettings, SynthesisSettings
 from qimera.errors import ConfigError
-from qimera.input_spec import InputSpec
+from qimera.mixed_precision.allocation import Allocation, allocate_bits
+from qimera.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
 from qimera.pipeline import quantize, quantize_with
-from qimera.sensitivity import Sensitivity, measure_sensitivity
-from qimera.settings import DistillationSettings, LayerBits, QuantizationSettings, SynthesisSettings
-from qimera.sizes import float_bytes, packed_bytes
+from qimera.quantization.sizes import float_bytes, packed_bytes
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 
 UNTRAINED = DistillationSettings(num_steps=0, start="compensated")
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qimera.config.settings import SynthesisSettings
 from qimera.errors import ConfigError
-from qimera.settings import SynthesisSettings
 from qimera.synthesis import bank as bank_module
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.networks import NUM_CLASSES, SPEC, TinyNet
 
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from qimera.allocation import allocate_bits
-from qimera.bits import parse_layer_bits
+from qimera.config.bits import parse_layer_bits
+from qimera.config.settings import DistillationSettings, QuantizationSettings
 from qimera.errors import ConfigError
-from qimera.models import EMBEDDED_MODELS
+from qimera.mixed_precision.allocation import allocate_bits
 from qimera.pipeline import quantize_with
 from qimera.quantization.student import Student
-from qimera.settings import DistillationSettings, QuantizationSettings
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.sources import EMBEDDED_MODELS
+from qimera.teacher.teacher import Teacher
 from tests.command_line import qimera, said, tiny_settings
 
 UNTRAINED = DistillationSettings(num_steps=0)

@@ -5,14 +5,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera.budget import Budget, bit_operations, check_budget, fixed_cost, layer_choices
+from qimera.cli.tables import teacher_facts
+from qimera.config.input_spec import InputSpec
+from qimera.config.settings import LayerBits, QuantizationSettings
 from qimera.errors import ConfigError
-from qimera.input_spec import InputSpec
+from qimera.mixed_precision.budget import Budget, bit_operations, check_budget, fixed_cost, layer_choices
+from qimera.quantization.sizes import float_bytes, packed_bytes, unquantized_bytes
 from qimera.quantization.student import Student
-from qimera.settings import LayerBits, QuantizationSettings
-from qimera.sizes import float_bytes, packed_bytes, unquantized_bytes
-from qimera.tables import teacher_facts
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS, SPEC
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from qimera.allocation import Allocation
-from qimera.input_spec import InputSpec
-from qimera.options import ModelOptions, RunOptions, read_settings
-from qimera.progress import Progress
-from qimera.run import carry_out, load_student
-from qimera.run_directory import RunDirectory
-from qimera.run_settings import RunSettings
-from qimera.settings import LayerBits, QuantizationSettings
-from qimera.sizes import float_bytes, packed_bytes, stored_layers
+from qimera.cli.options import ModelOptions, RunOptions, read_settings
+from qimera.config.input_spec import InputSpec
+from qimera.config.run_settings import RunSettings
+from qimera.config.settings import LayerBits, QuantizationSettings
+from qimera.machine.progress import Progress
+from qimera.mixed_precision.allocation import Allocation
+from qimera.quantization.sizes import float_bytes, packed_bytes, stored_layers
+from qimera.runs.directory import RunDirectory
+from qimera.runs.execution import carry_out, load_student
 from tests.command_line import qimera, said, tiny_settings
 
 MODEL = """

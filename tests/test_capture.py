@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.nn.utils import prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
+from qimera.config.settings import QuantizationSettings
 from qimera.errors import UnsupportedModelError
 from qimera.quantization.student import Student
-from qimera.settings import QuantizationSettings
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.networks import NUM_CLASSES, SPEC, Head, Lambda, TinyNet, calibrated
 
 
@@ -374,7 +374,7 @@ def test_the_first_value_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) 
             node.target = torch.ops.aten.sigmoid.default
         module.recompile()
 
-    monkeypatch.setattr("qimera.capture.simplify_", wrong)
+    monkeypatch.setattr("qimera.teacher.capture.simplify_", wrong)
     with pytest.raises(UnsupportedModelError, match="the first value that differs is tanh"):
         Teacher.capture(model, SPEC)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qimera import checkpoint
-from qimera.checkpoint import Checkpoint, Checkpoints
+from qimera.machine import checkpoint
+from qimera.machine.checkpoint import Checkpoint, Checkpoints
 
 
 @pytest.fixture

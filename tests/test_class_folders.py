@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qimera import libraries
-from qimera.class_folders import find_class_files
+from qimera.assessment.class_folders import find_class_files
 from qimera.errors import ConfigError
+from qimera.teacher import libraries
 
 
 def make_folders(root: Path, *names: str, image: str = "a.png") -> Path:

@@ -11,18 +11,18 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qimera.console import ProgressDisplay
+from qimera.cli.console import ProgressDisplay
+from qimera.cli.options import ModelOptions, RunOptions, read_settings
+from qimera.cli.tables import layer_table
+from qimera.config.input_spec import InputSpec
+from qimera.config.run_settings import RunSettings
 from qimera.errors import ConfigError
-from qimera.input_spec import InputSpec
-from qimera.models import load_model
-from qimera.options import ModelOptions, RunOptions, read_settings
-from qimera.progress import Progress
-from qimera.report.comparison import comparison_table
-from qimera.run import carry_out
-from qimera.run_directory import RunDirectory
-from qimera.run_settings import RunSettings
-from qimera.tables import layer_table
-from qimera.teacher import Teacher
+from qimera.machine.progress import Progress
+from qimera.runs.comparison import comparison_table
+from qimera.runs.directory import RunDirectory
+from qimera.runs.execution import carry_out
+from qimera.teacher.sources import load_model
+from qimera.teacher.teacher import Teacher
 from tests.command_line import INPUT, SMALL, qimera, said, tiny_settings, write_model_file
 
 FLOW = """
@@ -298,7 +298,7 @@ def test_the_time_left_is_that_of_the_steps_after_the_first(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = iter([0.0, 60.0, 66.0, 72.0])
-    monkeypatch.setattr("qimera.console.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("qimera.cli.console.time.monotonic", lambda: next(now))
     with ProgressDisplay() as display:
         for step in (0, 1, 3, 5):
             display(Progress("direct", step, 105))
@@ -307,7 +307,7 @@ def test_the_time_left_is_that_of_the_steps_after_the_first(
 
 
 def test_a_stage_that_comes_again_is_counted_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qimera.console.Console", lambda stderr: Console(file=io.StringIO(), force_terminal=True))
+    monkeypatch.setattr("qimera.cli.console.Console", lambda stderr: Console(file=io.StringIO(), force_terminal=True))
     with ProgressDisplay() as display:
         for total in (8000, 32000):
             for step in (0, total // 2, total):
@@ -322,7 +322,7 @@ def test_bar_count_and_time_left_are_shown_at_every_width_and_losses_where_there
 ) -> None:
     shown = io.StringIO()
     terminal = lambda stderr: Console(file=shown, force_terminal=True, width=width, color_system=None)  # noqa: E731
-    monkeypatch.setattr("qimera.console.Console", terminal)
+    monkeypatch.setattr("qimera.cli.console.Console", terminal)
     with ProgressDisplay() as display:
         display(Progress("distillation", 0, 32000, note="patience"))
         display(Progress("distillation", 12345, 32000, {"kl": 0.125, "features": 0.5}))

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qimera.costs import is_multiplying, multiply_adds, total_multiply_adds
-from qimera.input_spec import InputSpec
-from qimera.libraries import build
-from qimera.teacher import Teacher
+from qimera.config.input_spec import InputSpec
+from qimera.graph.costs import is_multiplying, multiply_adds, total_multiply_adds
+from qimera.teacher.libraries import build
+from qimera.teacher.teacher import Teacher
 
 
 class Applied(nn.Module):

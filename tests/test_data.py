@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from qimera.data import ImageFiles, LabelledImages, load_labelled_images
+from qimera.assessment.data import ImageFiles, LabelledImages, load_labelled_images
+from qimera.config.input_spec import InputSpec
 from qimera.errors import ConfigError
-from qimera.input_spec import InputSpec
 
 GRAY = InputSpec(shape=(1, 8, 10), mean=(0.5,), std=(0.5,))
 COLOUR = InputSpec(shape=(3, 8, 10), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

@@ -10,27 +10,27 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qimera import distillation as distillation_module
-from qimera import teacher as teacher_module
-from qimera.acceleration import find_device
-from qimera.distillation import Course, StepwiseAdam
-from qimera.errors import ConfigError
-from qimera.pipeline import quantize, synthesize
-from qimera.quantization.student import Student
-from qimera.seeds import Place, generator_for
-from qimera.settings import (
+from qimera.config.settings import (
     DirectSettings,
     DistillationSettings,
     GeneratorSettings,
     QuantizationSettings,
     SynthesisSettings,
 )
+from qimera.errors import ConfigError
+from qimera.machine.acceleration import find_device
+from qimera.machine.seeds import Place, generator_for
+from qimera.pipeline import quantize, synthesize
+from qimera.quantization.student import Student
 from qimera.synthesis import direct as direct_module
 from qimera.synthesis import synthesizer as synthesizer_module
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
-from qimera.teacher import Teacher
+from qimera.teacher import teacher as teacher_module
+from qimera.teacher.teacher import Teacher
+from qimera.training import distillation as distillation_module
+from qimera.training.distillation import Course, StepwiseAdam
 from tests.command_line import qimera, said
 from tests.networks import SPEC, TinyNet
 

@@ -3,14 +3,14 @@ import dataclasses
 import pytest
 import torch
 
-from qimera.diagnostics import Diagnosis, diagnose, margins_of
-from qimera.input_spec import InputSpec
-from qimera.models import EMBEDDED_MODELS, load_model
+from qimera.assessment.diagnostics import Diagnosis, diagnose, margins_of
+from qimera.config.input_spec import InputSpec
+from qimera.config.settings import DirectSettings, LabelSettings, SynthesisSettings
 from qimera.pipeline import synthesize
-from qimera.settings import DirectSettings, LabelSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.losses import bns_loss
-from qimera.teacher import Teacher
+from qimera.teacher.sources import EMBEDDED_MODELS, load_model
+from qimera.teacher.teacher import Teacher
 
 RIGHT = EMBEDDED_MODELS["mnist_cnn"].input_spec
 

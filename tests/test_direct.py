@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from qimera.config.settings import DirectSettings
 from qimera.errors import DivergenceError
-from qimera.settings import DirectSettings
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.losses import bns_loss, total_variation
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.networks import NUM_CLASSES, SPEC
 
 PLAIN = {"num_scales": 1, "max_shift": 0, "flip": False, "precision": "float32"}

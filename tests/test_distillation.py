@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from qimera.distillation import StepwiseAdam, distill_, feature_loss, kl_loss
+from qimera.config.settings import DistillationSettings, QuantizationSettings
 from qimera.errors import ConfigError, DivergenceError
-from qimera.folding import fold_batch_norms
-from qimera.graph import with_outputs
-from qimera.progress import Progress
+from qimera.graph.folding import fold_batch_norms
+from qimera.graph.nodes import with_outputs
+from qimera.machine.progress import Progress
 from qimera.quantization.student import Student, block_outputs
-from qimera.settings import DistillationSettings, QuantizationSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.synthesizer import SynthesizerTraining
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
+from qimera.training.distillation import StepwiseAdam, distill_, feature_loss, kl_loss
 from tests import reference, shared
 
 SEEDS = st.integers(0, 2**31 - 1)

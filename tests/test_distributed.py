@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qimera.run_directory import RunDirectory
-from qimera.run_settings import RunSettings
-from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
+from qimera.config.run_settings import RunSettings
+from qimera.config.settings import DirectSettings, DistillationSettings, SynthesisSettings
+from qimera.runs.directory import RunDirectory
 from tests.command_line import tiny_settings
 
 ROOT = Path(__file__).parent.parent

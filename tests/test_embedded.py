@@ -4,8 +4,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from benchmarks.mnist import MnistSplit, load_mnist_split
-from qimera.evaluation import evaluate
-from qimera.models import _WEIGHTS_FOLDER, EMBEDDED_MODELS, load_model
+from qimera.assessment.evaluation import evaluate
+from qimera.teacher.sources import _WEIGHTS_FOLDER, EMBEDDED_MODELS, load_model
 
 MEASURED_TOP1 = 98.9
 """Of the 1,000 held-out images, as scripts/train_embedded_model.py printed it."""

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from qimera.settings import GeneratorSettings
+from qimera.config.settings import GeneratorSettings
 from qimera.synthesis.embeddings import ClassEmbedding, DisentanglementMapping
 from tests import reference
 

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qimera.errors import ConfigError
-from qimera.estimation import (
+from qimera.assessment.estimation import (
     CALIBRATION,
     Calibration,
     distance,
@@ -17,10 +16,11 @@ from qimera.estimation import (
     lifelike,
     views_of,
 )
+from qimera.config.settings import QuantizationSettings
+from qimera.errors import ConfigError
 from qimera.quantization.student import Student
-from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import SPEC, TinyNet
 

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qimera.data import LabelledImages
+from qimera.assessment.data import LabelledImages
+from qimera.assessment.evaluation import Evaluation, evaluate, paired_interval
+from qimera.config.input_spec import InputSpec
 from qimera.errors import ConfigError, DivergenceError, UnsupportedModelError
-from qimera.evaluation import Evaluation, evaluate, paired_interval
-from qimera.input_spec import InputSpec
 
 SPEC = InputSpec(shape=(1, 8, 8), mean=(0.0,), std=(1.0,))
 

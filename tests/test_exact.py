@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qimera.config.input_spec import InputSpec
+from qimera.config.settings import QuantizationSettings
 from qimera.export.onnx_model import onnx_model
-from qimera.graph import WEIGHTED
-from qimera.input_spec import InputSpec
+from qimera.graph.nodes import WEIGHTED
 from qimera.quantization.exact import _ExactLayer, with_exact_sums
 from qimera.quantization.student import Student
-from qimera.settings import QuantizationSettings
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS, NUM_CLASSES
 

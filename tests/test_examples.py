@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qimera.config.settings import QuantizationSettings
 from qimera.export.onnx import export_onnx
 from qimera.quantization.student import Student
-from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, toy_pixels
 
 ROOT = Path(__file__).parents[1]

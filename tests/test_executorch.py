@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from qimera.bits import parse_bits
+from qimera.config.bits import parse_bits
+from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError, UnsupportedModelError
 from qimera.export import executorch
 from qimera.export.executorch import export_executorch
 from qimera.quantization.student import Student
-from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 
 
 def student_of(teacher: Teacher, bank: SampleBank, bits: str, scheme: str = "hardware") -> Student:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qimera.export.comparison import Comparison, compare
 from qimera.quantization.student import Student
-from qimera.run_directory import RunDirectory
+from qimera.runs.directory import RunDirectory
 from tests.command_line import qimera, said, tiny_settings
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qimera.files import replacing, sync_tree
+from qimera.machine.files import replacing, sync_tree
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.formats import write_bank
 

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from qimera.data import load_labelled_images
+from qimera.assessment.data import load_labelled_images
 from qimera.errors import ConfigError
 from qimera.synthesis import formats
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.formats import Format, write_bank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.command_line import INPUT, SMALL, qimera, said
 from tests.networks import NUM_CLASSES
 

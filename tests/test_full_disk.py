@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from qimera.progress import Progress, silent
-from qimera.run import carry_out, load_bank
-from qimera.run_directory import RunDirectory
-from qimera.run_settings import RunSettings
+from qimera.config.run_settings import RunSettings
+from qimera.machine.progress import Progress, silent
+from qimera.runs.directory import RunDirectory
+from qimera.runs.execution import carry_out, load_bank
 from qimera.synthesis.formats import write_bank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.command_line import qimera, said, tiny_settings
 from tests.killed_runs import PLAIN, result, settings
 

@@ -16,21 +16,21 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from qimera.allocation import Allocation
-from qimera.checkpoint import Checkpoints
-from qimera.data import load_labelled_images
+from qimera.assessment.data import load_labelled_images
+from qimera.config.run_settings import RunSettings
+from qimera.config.settings import DistillationSettings, QuantizationSettings
 from qimera.errors import QimeraError
-from qimera.metrics import Metrics
+from qimera.machine.checkpoint import Checkpoints
+from qimera.machine.metrics import Metrics
+from qimera.mixed_precision.allocation import Allocation
 from qimera.pipeline import quantize
 from qimera.quantization.student import Student
 from qimera.report.content import Measured, Report
-from qimera.run_directory import RunDirectory
-from qimera.run_settings import RunSettings
-from qimera.settings import DistillationSettings, QuantizationSettings
-from qimera.state_dicts import load_weights_
-from qimera.summary import Summary
+from qimera.report.summary import Summary
+from qimera.runs.directory import RunDirectory
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.state_dicts import load_weights_
+from qimera.teacher.teacher import Teacher
 from tests.command_line import tiny_settings
 from tests.networks import NUM_CLASSES, SPEC, TinyNet
 from tests.test_run_directory import summary

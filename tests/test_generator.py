@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from qimera.input_spec import InputSpec
-from qimera.settings import GeneratorSettings
+from qimera.config.input_spec import InputSpec
+from qimera.config.settings import GeneratorSettings
 from qimera.synthesis.generator import ClassConditionalBatchNorm, Generator
 from qimera.synthesis.superposition import soft_labels
 from tests import reference

@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from qimera.data import LabelledImages
-from qimera.distillation import Course
-from qimera.models import load_model
-from qimera.pipeline import quantize, synthesize
-from qimera.progress import silent
-from qimera.quantization.student import Student
-from qimera.run import carry_out, evaluate_run
-from qimera.run_directory import RunDirectory
-from qimera.settings import (
+from qimera.assessment.data import LabelledImages
+from qimera.config.settings import (
     DirectSettings,
     DistillationSettings,
     GeneratorSettings,
     QuantizationSettings,
     SynthesisSettings,
 )
-from qimera.teacher import Teacher
+from qimera.machine.progress import silent
+from qimera.pipeline import quantize, synthesize
+from qimera.quantization.student import Student
+from qimera.runs.directory import RunDirectory
+from qimera.runs.execution import carry_out, evaluate_run
+from qimera.teacher.sources import load_model
+from qimera.teacher.teacher import Teacher
+from qimera.training.distillation import Course
 from tests.command_line import tiny_settings
 from tests.networks import SPEC, trained_tiny_net
 from tests.program_result import result_of

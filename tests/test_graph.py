@@ -3,9 +3,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from qimera.folding import fold_batch_norms, unfold_batch_norms
-from qimera.graph import BATCH_NORM, WEIGHTED, aten, layer_name, logits_node, with_outputs
-from qimera.teacher import Teacher
+from qimera.graph.folding import fold_batch_norms, unfold_batch_norms
+from qimera.graph.nodes import BATCH_NORM, WEIGHTED, aten, layer_name, logits_node, with_outputs
+from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS, SPEC, random_network
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qimera.errors import ConfigError, UnsupportedModelError
-from qimera.graph_files import describe, load_graph, save_graph
-from qimera.shapes import propagate_shapes_
-from qimera.teacher import Teacher
+from qimera.graph.files import describe, load_graph, save_graph
+from qimera.graph.shapes import propagate_shapes_
+from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS, SPEC, Lambda
 

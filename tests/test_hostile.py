@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from qimera.libraries import _import
-from qimera.programs import read_program
-from qimera.run_directory import RunDirectory
-from qimera.teacher import Teacher
+from qimera.runs.directory import RunDirectory
+from qimera.teacher.libraries import _import
+from qimera.teacher.programs import read_program
+from qimera.teacher.teacher import Teacher
 from tests.audit_sources import strange_code
 from tests.command_line import qimera, said, tiny_settings
 from tests.networks import NETWORKS, SPEC, random_network

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera import checkpoint
+from qimera.config.settings import DirectSettings, DistillationSettings, SynthesisSettings
+from qimera.machine import checkpoint
+from qimera.machine.progress import Progress, silent
 from qimera.pipeline import quantize, synthesize
-from qimera.progress import Progress, silent
-from qimera.run import carry_out
-from qimera.run_directory import RunDirectory
-from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
+from qimera.runs.directory import RunDirectory
+from qimera.runs.execution import carry_out
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.command_line import tiny_settings
 from tests.killed_runs import BEST_STEP, PLAIN, SYNTHESIS, WAYS, result, settings
 from tests.networks import NUM_CLASSES, SPEC, Head

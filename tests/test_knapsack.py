@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qimera.knapsack import Option, choose
+from qimera.mixed_precision.knapsack import Option, choose
 
 OPTIONS = st.builds(Option, st.integers(0, 30), st.floats(0, 1e6, allow_nan=False))
 LAYERS = st.lists(st.lists(OPTIONS, min_size=1, max_size=5), min_size=1, max_size=5)

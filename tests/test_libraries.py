@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qimera import libraries
 from qimera.errors import ConfigError
-from qimera.models import known_input, load_model
+from qimera.teacher import libraries
+from qimera.teacher.sources import known_input, load_model
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed"),
@@ -65,7 +65,7 @@ def test_torchvisions_inceptions_change_their_input_as_torchvision_lets_them(
     # As torchvision builds it for its own weights, which fine-tuning starts from.
     saved = build(transform_input=True, aux_logits=auxiliary, num_classes=num_classes, init_weights=False).eval()
     torch.save(saved.state_dict(), tmp_path / "weights.pt")
-    with caplog.at_level(logging.INFO, logger="qimera.libraries"):
+    with caplog.at_level(logging.INFO, logger="qimera.teacher.libraries"):
         model = load_model(f"torchvision:{name}", tmp_path / "weights.pt")
     images = torch.randn(2, 3, 80, 80, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model(images), saved(images))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from qimera.synthesis.losses import bns_loss, channel_moments, safe_sqrt, soft_cross_entropy, total_variation
-from qimera.teacher import BatchNormTap
+from qimera.teacher.teacher import BatchNormTap
 from tests import reference
 
 SEEDS = st.integers(0, 2**31 - 1)

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from qimera.memory import draws_in_memory, images_in_memory, lessons_in_memory, written_bytes
-from qimera.pipeline import quantize, synthesize
-from qimera.quantization.student import Student
-from qimera.seeds import Place, generator_for
-from qimera.settings import (
+from qimera.config.settings import (
     DirectSettings,
     DistillationSettings,
     GeneratorSettings,
     QuantizationSettings,
     SynthesisSettings,
 )
+from qimera.machine.seeds import Place, generator_for
+from qimera.pipeline import quantize, synthesize
+from qimera.quantization.student import Student
 from qimera.synthesis.synthesizer import Synthesizer
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
+from qimera.training.memory import draws_in_memory, images_in_memory, lessons_in_memory, written_bytes
 from tests.networks import SPEC, TinyNet
 
 
@@ -102,7 +102,7 @@ MEASURED = """
 import os, re, sys, torch
 from pathlib import Path
 from qimera import InputSpec, Teacher, synthesize
-from qimera.settings import DirectSettings, SynthesisSettings
+from qimera.config.settings import DirectSettings, SynthesisSettings
 
 torch.set_num_threads(1)
 block = lambda i, o: [torch.nn.Conv2d(i, o, 3, padding=1), torch.nn.BatchNorm2d(o), torch.nn.ReLU()]

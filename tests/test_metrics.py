@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from qimera.errors import ConfigError
-from qimera.metrics import Metrics
-from qimera.progress import silent
+from qimera.machine.metrics import Metrics
+from qimera.machine.progress import silent
 
 LINE = '{"part": "bank", "stage": "direct", "step": 3, "total": 9, "seconds": 1.5}\n'
 

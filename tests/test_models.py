@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qimera.errors import ConfigError
-from qimera.models import EMBEDDED_MODELS, known_input, load_model
+from qimera.teacher.sources import EMBEDDED_MODELS, known_input, load_model
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -94,7 +94,7 @@ def test_a_files_network_takes_the_weights_of_a_file(tmp_path: Path) -> None:
 
 def test_without_weights_it_is_said_where_they_come_from(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_model_file(tmp_path, "def build():\n    return nn.ReLU()\n")
-    with caplog.at_level(logging.INFO, logger="qimera.models"):
+    with caplog.at_level(logging.INFO, logger="qimera.teacher.sources"):
         load_model(f"{path}:build")
     assert "no weights file given" in caplog.text
 

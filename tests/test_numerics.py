@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from qimera.config.settings import DirectSettings, DistillationSettings, SynthesisSettings
 from qimera.errors import QimeraError, UnsupportedModelError
 from qimera.pipeline import quantize, synthesize
-from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, TinyNet, toy_pixels
 
 SYNTHESIS = SynthesisSettings(num_optimized=16, direct=DirectSettings(num_steps=4, batch_size=16))

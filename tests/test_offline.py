@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qimera.settings import DirectSettings, SynthesisSettings
+from qimera.config.settings import DirectSettings, SynthesisSettings
 from tests.command_line import qimera, tiny_settings
 
 

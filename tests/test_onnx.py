@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera.bits import parse_bits
+from qimera.config.bits import parse_bits
+from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
 from qimera.export.onnx import export_onnx
 from qimera.export.onnx_model import onnx_model
 from qimera.export.verification import onnx_runtime
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.student import Student
-from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS, SPEC, Head, toy_pixels
 

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from qimera.options import ModelOptions, RunOptions, resolve
-from qimera.recipes import recipe
+from qimera.cli.options import ModelOptions, RunOptions, resolve
+from qimera.config.recipes import recipe
 from tests.command_line import INPUT, qimera, said, tiny_settings, write_model_file
 
 

@@ -30,11 +30,11 @@ def test_every_public_name_is_importable_and_documented() -> None:
 
 def test_importing_the_package_needs_the_core_libraries_alone() -> None:
     optional = "{'onnx', 'onnxruntime', 'openvino', 'timm', 'torchvision', 'matplotlib', 'mlxtend', 'huggingface_hub'}"
-    assert python(f"import sys, qimera, qimera.cli; print({optional} & sys.modules.keys())") == "set()\n"
+    assert python(f"import sys, qimera, qimera.cli.app; print({optional} & sys.modules.keys())") == "set()\n"
 
 
 def test_the_command_line_answers_help_without_loading_torch() -> None:
-    assert python("import sys, qimera.cli; print('torch' in sys.modules)") == "False\n"
+    assert python("import sys, qimera.cli.app; print('torch' in sys.modules)") == "False\n"
 
 
 def test_the_installed_command_says_its_version() -> None:
@@ -48,7 +48,7 @@ def test_the_installed_command_says_its_version() -> None:
 def test_the_package_carries_its_weights_and_its_type_marker() -> None:
     package = files("qimera")
     assert package.joinpath("py.typed").is_file()
-    weights = [each for each in package.joinpath("weights").iterdir() if each.name.endswith(".safetensors")]
+    weights = [each for each in package.joinpath("teacher", "weights").iterdir() if each.name.endswith(".safetensors")]
     assert weights
     for each in weights:
         assert 0 < len(each.read_bytes()) < 500_000

@@ -7,16 +7,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qimera.config.input_spec import InputSpec
+from qimera.config.recipes import recipe
+from qimera.config.settings import (
+    DirectSettings,
+    DistillationSettings,
+    GeneratorSettings,
+    LabelSettings,
+    SynthesisSettings,
+)
 from qimera.errors import ConfigError
-from qimera.input_spec import InputSpec
+from qimera.machine.progress import COMPILING, Progress
 from qimera.pipeline import quantize, synthesize
-from qimera.progress import COMPILING, Progress
 from qimera.quantization.student import Student
-from qimera.recipes import recipe
-from qimera.settings import DirectSettings, DistillationSettings, GeneratorSettings, LabelSettings, SynthesisSettings
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.parts import parts_of
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.networks import NUM_CLASSES, SPEC, TinyNet
 
 SHORT = DistillationSettings(num_steps=4, batch_size=16)

@@ -6,14 +6,14 @@ from torch import Tensor, nn
 from torch._inductor import config
 from torch.nn import functional as F
 
-from qimera.bits import parse_bits
+from qimera.config.bits import parse_bits
+from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
 from qimera.export.program import export_aotinductor, export_pt2, integer_program
-from qimera.models import EMBEDDED_MODELS, load_model
 from qimera.quantization.student import Student
-from qimera.settings import QuantizationSettings
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.sources import EMBEDDED_MODELS, load_model
+from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS, SPEC, Head
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from qimera.errors import ConfigError
-from qimera.models import known_input, load_model
-from qimera.programs import read_program
-from qimera.teacher import Teacher
+from qimera.teacher.programs import read_program
+from qimera.teacher.sources import known_input, load_model
+from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, TinyNet
 
 

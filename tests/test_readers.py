@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from qimera.errors import QimeraError
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.test_fuzz import originals, subjects
 
 __all__ = ["originals"]

@@ -10,10 +10,10 @@ from onnxruntime import InferenceSession
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from qimera.cli import app
+from qimera.cli.app import app
+from qimera.config.settings import DirectSettings, DistillationSettings, SynthesisSettings
 from qimera.export.comparison import Verification
 from qimera.quantization.student import Student
-from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

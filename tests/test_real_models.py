@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from benchmarks.zoo import FOLDER, load_subject, load_zoo
-from qimera.data import LabelledImages
-from qimera.evaluation import evaluate
-from qimera.folding import fold_batch_norms
+from qimera.assessment.data import LabelledImages
+from qimera.assessment.evaluation import evaluate
+from qimera.config.settings import DirectSettings, DistillationSettings, SynthesisSettings
+from qimera.graph.folding import fold_batch_norms
 from qimera.pipeline import quantize, synthesize
-from qimera.settings import DirectSettings, DistillationSettings, SynthesisSettings
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from qimera.distillation import kl_loss
+from qimera.config.input_spec import InputSpec
+from qimera.config.recipes import RECIPE_NAMES, recipe
+from qimera.config.settings import LabelSettings
 from qimera.errors import ConfigError
-from qimera.input_spec import InputSpec
 from qimera.pipeline import quantize, synthesize
-from qimera.recipes import RECIPE_NAMES, recipe
-from qimera.settings import LabelSettings
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
+from qimera.training.distillation import kl_loss
 from tests.networks import SPEC
 
 CIFAR = InputSpec(shape=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)

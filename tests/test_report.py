@@ -13,19 +13,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from qimera.models import EMBEDDED_MODELS, load_model
+from qimera.config.settings import DirectSettings, DistillationSettings, QuantizationSettings, SynthesisSettings
+from qimera.machine.progress import silent
 from qimera.pipeline import quantize, synthesize
-from qimera.progress import silent
 from qimera.quantization.student import Student
+from qimera.report.boundary import nearest_classes, walk_between
 from qimera.report.content import Report, collect, curves, features_in_plane
 from qimera.report.layers import layer_reports
-from qimera.report.run import report_run
-from qimera.report.walk import nearest_classes, walk_between
-from qimera.run import carry_out, load_bank, load_student
-from qimera.run_directory import RunDirectory
-from qimera.settings import DirectSettings, DistillationSettings, QuantizationSettings, SynthesisSettings
+from qimera.runs.directory import RunDirectory
+from qimera.runs.execution import carry_out, load_bank, load_student
+from qimera.runs.reporting import report_run
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.sources import EMBEDDED_MODELS, load_model
+from qimera.teacher.teacher import Teacher
 from tests.command_line import INPUT, SMALL_INPUT, qimera, said, tiny_settings, write_model_file
 from tests.networks import SPEC, Lambda
 

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from qimera.assessment.estimation import estimate_drop, estimate_on_held_out
+from qimera.config.run_settings import RunSettings
+from qimera.config.settings import DirectSettings, DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.errors import ConfigError
-from qimera.estimation import estimate_drop, estimate_on_held_out
-from qimera.models import EMBEDDED_MODELS
-from qimera.progress import Progress, silent
-from qimera.run import carry_out, check_run, load_student
-from qimera.run_directory import RunDirectory
-from qimera.run_settings import RunSettings
-from qimera.settings import DirectSettings, DistillationSettings, QuantizationSettings, SynthesisSettings
+from qimera.machine.progress import Progress, silent
+from qimera.runs.directory import RunDirectory
+from qimera.runs.execution import carry_out, check_run, load_student
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.sources import EMBEDDED_MODELS
+from qimera.teacher.teacher import Teacher
 from tests.command_line import tiny_settings
 
 GOOD = DistillationSettings(num_steps=0, start="compensated")

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from qimera.assessment.estimation import Estimate
+from qimera.config.input_spec import InputSpec
+from qimera.config.run_settings import RunSettings
+from qimera.config.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.errors import ConfigError
-from qimera.estimation import Estimate
-from qimera.files import replacing
-from qimera.input_spec import InputSpec
-from qimera.progress import Progress, silent
-from qimera.run_directory import RunDirectory, refuse_other_content
-from qimera.run_settings import RunSettings
-from qimera.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
-from qimera.summary import Summary, readable_bytes
+from qimera.machine.files import replacing
+from qimera.machine.progress import Progress, silent
+from qimera.report.summary import Summary, readable_bytes
+from qimera.runs.directory import RunDirectory, refuse_other_content
 
 SPEC = InputSpec(shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
 

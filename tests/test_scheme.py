@@ -4,13 +4,13 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
 
-from qimera.bits import parse_layer_bits
-from qimera.graph import CONVOLUTIONS, WEIGHTED, aten, layer_name
+from qimera.config.bits import parse_layer_bits
+from qimera.config.settings import QuantizationSettings
+from qimera.graph.nodes import CONVOLUTIONS, WEIGHTED, aten, layer_name
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
 from qimera.quantization.scheme import ADDITIONS, JOINS, MATRIX_PRODUCTS, POOLINGS, RELUS, before_moves, is_move
 from qimera.quantization.student import Student
-from qimera.settings import QuantizationSettings
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS, SPEC, Head, random_network
 

@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from qimera.allocation import allocate_bits
 from qimera.errors import ConfigError
+from qimera.machine.seeds import Place, check_seed, generator_for
+from qimera.mixed_precision.allocation import allocate_bits
+from qimera.mixed_precision.sensitivity import measure_sensitivity
 from qimera.pipeline import synthesize
-from qimera.seeds import Place, check_seed, generator_for
-from qimera.sensitivity import measure_sensitivity
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 
 
 def test_the_same_place_gives_the_same_numbers() -> None:

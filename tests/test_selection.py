@@ -3,15 +3,15 @@ import copy
 import pytest
 import torch
 
-from qimera.distillation import distill_
+from qimera.assessment.estimation import Estimate
+from qimera.assessment.selection import BestState, choose
+from qimera.config.settings import DistillationSettings, QuantizationSettings
 from qimera.errors import ConfigError
-from qimera.estimation import Estimate
-from qimera.progress import Progress
+from qimera.machine.progress import Progress
 from qimera.quantization.student import Student
-from qimera.selection import BestState, choose
-from qimera.settings import DistillationSettings, QuantizationSettings
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
+from qimera.training.distillation import distill_
 from tests import shared
 
 
@@ -81,7 +81,7 @@ def test_it_looks_every_so_many_steps_and_at_the_last(
         seen.append(now)
         return Estimate(1.0, 0.0, 2.0, 90.0, 8)
 
-    monkeypatch.setattr("qimera.selection.estimate_on_held_out", look)
+    monkeypatch.setattr("qimera.assessment.selection.estimate_on_held_out", look)
     best = BestState(student, teacher, split_bank, DistillationSettings(num_steps=5, select_every=every))
     for now in range(1, 6):
         best.consider(now)

@@ -3,14 +3,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera.distillation import kl_loss
-from qimera.folding import fold_batch_norms
-from qimera.graph import with_outputs
-from qimera.progress import Progress
-from qimera.sensitivity import Sensitivity, measure_sensitivity
-from qimera.settings import SynthesisSettings
+from qimera.config.settings import SynthesisSettings
+from qimera.graph.folding import fold_batch_norms
+from qimera.graph.nodes import with_outputs
+from qimera.machine.progress import Progress
+from qimera.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
+from qimera.training.distillation import kl_loss
 from tests import shared
 from tests.networks import SPEC
 
@@ -108,7 +108,7 @@ def test_an_error_that_the_next_layer_can_undo_costs_less(monkeypatch: pytest.Mo
     images = torch.randn(128, *SPEC.shape, generator=torch.Generator().manual_seed(0)).clamp(SPEC.low, SPEC.high)
     bank = SampleBank.from_images(images, torch.full((128, 4), 0.25), teacher, SynthesisSettings(), 0)
     undone = measure_sensitivity(teacher, bank, activations=False)
-    monkeypatch.setattr("qimera.sensitivity._NUM_FOLLOWERS", 0)
+    monkeypatch.setattr("qimera.mixed_precision.sensitivity._NUM_FOLLOWERS", 0)
     alone = measure_sensitivity(teacher, bank, activations=False)
     # Not all of it: the second layer stays near what it was (damping in rounding.py).
     assert max(undone.weights["first"]) < 0.75 * max(alone.weights["first"])

@@ -10,13 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from qimera import settings as module
-from qimera.bits import parse_bits, parse_layer_bits
-from qimera.errors import ConfigError
-from qimera.input_spec import InputSpec
-from qimera.report.layers import LayerReport
-from qimera.run_settings import RunSettings
-from qimera.settings import (
+from qimera.config import settings as module
+from qimera.config.bits import parse_bits, parse_layer_bits
+from qimera.config.input_spec import InputSpec
+from qimera.config.run_settings import RunSettings
+from qimera.config.settings import (
     DirectSettings,
     DistillationSettings,
     GeneratorSettings,
@@ -24,6 +22,8 @@ from qimera.settings import (
     QuantizationSettings,
     SynthesisSettings,
 )
+from qimera.errors import ConfigError
+from qimera.report.layers import LayerReport
 from tests.networks import SPEC
 
 # --- input ------------------------------------------------------------------------------------------------------------

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qimera.config.input_spec import InputSpec
+from qimera.config.settings import QuantizationSettings
 from qimera.export.onnx_model import onnx_model
-from qimera.input_spec import InputSpec
+from qimera.quantization.sizes import packed_bytes, stored_layers, unquantized_bytes
 from qimera.quantization.student import Student
-from qimera.settings import QuantizationSettings
-from qimera.sizes import packed_bytes, stored_layers, unquantized_bytes
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import SPEC, Head
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qimera.config.settings import QuantizationSettings
 from qimera.errors import UnsupportedModelError
-from qimera.graph import aten
+from qimera.graph.nodes import aten
 from qimera.quantization.student import Student
-from qimera.settings import QuantizationSettings
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, Head, Lambda, calibrated
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qimera.errors import ConfigError
-from qimera.state_dicts import load_weights_
+from qimera.teacher.state_dicts import load_weights_
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -86,7 +86,7 @@ def test_weights_are_found_in_every_usual_wrapping_and_it_is_said(
 ) -> None:
     saved, model = network(seed=1), network(seed=2)
     torch.save(WRAPPINGS[wrapping](saved.state_dict()), tmp_path / "weights.pt")
-    with caplog.at_level(logging.INFO, logger="qimera.state_dicts"):
+    with caplog.at_level(logging.INFO, logger="qimera.teacher.state_dicts"):
         load_weights_(model, tmp_path / "weights.pt")
     assert same_state(model, saved)
     assert (wrapping in caplog.text) == (wrapping != "plain")

@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from qimera.bits import parse_bits, parse_layer_bits
+from qimera.config.bits import parse_bits, parse_layer_bits
+from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError
-from qimera.folding import fold_batch_norms
-from qimera.graph import WEIGHTED, aten, with_outputs
+from qimera.graph.folding import fold_batch_norms
+from qimera.graph.nodes import WEIGHTED, aten, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
 from qimera.quantization.student import Student, block_outputs
-from qimera.settings import QuantizationSettings
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS
 

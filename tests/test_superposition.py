@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from qimera.settings import LabelSettings
+from qimera.config.settings import LabelSettings
 from qimera.synthesis.superposition import draw_mixtures, soft_labels, superpose, take_turns
 from tests import reference
 

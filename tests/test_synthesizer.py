@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qimera.config.settings import GeneratorSettings, LabelSettings, QuantizationSettings, SynthesisSettings
 from qimera.errors import DivergenceError
+from qimera.machine.seeds import Place, generator_for
 from qimera.quantization.student import Student
-from qimera.seeds import Place, generator_for
-from qimera.settings import GeneratorSettings, LabelSettings, QuantizationSettings, SynthesisSettings
 from qimera.synthesis.augmentation import shift_batch
 from qimera.synthesis.losses import bns_loss
 from qimera.synthesis.synthesizer import Draw, Synthesizer, SynthesizerTraining, check_finite
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests import reference
 from tests.networks import NUM_CLASSES, SPEC, toy_pixels
 

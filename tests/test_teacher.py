@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qimera.config.input_spec import InputSpec
 from qimera.errors import ConfigError, UnsupportedModelError
-from qimera.input_spec import InputSpec
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.networks import NUM_CLASSES, SPEC, TinyNet, random_network
 
 

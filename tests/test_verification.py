@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qimera.config.settings import QuantizationSettings
 from qimera.export.comparison import compare, latency_ms
 from qimera.export.onnx import export_onnx
 from qimera.export.program import export_pt2
 from qimera.export.verification import _without
 from qimera.quantization.student import Student
-from qimera.settings import QuantizationSettings
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 from tests.networks import NUM_CLASSES, SPEC
 
 

@@ -1,9 +1,9 @@
 import torch
 
-from qimera.folding import fold_batch_norms
-from qimera.graph import with_outputs
-from qimera.quantization.walk import Walk
-from qimera.teacher import Teacher
+from qimera.graph.folding import fold_batch_norms
+from qimera.graph.nodes import with_outputs
+from qimera.graph.walk import Walk
+from qimera.teacher.teacher import Teacher
 
 
 def test_a_branch_of_a_walk_leaves_the_walk_where_it_was(teacher: Teacher, toy_images: torch.Tensor) -> None:

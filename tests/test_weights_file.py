@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qimera.errors import ConfigError
-from qimera.state_dicts import load_weights_
+from qimera.teacher.state_dicts import load_weights_
 from tests.test_state_dicts import network, same_state
 
 

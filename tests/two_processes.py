@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from qimera.distributed import joined, rank
-from qimera.models import load_model
+from qimera.config.settings import DirectSettings, DistillationSettings, GeneratorSettings, SynthesisSettings
+from qimera.machine.distributed import joined, rank
 from qimera.pipeline import quantize, synthesize
-from qimera.settings import DirectSettings, DistillationSettings, GeneratorSettings, SynthesisSettings
-from qimera.teacher import Teacher
+from qimera.teacher.sources import load_model
+from qimera.teacher.teacher import Teacher
 from tests.command_line import SMALL, tiny_settings
 from tests.side_by_side import ended, load_what_a_run_needs, started
 

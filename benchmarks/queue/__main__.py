@@ -28,13 +28,13 @@ from measurement import device_name, keep
 from zoo import load_subject
 
 from qimera import LabelledImages, QuantizationSettings, Teacher, recipe
-from qimera.acceleration import find_device
-from qimera.bits import parse_bits
-from qimera.console import ProgressDisplay
-from qimera.run import carry_out, evaluate_run
-from qimera.run_directory import RunDirectory
-from qimera.run_settings import RunSettings
-from qimera.settings import LabelSettings
+from qimera.cli.console import ProgressDisplay
+from qimera.config.bits import parse_bits
+from qimera.config.run_settings import RunSettings
+from qimera.config.settings import LabelSettings
+from qimera.machine.acceleration import find_device
+from qimera.runs.directory import RunDirectory
+from qimera.runs.execution import carry_out, evaluate_run
 
 FOLDER = Path(__file__).parents[1] / ".queue"
 _SECONDS_TO_SAVE = 20.0

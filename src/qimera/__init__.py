@@ -4,24 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qimera.allocation import Allocation, allocate_bits
-    from qimera.data import LabelledImages, load_labelled_images
-    from qimera.diagnostics import Diagnosis, diagnose
-    from qimera.errors import ConfigError, DivergenceError, QimeraError, UnsupportedModelError, VerificationError
-    from qimera.estimation import Estimate, estimate_drop
-    from qimera.evaluation import Evaluation, evaluate
-    from qimera.export.comparison import Comparison, Verification
-    from qimera.export.onnx import export_onnx
-    from qimera.export.program import export_aotinductor, export_pt2
-    from qimera.input_spec import InputSpec
-    from qimera.pipeline import quantize, synthesize
-    from qimera.progress import Progress
-    from qimera.quantization.student import Student
-    from qimera.recipes import RECIPE_NAMES, Recipe, recipe
-    from qimera.run_settings import RunSettings
-    from qimera.selection import choose
-    from qimera.sensitivity import Sensitivity, measure_sensitivity
-    from qimera.settings import (
+    from qimera.assessment.data import LabelledImages, load_labelled_images
+    from qimera.assessment.diagnostics import Diagnosis, diagnose
+    from qimera.assessment.estimation import Estimate, estimate_drop
+    from qimera.assessment.evaluation import Evaluation, evaluate
+    from qimera.assessment.selection import choose
+    from qimera.config.input_spec import InputSpec
+    from qimera.config.recipes import RECIPE_NAMES, Recipe, recipe
+    from qimera.config.run_settings import RunSettings
+    from qimera.config.settings import (
         DirectSettings,
         DistillationSettings,
         GeneratorSettings,
@@ -30,8 +21,17 @@ if TYPE_CHECKING:
         QuantizationSettings,
         SynthesisSettings,
     )
+    from qimera.errors import ConfigError, DivergenceError, QimeraError, UnsupportedModelError, VerificationError
+    from qimera.export.comparison import Comparison, Verification
+    from qimera.export.onnx import export_onnx
+    from qimera.export.program import export_aotinductor, export_pt2
+    from qimera.machine.progress import Progress
+    from qimera.mixed_precision.allocation import Allocation, allocate_bits
+    from qimera.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
+    from qimera.pipeline import quantize, synthesize
+    from qimera.quantization.student import Student
     from qimera.synthesis.bank import SampleBank
-    from qimera.teacher import Teacher
+    from qimera.teacher.teacher import Teacher
 
 __all__ = [
     "RECIPE_NAMES",
@@ -79,24 +79,24 @@ __all__ = [
 
 # Imported when first used: torchao takes seconds, and `qimera --help` needs neither it nor torch.
 _NAMES = {
-    "qimera.allocation": ("Allocation", "allocate_bits"),
-    "qimera.data": ("LabelledImages", "load_labelled_images"),
-    "qimera.diagnostics": ("Diagnosis", "diagnose"),
+    "qimera.mixed_precision.allocation": ("Allocation", "allocate_bits"),
+    "qimera.assessment.data": ("LabelledImages", "load_labelled_images"),
+    "qimera.assessment.diagnostics": ("Diagnosis", "diagnose"),
     "qimera.errors": ("ConfigError", "DivergenceError", "QimeraError", "UnsupportedModelError", "VerificationError"),
-    "qimera.estimation": ("Estimate", "estimate_drop"),
-    "qimera.evaluation": ("Evaluation", "evaluate"),
+    "qimera.assessment.estimation": ("Estimate", "estimate_drop"),
+    "qimera.assessment.evaluation": ("Evaluation", "evaluate"),
     "qimera.export.onnx": ("export_onnx",),
     "qimera.export.program": ("export_aotinductor", "export_pt2"),
     "qimera.export.comparison": ("Comparison", "Verification"),
-    "qimera.input_spec": ("InputSpec",),
+    "qimera.config.input_spec": ("InputSpec",),
     "qimera.pipeline": ("quantize", "synthesize"),
-    "qimera.progress": ("Progress",),
+    "qimera.machine.progress": ("Progress",),
     "qimera.quantization.student": ("Student",),
-    "qimera.recipes": ("RECIPE_NAMES", "Recipe", "recipe"),
-    "qimera.selection": ("choose",),
-    "qimera.sensitivity": ("Sensitivity", "measure_sensitivity"),
-    "qimera.run_settings": ("RunSettings",),
-    "qimera.settings": (
+    "qimera.config.recipes": ("RECIPE_NAMES", "Recipe", "recipe"),
+    "qimera.assessment.selection": ("choose",),
+    "qimera.mixed_precision.sensitivity": ("Sensitivity", "measure_sensitivity"),
+    "qimera.config.run_settings": ("RunSettings",),
+    "qimera.config.settings": (
         "DirectSettings",
         "DistillationSettings",
         "GeneratorSettings",
@@ -106,7 +106,7 @@ _NAMES = {
         "SynthesisSettings",
     ),
     "qimera.synthesis.bank": ("SampleBank",),
-    "qimera.teacher": ("Teacher",),
+    "qimera.teacher.teacher": ("Teacher",),
 }
 
 

@@ -1,5 +1,5 @@
 """``python -m qimera``, as ``torchrun`` and other launchers start it."""
 
-from qimera.cli import main
+from qimera.cli.app import main
 
 main()

@@ -9,24 +9,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qimera.acceleration import exact_convolutions, find_device, is_compiled
-from qimera.bits import check_layer_bits, parse_bits, parse_layer_bits
-from qimera.checkpoint import Checkpoint, Checkpoints, State
-from qimera.distillation import distill_
-from qimera.distributed import copy_from_main_, gathered, rank, world_size
+from qimera.config.bits import check_layer_bits, parse_bits, parse_layer_bits
+from qimera.config.input_spec import InputSpec
+from qimera.config.recipes import recipe
+from qimera.config.settings import DistillationSettings, QuantizationSettings, SynthesisSettings, check_start
 from qimera.errors import ConfigError
-from qimera.input_spec import InputSpec
-from qimera.memory import draws_in_memory, images_in_memory, lessons_in_memory
-from qimera.progress import COMPILING, Progress, ProgressCallback, silent
+from qimera.machine.acceleration import exact_convolutions, find_device, is_compiled
+from qimera.machine.checkpoint import Checkpoint, Checkpoints, State
+from qimera.machine.distributed import copy_from_main_, gathered, rank, world_size
+from qimera.machine.progress import COMPILING, Progress, ProgressCallback, silent
+from qimera.machine.seeds import Place, check_seed, generator_for
 from qimera.quantization.equalization import restore_limits_
 from qimera.quantization.student import Student
-from qimera.recipes import recipe
-from qimera.seeds import Place, check_seed, generator_for
-from qimera.settings import DistillationSettings, QuantizationSettings, SynthesisSettings, check_start
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.parts import Part, Report, make_part, parts_of
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining, are_read
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
+from qimera.training.distillation import distill_
+from qimera.training.memory import draws_in_memory, images_in_memory, lessons_in_memory
 
 
 def synthesize(

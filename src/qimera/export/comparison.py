@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from qimera.costs import is_multiplying
-from qimera.graph import layer_name
+from qimera.graph.costs import is_multiplying
+from qimera.graph.nodes import layer_name
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images

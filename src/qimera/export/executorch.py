@@ -21,8 +21,8 @@ from qimera.export.program import (
     integer_graph,
     verify_program,
 )
-from qimera.files import replacing
-from qimera.graph import node_at
+from qimera.graph.nodes import node_at
+from qimera.machine.files import replacing
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qimera.errors import ConfigError
 from qimera.export.comparison import MIN_AGREEMENT, Verification
-from qimera.files import replacing
+from qimera.machine.files import replacing
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
 

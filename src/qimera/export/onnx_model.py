@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from qimera.errors import ConfigError, UnsupportedModelError
 from qimera.export.integer_graph import deploy_
 from qimera.export.packing import shared_constant
-from qimera.graph import aten
+from qimera.graph.nodes import aten
 from qimera.quantization.student import Student
 
 OPSET = 21

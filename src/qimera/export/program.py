@@ -25,8 +25,8 @@ from qimera.export.comparison import (
     runtime_reason,
     sample_pixels,
 )
-from qimera.files import replacing
-from qimera.graph import WEIGHTED, aten, node_at, tensor_of
+from qimera.graph.nodes import WEIGHTED, aten, node_at, tensor_of
+from qimera.machine.files import replacing
 from qimera.quantization.scheme import RELUS, before_moves
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank

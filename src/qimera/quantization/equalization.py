@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qimera.graph import aten, node_at, tensor_of
+from qimera.graph.nodes import aten, node_at, tensor_of
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.ranges import search_affine_parameters, thinned
 from qimera.quantization.scheme import RELUS, is_move

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule
 
-from qimera.graph import WEIGHTED, aten, logits_node
+from qimera.graph.nodes import WEIGHTED, aten, logits_node
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, PerChannelBiasFakeQuantize
 from qimera.quantization.scheme import ADDITIONS, end_of_kernel, quantizer_of
 

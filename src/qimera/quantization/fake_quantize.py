@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
-from qimera.graph import aten
+from qimera.graph.nodes import aten
 from qimera.quantization.ranges import RangeMethod, affine_parameters, search_affine_parameters
 
 Levels = Tensor | int

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from qimera.graph import WEIGHTED, aten, node_at, tensor_of
+from qimera.graph.nodes import WEIGHTED, aten, node_at, tensor_of
+from qimera.graph.walk import Walk
 from qimera.quantization.equalization import (
     Edge,
     candidate_scales,
@@ -22,7 +23,6 @@ from qimera.quantization.equalization import (
 )
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, round_to_grid
 from qimera.quantization.scheme import quantizer_of
-from qimera.quantization.walk import Walk
 
 _DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Shares of the mean input power that are tried as what is added to every input's own; GPTQ adds 0.01 always.

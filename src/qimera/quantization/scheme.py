@@ -10,10 +10,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-from qimera.graph import BATCH_NORM, WEIGHTED, aten, has_bias, has_parameter, layer_name, node_at, tensor_of
+from qimera.config.settings import QuantizationSettings
+from qimera.graph.nodes import BATCH_NORM, WEIGHTED, aten, has_bias, has_parameter, layer_name, node_at, tensor_of
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize, PerChannelBiasFakeQuantize
 from qimera.quantization.ranges import integer_range
-from qimera.settings import QuantizationSettings
 
 _ANNOTATION = "quantization_annotation"
 _BIAS_LIMIT = 1 << 30

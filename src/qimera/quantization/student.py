@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from qimera.acceleration import to_device_
-from qimera.bits import check_layer_bits
+from qimera.config.bits import check_layer_bits
+from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError
-from qimera.files import save_tensors
-from qimera.folding import fold_batch_norms, unfold_batch_norms, unshare_biases_
-from qimera.graph import WEIGHTED, aten, node_at, tensor_of, to_channels_last_, with_outputs
+from qimera.graph.folding import fold_batch_norms, unfold_batch_norms, unshare_biases_
+from qimera.graph.nodes import WEIGHTED, aten, node_at, tensor_of, to_channels_last_, with_outputs
+from qimera.machine.acceleration import to_device_
+from qimera.machine.files import save_tensors
 from qimera.quantization.equalization import edge_into, scale_channels_
 from qimera.quantization.exact import with_exact_sums
 from qimera.quantization.fake_quantize import (
@@ -31,8 +32,7 @@ from qimera.quantization.fake_quantize import (
 )
 from qimera.quantization.rounding import round_layers_
 from qimera.quantization.scheme import JOINS, POOLINGS, HardwareQuantizer, PaperQuantizer, end_of_kernel, quantizer_of
-from qimera.settings import QuantizationSettings
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 

@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qimera.budget import bit_operations
-from qimera.costs import total_multiply_adds
-from qimera.diagnostics import Diagnosis, diagnose
-from qimera.metrics import KEYS, Line
-from qimera.models import short_source
+from qimera.assessment.diagnostics import Diagnosis, diagnose
+from qimera.config.recipes import has_large_images
+from qimera.config.run_settings import RunSettings
+from qimera.config.validated import Settings
+from qimera.graph.costs import total_multiply_adds
+from qimera.machine.metrics import KEYS, Line
+from qimera.mixed_precision.budget import bit_operations
 from qimera.quantization.student import Student
-from qimera.recipes import has_large_images
 from qimera.report.layers import LayerReport, layer_reports
-from qimera.run_directory import RunDirectory
-from qimera.run_settings import RunSettings
-from qimera.summary import Summary
+from qimera.report.summary import Summary
+from qimera.runs.directory import RunDirectory
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher import Teacher
-from qimera.validated import Settings
+from qimera.teacher.sources import short_source
+from qimera.teacher.teacher import Teacher
 
 FORMAT_VERSION = 1
 _NUM_IMAGES = 64

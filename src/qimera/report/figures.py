@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from qimera.diagnostics import LARGEST_GAP
+from qimera.assessment.diagnostics import LARGEST_GAP
 from qimera.report.content import Curve
 from qimera.report.layers import LayerReport
 

@@ -7,12 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qimera.distillation import kl_loss
-from qimera.graph import node_at, tensor_of, with_outputs
+from qimera.config.validated import Settings
+from qimera.graph.nodes import node_at, tensor_of, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.scheme import before_moves, quantizer_of
 from qimera.quantization.student import Student
-from qimera.validated import Settings
+from qimera.training.distillation import kl_loss
 
 _TAIL = 0.001
 """Share of values beyond each quantile."""

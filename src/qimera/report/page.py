@@ -8,15 +8,15 @@ import torch
 from jinja2 import Environment, PackageLoader
 from torch import Tensor
 
-from qimera.diagnostics import features_of, margins_of
-from qimera.graph import classifier_node, has_bias, node_at, tensor_of
+from qimera.assessment.diagnostics import features_of, margins_of
+from qimera.graph.nodes import classifier_node, has_bias, node_at, tensor_of
 from qimera.report import figures
+from qimera.report.boundary import nearest_classes, walk_between
 from qimera.report.content import Report, features_in_plane
-from qimera.report.walk import nearest_classes, walk_between
-from qimera.summary import readable_bytes
+from qimera.report.summary import readable_bytes
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.superposition import shows_one_class
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 
 _MAX_CLASSES = 10
 _SAMPLES_A_CLASS = 8

@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qimera.config.input_spec import InputSpec
+from qimera.config.settings import SynthesisSettings
 from qimera.errors import ConfigError
-from qimera.files import naming, save_tensors, sync_directory, sync_tree
-from qimera.input_spec import InputSpec
-from qimera.settings import SynthesisSettings
+from qimera.machine.files import naming, save_tensors, sync_directory, sync_tree
 from qimera.synthesis.synthesizer import Synthesizer
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 
 FORMAT_VERSION = 1
 _SHARD_BYTES = 64 << 20

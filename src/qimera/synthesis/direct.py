@@ -8,14 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from qimera.acceleration import autocast, begin_step, compiled, is_compiled
-from qimera.checkpoint import Checkpoint, State
-from qimera.settings import DirectSettings
+from qimera.config.settings import DirectSettings
+from qimera.machine.acceleration import autocast, begin_step, compiled, is_compiled
+from qimera.machine.checkpoint import Checkpoint, State
 from qimera.synthesis.augmentation import flip_at_random, shift_batch
 from qimera.synthesis.losses import bns_loss, soft_cross_entropy, total_variation
 from qimera.synthesis.pixels import enlarged, within_limits
 from qimera.synthesis.synthesizer import check_finite
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 
 COLOUR = 0.3
 """Strength of the noise that each channel has of its own, beside what all channels share."""

@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera.settings import GeneratorSettings
+from qimera.config.settings import GeneratorSettings
 
 
 class ClassEmbedding(nn.Module):

@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from qimera.data import IMAGE_MODES
+from qimera.assessment.data import IMAGE_MODES
 from qimera.errors import ConfigError
-from qimera.files import naming, save_tensors, sync_directory, sync_tree
+from qimera.machine.files import naming, save_tensors, sync_directory, sync_tree
 from qimera.synthesis.bank import SampleBank
 
 Format = Literal["bank", "npz", "imagefolder", "safetensors"]

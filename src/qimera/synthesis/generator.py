@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera.input_spec import InputSpec
-from qimera.settings import GeneratorSettings
+from qimera.config.input_spec import InputSpec
+from qimera.config.settings import GeneratorSettings
 from qimera.synthesis.pixels import enlarged, within_limits
 
 _FEWEST_CHANNELS = 8

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from qimera.acceleration import at_least_float32
-from qimera.teacher import BatchNormTap
+from qimera.machine.acceleration import at_least_float32
+from qimera.teacher.teacher import BatchNormTap
 
 
 def bns_loss(entering: Sequence[Tensor], taps: Sequence[BatchNormTap], *, relative: bool = False) -> Float[Tensor, ""]:

@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qimera.checkpoint import Checkpoint
-from qimera.settings import SynthesisSettings
+from qimera.config.settings import SynthesisSettings
+from qimera.machine.checkpoint import Checkpoint
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.superposition import draw_mixtures, soft_labels, take_turns
 from qimera.synthesis.synthesizer import Synthesizer
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 
 Report = Callable[[int, dict[str, Tensor]], None]
 """Told the step that is done, and its losses."""

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qimera.settings import LabelSettings
+from qimera.config.settings import LabelSettings
 
 
 def take_turns(num_samples: int, num_classes: int, generator: torch.Generator) -> Int[Tensor, " sample"]:

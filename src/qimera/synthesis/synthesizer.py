@@ -8,19 +8,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera.acceleration import begin_step, compiled, is_compiled
-from qimera.checkpoint import State
-from qimera.distributed import average_gradients_, rank, world_size
+from qimera.config.settings import SynthesisSettings
 from qimera.errors import DivergenceError
-from qimera.progress import is_reported
-from qimera.seeds import Place, generator_for
-from qimera.settings import SynthesisSettings
+from qimera.machine.acceleration import begin_step, compiled, is_compiled
+from qimera.machine.checkpoint import State
+from qimera.machine.distributed import average_gradients_, rank, world_size
+from qimera.machine.progress import is_reported
+from qimera.machine.seeds import Place, generator_for
 from qimera.synthesis.augmentation import shift_batch
 from qimera.synthesis.embeddings import ClassEmbedding, DisentanglementMapping
 from qimera.synthesis.generator import Generator
 from qimera.synthesis.losses import bns_loss, soft_cross_entropy, total_variation
 from qimera.synthesis.superposition import draw_mixtures, soft_labels, superpose, take_turns
-from qimera.teacher import Teacher
+from qimera.teacher.teacher import Teacher
 
 
 class Draw(NamedTuple):

@@ -1,0 +1,257 @@
+"""Files of labelled images -> uint8 arrays, for evaluation alone; nothing here reaches training."""
+
+import math
+import os
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64, Integer, UInt8
+from numpy.lib import format as npy
+from PIL import Image
+
+from qimera.assessment.class_folders import find_class_files
+from qimera.config.input_spec import InputSpec
+from qimera.errors import ConfigError
+
+_IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What Pillow may take a file for, whatever its name: for others, such as EPS, it starts programs."""
+
+_MOST_PIXELS = 1 << 27
+"""Of one image in any step of its preparation, so that a small file cannot take all memory."""
+
+IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+# What NumPy and zipfile raise for damaged archives, by where the damage is.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files that look like one uint8 array (n, height, width, channel), decoded when a slice is taken."""
+
+    paths: tuple[Path, ...]
+    shape: tuple[int, int, int]
+    """Channels, height and width that every image is brought to."""
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self.paths)
+
+    def __getitem__(self, part: slice) -> UInt8[np.ndarray, "batch height width channel"]:
+        """Decode the files of ``part``; one that cannot be decoded raises ConfigError with its name."""
+        return np.stack([_read_image(path, self.shape) for path in self.paths[part]])
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images in a fixed order, each with its class: arrays in memory, or files that are decoded batch by batch."""
+
+    images: UInt8[np.ndarray, "batch height width channel"] | ImageFiles
+    """Pixels, 0 darkest and 255 brightest."""
+
+    labels: Int64[np.ndarray, " batch"]
+    """Class indices."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def batches(
+        self, batch_size: int
+    ) -> Iterator[tuple[UInt8[np.ndarray, "batch height width channel"], Int64[np.ndarray, " batch"]]]:
+        """Yield images and labels in order, ``batch_size`` at a time; the last batch may be smaller.
+
+        Raises:
+            ConfigError: ``batch_size`` is below 1, or an image file cannot be decoded.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: must be at least 1, given {batch_size}")
+        for start in range(0, len(self), batch_size):
+            part = slice(start, start + batch_size)
+            yield self.images[part], self.labels[part]
+
+
+def load_labelled_images(path: Path | str, input_spec: InputSpec, num_classes: int) -> LabelledImages:
+    """Return the labelled images that ``path`` holds, in the shape that the model expects.
+
+    Args:
+        path: An ``.npz`` file with ``images`` (uint8, (n, height, width, channel), or (n, height, width) for one
+            channel) and ``labels`` (integers, (n,)); or a folder with one sub-folder of images per class. Classes
+            are counted in the order of the names as text, as torchvision's ``ImageFolder`` counts them.
+        input_spec: The shape of one image. Image files of another size are resized until they cover it and cropped
+            to their centre; arrays are not resized.
+        num_classes: Classes of the model.
+
+    Raises:
+        ConfigError: nothing readable is there, or it does not fit the model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files, classes = find_class_files(path, num_classes)
+        return LabelledImages(ImageFiles(tuple(files), input_spec.shape), np.array(classes, dtype=np.int64))
+    if not path.exists():
+        raise ConfigError(
+            f"{path}: no such file or folder; give an .npz file or a folder with one sub-folder per class"
+        )
+    if path.suffix.lower() != ".npz":
+        raise ConfigError(
+            f"{path}: not a folder and not an .npz file; give an .npz file with images and labels, "
+            "or a folder with one sub-folder per class"
+        )
+    return _load_arrays(path, input_spec, num_classes)
+
+
+def _load_arrays(path: Path, input_spec: InputSpec, num_classes: int) -> LabelledImages:
+    try:
+        with path.open("rb") as file:
+            _refuse_other_files(path, file.read(6))
+            with zipfile.ZipFile(file) as archive:
+                _check_headers(path, _headers(path, archive), input_spec.shape)
+                arrays = {name: _read_array(archive, name) for name in ("images", "labels")}
+    except _UNREADABLE as error:
+        raise ConfigError(
+            f"{path}: cannot be read as an .npz file of plain arrays ({error}); it is damaged, or another kind of file"
+        ) from error
+    _check_classes(path, arrays["labels"], num_classes)
+    images = arrays["images"]
+    return LabelledImages(images[..., np.newaxis] if images.ndim == 3 else images, arrays["labels"].astype(np.int64))
+
+
+def _refuse_other_files(path: Path, start: bytes) -> None:
+    if start == b"\x93NUMPY":
+        raise ConfigError(f"{path}: holds one array without a name; write it with numpy.savez_compressed")
+    if start[:1] == b"\x80":
+        raise ConfigError(
+            f"{path}: cannot be read as an .npz file, for it is a pickle, which could execute code; "
+            "write the arrays with numpy.savez_compressed"
+        )
+
+
+def _headers(path: Path, archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    """Return arrays of the right shapes and types that take no memory, whatever the archive would unpack to."""
+    found = [name.removesuffix(".npy") for name in archive.namelist()]
+    missing = {"images", "labels"} - set(found)
+    if missing:
+        raise ConfigError(
+            f"{path}: array {' and '.join(map(repr, sorted(missing)))} missing, found {sorted(found)}; "
+            "write it with numpy.savez_compressed(path, images=images, labels=labels)"
+        )
+    headers = {}
+    for name in ("images", "labels"):
+        with archive.open(f"{name}.npy") as member:
+            # Headers of later versions can be gigabytes long, and plain arrays never have them.
+            if npy.read_magic(member) != (1, 0):
+                raise ValueError(f"{name} is no plain array")
+            shape, _, dtype = npy.read_array_header_1_0(member)
+        if dtype.hasobject:
+            raise ConfigError(
+                f"{path}: {name} holds Python objects, which are not read, since reading them could execute code; "
+                f"save {name} as {'uint8' if name == 'images' else 'int64'}"
+            )
+        headers[name] = np.broadcast_to(np.zeros((), dtype), shape)
+    return headers
+
+
+def _check_headers(path: Path, headers: dict[str, np.ndarray], shape: tuple[int, int, int]) -> None:
+    images, labels = headers["images"], headers["labels"]
+    _check_images(path, images, shape)
+    if labels.dtype.kind not in "iu":
+        raise ConfigError(f"{path}: labels must be integers, given {labels.dtype}; save them with .astype(numpy.int64)")
+    if labels.shape != images.shape[:1]:
+        raise ConfigError(
+            f"{path}: labels must have shape {images.shape[:1]}, one for each of {len(images)} images, "
+            f"given {labels.shape}"
+        )
+    if len(labels) == 0:
+        raise ConfigError(f"{path}: holds no images; give at least one")
+    size = math.prod(images.shape)
+    if size > _memory_bytes():
+        raise ConfigError(
+            f"{path}: its images would take {size / 1e9:.0f} GB, more than this machine has; "
+            "give fewer, or a folder of image files, which are read batch by batch"
+        )
+
+
+def _memory_bytes() -> float:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return math.inf
+    return float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as member:
+        array = npy.read_array(member, allow_pickle=False)
+        assert isinstance(array, np.ndarray)
+        return array
+
+
+def _check_images(path: Path, images: np.ndarray, shape: tuple[int, int, int]) -> None:
+    channels, height, width = shape
+    if images.dtype != np.uint8:
+        raise ConfigError(f"{path}: images must be uint8 pixels (0 to 255, not normalised), given {images.dtype}")
+    if channels == 1 and images.ndim == 3:
+        images = images[..., np.newaxis]
+    if images.shape[1:] != (height, width, channels) or images.ndim != 4:
+        advice = "resize the images, or give the model's input shape"
+        if images.shape[1:] == shape:
+            advice = "channels go last: images.transpose(0, 2, 3, 1)"
+        raise ConfigError(
+            f"{path}: images must have shape (n, {height}, {width}, {channels}) for a model with input shape {shape}, "
+            f"given {images.shape}; {advice}"
+        )
+
+
+def _check_classes(path: Path, labels: Integer[np.ndarray, " batch"], num_classes: int) -> None:
+    if labels.min() < 0:
+        raise ConfigError(f"{path}: labels must not be negative, given {labels.min()}; leave out unlabelled images")
+    if labels.max() >= num_classes:
+        raise ConfigError(
+            f"{path}: the evaluation file has classes up to {labels.max()}, the model has {num_classes} classes; "
+            "give images of the classes that the model was trained on, counted from 0"
+        )
+
+
+def _read_image(path: Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channel"]:
+    channels, height, width = shape
+    try:
+        with Image.open(path, formats=_IMAGE_FORMATS) as file:
+            # Pillow would clip these to 255 and return an almost white image.
+            if file.mode.startswith(("I", "F")):
+                raise ValueError(f"pixels of mode {file.mode} have more than 8 bits")
+            image = _cover_and_crop(file.convert(IMAGE_MODES[channels]), height, width)
+    # A damaged file can make Pillow fail in any way.
+    except Exception as error:
+        raise ConfigError(
+            f"{path}: cannot be read as an image ({error}); save it with 8 bits per channel, replace or remove it"
+        ) from error
+    return np.asarray(image).reshape(height, width, channels)
+
+
+def _cover_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    if image.size == (width, height):
+        return image
+    scale = max(height / image.height, width / image.width)
+    # max(): rounding down must not leave a side one pixel short.
+    covering = (max(width, int(image.width * scale)), max(height, int(image.height * scale)))
+    if math.prod(covering) > _MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too narrow for {width} x {height}")
+    image = image.resize(covering, Image.Resampling.BILINEAR)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,231 @@
+"""A bank and its teacher -> how lifelike, balanced and varied the samples are, and warnings where they are not."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qimera.config.validated import Settings
+from qimera.graph.nodes import classifier_node, node_at, with_outputs
+from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.losses import channel_moments, safe_sqrt
+from qimera.synthesis.superposition import shows_one_class
+from qimera.teacher.teacher import Teacher
+
+MAX_SAMPLES = 512
+"""Samples that are looked at; class balance and clipped pixels are of all."""
+
+_BATCH = 32
+
+_NEAR_BOUNDARY = 0.5
+"""Probability by which the first class is ahead of the second, below which a sample supports a boundary."""
+
+_DUPLICATE = 0.999
+"""Cosine of two samples' pixels, less the mean image, from which they are the same but for noise."""
+
+
+class Diagnosis(Settings):
+    """What a bank is like; shares are in percent of the samples looked at."""
+
+    num_samples: int
+    """All samples of the bank, held-out ones too."""
+
+    statistics_gap: dict[str, float]
+    """By batch norm: squared gap of means and of standard deviations between samples and training data, over the sum
+    of both variances, averaged over channels (deviation D7). 0 is perfect, 1 is another kind of data."""
+
+    class_counts: tuple[int, ...]
+    """Samples whose label has most of this class."""
+
+    superposed: float
+    """Samples whose label has more than one class."""
+
+    recognised: float
+    """Samples of one class that the teacher puts into it; 0 if there are none of one class."""
+
+    confidence: float
+    """Mean of the teacher's largest probability on samples of one class, in [0, 1]."""
+
+    near_boundary_superposed: float
+    """Superposed samples on which the teacher's two first classes are less than 0.5 apart in probability."""
+
+    near_boundary_single: float
+    """The same of samples of one class."""
+
+    diversity: float | None
+    """Mean distance between the features of two samples of the same first class, over that of any two: 0 where all of
+    a class look alike, 1 where classes make no difference. None if no two are of one class."""
+
+    near_duplicates: int
+    """Samples whose pixels are nearly those of an earlier one."""
+
+    clipped: float
+    """Pixels that are black or white, in percent."""
+
+    doubts: tuple[str, ...] = ()
+    """Why the samples do not resemble what the network was trained on, and what to do about it; empty where they do.
+    Nothing that is measured on samples with doubts tells what happens on real images."""
+
+    remarks: tuple[str, ...] = ()
+    """What else could be better, what it does, and what to do about it; empty for a good bank."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """All doubts and remarks."""
+        return self.doubts + self.remarks
+
+
+@torch.inference_mode()
+def diagnose(bank: SampleBank, teacher: Teacher) -> Diagnosis:
+    """Return what the samples of ``bank`` are like.
+
+    Args:
+        bank: From ``synthesize``, or loaded.
+        teacher: The model that it was made from.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(bank), generator=generator)[:MAX_SAMPLES]
+    samples = bank.take(chosen)
+    gaps, features = _look_at(samples.images, teacher)
+    margins = margins_of(samples.logits)
+    single = shows_one_class(samples.soft_labels)
+    wanted, answer = samples.soft_labels.argmax(1), samples.logits.softmax(1)
+    near = margins < _NEAR_BOUNDARY
+    values = {
+        "num_samples": len(bank),
+        "statistics_gap": gaps,
+        "class_counts": tuple(bank.soft_labels.argmax(1).bincount(minlength=teacher.num_classes).tolist()),
+        "superposed": _percent(~single),
+        "recognised": _percent((answer.argmax(1) == wanted)[single]),
+        "confidence": float(answer.amax(1)[single].mean()) if bool(single.any()) else 0.0,
+        "near_boundary_superposed": _percent(near[~single]),
+        "near_boundary_single": _percent(near[single]),
+        "diversity": _diversity(features[single], wanted[single]),
+        "near_duplicates": _near_duplicates(bank.pixels[chosen]),
+        "clipped": _percent((bank.pixels == 0) | (bank.pixels == 255)),
+    }
+    found = Diagnosis(**values)
+    untrained = untrained_because(teacher)
+    doubts = (untrained,) if untrained else tuple(_doubts(found))
+    return found.replace(doubts=doubts, remarks=tuple(_remarks(found)))
+
+
+def untrained_because(teacher: Teacher) -> str:
+    """Return why the network looks untrained; empty for one that does not."""
+    fresh = [bool((tap.mean == 0).all() and (tap.var == 1).all()) for tap in teacher.batch_norms]
+    if not fresh or not all(fresh):
+        return ""
+    return (
+        f"untrained: the running means of all {len(fresh)} batch norms are 0 and their variances 1, as before any "
+        "training; did you forget --weights, or in Python to load the trained weights?"
+    )
+
+
+def _doubts(found: Diagnosis) -> Iterator[str]:
+    gaps = found.statistics_gap
+    if not gaps:
+        yield (
+            "statistics: the network has no batch norms, so nothing tells whether samples resemble what it was trained "
+            "on; measure the student on labelled images"
+        )
+    worst = max(gaps, key=lambda name: gaps[name], default="")
+    mean = sum(gaps.values()) / max(1, len(gaps))
+    is_clipped = found.clipped > _CLIPPED
+    if gaps and (mean > _MEAN_GAP or (is_clipped and gaps[worst] > LARGEST_GAP)):
+        reasons = (
+            "Many pixels are black or white: a wrong mean, std or pixel range is the commonest reason; check them first"
+            if is_clipped
+            else "More synthesis steps bring them closer; if they do not, check mean, std and pixel range"
+        )
+        yield (
+            f"statistics: samples differ from the training data, most before {worst} (gap {gaps[worst]:.2f}, "
+            f"{mean:.3f} on average; good banks stay below {LARGEST_GAP} and {_MEAN_GAP}). {reasons}"
+        )
+    if found.superposed < 100 and found.recognised < _RECOGNISED:
+        yield (
+            f"classes: the teacher puts {found.recognised:.0f} % of the samples of one class into it; check mean, std "
+            "and pixel range, or raise ce_weight"
+        )
+
+
+def _remarks(found: Diagnosis) -> Iterator[str]:
+    missing = found.class_counts.count(0)
+    if missing and found.num_samples >= 2 * len(found.class_counts):
+        yield f"classes: {missing} of {len(found.class_counts)} classes have no sample; synthesise the bank anew"
+    if found.superposed > 0 and found.near_boundary_superposed < _NEAR:
+        yield (
+            f"boundaries: {found.near_boundary_superposed:.0f} % of the superposed samples lie near a boundary; "
+            "more synthesis steps bring them there"
+        )
+    if found.near_duplicates > _DUPLICATES * min(found.num_samples, MAX_SAMPLES):
+        yield (
+            f"variety: {found.near_duplicates} samples nearly repeat an earlier one; raise noise_scale, or start from "
+            "noise"
+        )
+
+
+LARGEST_GAP, _MEAN_GAP = 0.1, 0.02
+"""Of one batch norm, and on average. Right mean and std leave up to 0.119 and 0.016 (ResNet-56 and CIFAR-100, 60
+steps), those of 0 and 1 or 0.5 and 0.5 or pixels to 255 at least 0.087 and 0.018; where the largest gap alone is above,
+many clipped pixels tell wrong ones (benchmarks/doubts.py)."""
+
+_CLIPPED = 55.0
+"""Percent of black and white pixels from which the reason is likely the range: wrong ones leave 57 and more, right ones
+21 to 55 (CIFAR, ImageNet), but for digits."""
+
+_RECOGNISED, _NEAR = 80.0, 10.0
+"""Percent below which something is wrong."""
+
+_DUPLICATES = 0.05
+"""Share of samples from which the rest would teach as much."""
+
+
+def margins_of(logits: Float[Tensor, "sample num_classes"]) -> Float[Tensor, " sample"]:
+    """Return by how much the most probable class is ahead of the second, in [0, 1]."""
+    first = logits.softmax(1).topk(2, 1).values
+    return first[:, 0] - first[:, 1]
+
+
+def features_of(
+    images: Float[Tensor, "sample channel height width"], teacher: Teacher
+) -> Float[Tensor, "sample feature"]:
+    """Return what the classifier reads, averaged over positions."""
+    return _look_at(images, teacher)[1]
+
+
+def _look_at(images: Tensor, teacher: Teacher) -> tuple[dict[str, float], Tensor]:
+    """Return the gap of every batch norm and the features of all images."""
+    classifier = classifier_node(teacher.module, teacher.classifier.name)
+    names = [tap.node for tap in teacher.batch_norms]
+    watched = with_outputs(teacher.module, [*names, node_at(classifier, 0).name])
+    features, moments = [], []
+    for part in images.split(_BATCH):
+        _, (*entering, feature) = watched(part)
+        features.append(feature.flatten(2).mean(2) if feature.ndim > 2 else feature)
+        found = [channel_moments(x) for x in entering]
+        moments.append([(len(part) * mean, len(part) * (var + mean.square())) for mean, var in found])
+    gaps = {}
+    for index, tap in enumerate(teacher.batch_norms):
+        mean = torch.stack([part[index][0] for part in moments]).sum(0) / len(images)
+        var = torch.stack([part[index][1] for part in moments]).sum(0) / len(images) - mean.square()
+        gap = (mean - tap.mean).square() + (safe_sqrt(var.clamp(min=0)) - safe_sqrt(tap.var)).square()
+        gaps[tap.name] = float((gap / (var + tap.var + 1e-8)).mean())
+    return gaps, torch.cat(features)
+
+
+def _diversity(features: Tensor, classes: Tensor) -> float | None:
+    distances = torch.cdist(features, features)
+    others = ~torch.eye(len(features), dtype=torch.bool)
+    same = (classes[:, None] == classes[None]) & others
+    return float(distances[same].mean() / distances[others].mean().clamp(min=1e-12)) if bool(same.any()) else None
+
+
+def _near_duplicates(pixels: Tensor) -> int:
+    rows = pixels.flatten(1).float()
+    rows = torch.nn.functional.normalize(rows - rows.mean(0), dim=1)
+    return int((rows @ rows.T).tril(-1).amax(1).ge(_DUPLICATE).sum())
+
+
+def _percent(found: Tensor) -> float:
+    return 100 * float(found.float().mean()) if found.numel() else 0.0

@@ -1,0 +1,259 @@
+"""The command line: ``qimera inspect``, ``synthesize``, ``quantize``, ``evaluate``, ``export``, ``report`` and others.
+
+torch, and all that builds on it, is imported inside the commands, so that ``qimera --help`` answers at once.
+"""
+
+import signal
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qimera.cli.arguments import (
+    Debug,
+    Device,
+    Logits,
+    MaxDrop,
+    Mean,
+    Model,
+    PixelRange,
+    Recipe,
+    Seed,
+    Shape,
+    Std,
+    Strict,
+    Threads,
+    Weights,
+    WithoutBatchNorms,
+)
+from qimera.cli.console import INTERRUPTED, ProgressDisplay, errors_as_messages, print_table, warn
+from qimera.cli.run_commands import compare, evaluate, export, report
+from qimera.errors import ConfigError
+
+app = typer.Typer(
+    name="qimera",
+    help="Quantize trained PyTorch image classifiers to low bit widths without data.",
+    epilog="Exit codes: 0 done, 2 wrong usage, 3 unsupported model, 4 diverged, 5 a check failed, "
+    "6 another process of the run ended, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except SystemExit as ending:
+        if ending.code == INTERRUPTED:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # until Python has ended too
+        raise
+
+
+def _show_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(version("qimera"))
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _before_any_command(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def inspect(
+    model: Model,
+    weights: Weights = None,
+    input_shape: Shape = None,
+    mean: Mean = None,
+    std: Std = None,
+    pixel_range: PixelRange = None,
+    logits: Logits = None,
+    without_batch_norms: WithoutBatchNorms = None,
+    every_layer: Annotated[bool, typer.Option("--all", help="List every layer.")] = False,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Show what of a model is quantized, and what samples are synthesised from."""
+    with errors_as_messages(debug):
+        from qimera.assessment.diagnostics import untrained_because
+        from qimera.cli.options import ModelOptions
+        from qimera.cli.tables import layer_table, teacher_facts
+
+        teacher = ModelOptions(
+            model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms
+        ).capture(untrained=True)
+        typer.echo(teacher_facts(model, teacher), nl=False)
+        print_table(layer_table(teacher, every_layer))
+        warn(filter(None, [untrained_because(teacher)]))
+
+
+@app.command("synthesize")
+def make_bank(
+    model: Model,
+    output: Annotated[Path, typer.Option(metavar="BANK", help="Directory that becomes the bank, or the file.")],
+    form: Annotated[
+        Literal["bank", "npz", "imagefolder", "safetensors"],
+        typer.Option("--format", help="For qimera, or for other tools."),
+    ] = "bank",
+    bank: Annotated[Path | None, typer.Option(metavar="BANK", help="Write one that was made earlier.")] = None,
+    weights: Weights = None,
+    input_shape: Shape = None,
+    mean: Mean = None,
+    std: Std = None,
+    pixel_range: PixelRange = None,
+    logits: Logits = None,
+    without_batch_norms: WithoutBatchNorms = None,
+    recipe: Recipe = None,
+    seed: Seed = None,
+    strict: Strict = False,
+    device: Device = None,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Make a bank of synthetic samples: once per model, for every bit width."""
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    with errors_as_messages(debug, f"the same command continues with what is in {unfinished}"):
+        from qimera.assessment.diagnostics import diagnose, untrained_because
+        from qimera.cli.options import ModelOptions, recipe_of_bank
+        from qimera.cli.tables import bank_facts
+        from qimera.machine.acceleration import find_device
+        from qimera.machine.checkpoint import Checkpoints
+        from qimera.machine.distributed import is_main, joined
+        from qimera.pipeline import synthesize
+        from qimera.runs.limits import Limits, Result
+        from qimera.synthesis.bank import SampleBank
+        from qimera.synthesis.formats import write_bank
+
+        given = {"--recipe": recipe, "--seed": seed, "--device": device}
+        unused = [name for name, value in given.items() if value is not None]
+        if bank is not None and unused:
+            raise ConfigError(f"--bank: its samples are made already, so leave out {', '.join(unused)}")
+        place = find_device(device or "cpu")
+        if output.exists():
+            raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
+        options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
+        teacher = options.capture()
+        warn(filter(None, [untrained_because(teacher)]))
+        chosen = recipe_of_bank(teacher, recipe).synthesis
+        made = None if bank is None else SampleBank.load(bank, teacher)
+        if made is None:
+            if any(unfinished.glob("*")):
+                typer.echo(f"{output}: continues with what is in {unfinished}", err=True)
+            # A place that cannot be written to is refused before the work.
+            unfinished.mkdir(parents=True, exist_ok=True)
+        with joined(), ProgressDisplay(is_main()) as progress:
+            if made is None:
+                made = synthesize(
+                    teacher, None, chosen, seed=seed or 0, device=place, checkpoints=unfinished, progress=progress
+                )
+            if is_main():
+                write_bank(made, output, form)
+                Checkpoints(unfinished).forget()
+                typer.echo(bank_facts(output, model, made, teacher))
+                found = diagnose(made, teacher).warnings
+                warn(found)
+                Limits(strict).check(Result(str(output), found))
+
+
+@app.command()
+def quantize(
+    output: Annotated[Path, typer.Option(metavar="RUN", help="Directory of the run; made, or continued.")],
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="As for inspect.")] = None,
+    weights: Weights = None,
+    input_shape: Shape = None,
+    mean: Mean = None,
+    std: Std = None,
+    pixel_range: PixelRange = None,
+    logits: Logits = None,
+    without_batch_norms: WithoutBatchNorms = None,
+    bits: Annotated[str | None, typer.Option(help="Of weights and activations, 2 to 8. Default: w4a4.")] = None,
+    layer_bits: Annotated[
+        str | None, typer.Option(metavar="RULES", help="Exceptions by layer name, such as 'conv1=8,*fc*=w8a4'.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="size=SHARE|bops=SHARE", help="Find bits per layer for this share of full precision."),
+    ] = None,
+    scheme: Annotated[
+        Literal["hardware", "paper"] | None,
+        typer.Option(help="What integer kernels need, or as published. Default: hardware."),
+    ] = None,
+    target: Annotated[
+        Literal["onnxruntime", "openvino", "inductor", "xnnpack"] | None,
+        typer.Option(help="Round where its kernels do. Default: onnxruntime."),
+    ] = None,
+    recipe: Recipe = None,
+    bank: Annotated[Path | None, typer.Option(metavar="BANK", help="Made earlier by qimera synthesize.")] = None,
+    seed: Seed = None,
+    settings: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="settings.json of a run: starts the same again, instead of MODEL."),
+    ] = None,
+    strict: Strict = False,
+    max_drop: MaxDrop = None,
+    device: Device = None,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Quantize a model without data; the result is a run directory."""
+    with errors_as_messages(debug, f"the same command continues with what is in {output}"):
+        from qimera.assessment.diagnostics import untrained_because
+        from qimera.cli.options import ModelOptions, RunOptions, read_settings, resolve
+        from qimera.machine.acceleration import find_device
+        from qimera.machine.distributed import from_main, is_main, joined
+        from qimera.runs.directory import RunDirectory, refuse_other_content
+        from qimera.runs.execution import carry_out, check_run
+        from qimera.runs.limits import Limits, Result
+        from qimera.runs.reporting import report_run
+
+        place = find_device(device or "cpu")
+        model_options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
+        options = RunOptions(bits, layer_bits, scheme, target, recipe, bank, seed, budget)
+        with joined():
+            from_main(lambda: refuse_other_content(output))
+            read = (
+                resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
+            )
+            check_run(read.settings, read.teacher, read.bank)
+            run = from_main(lambda: RunDirectory.start(output, read.settings))
+            if is_main() and run.is_finished:
+                typer.echo(f"{output}: finished already, this is its summary", err=True)
+            elif is_main():
+                if done := run.so_far():
+                    typer.echo(f"{output}: continues where it was interrupted; {done}", err=True)
+                warn(filter(None, [untrained_because(read.teacher)]))
+            with ProgressDisplay(is_main()) as progress:
+                summary = carry_out(run, read.teacher, read.bank, progress, place)
+            if is_main():
+                if not run.report_page_file.exists():
+                    typer.echo("writing the report", err=True)
+                    report_run(run)
+                typer.echo(summary.text(), nl=False)
+                typer.echo(f"report: {run.report_page_file}", err=True)
+                Limits(strict, max_drop).check(Result(str(output), summary.warnings, summary.estimated_drop))
+
+
+for command in (evaluate, report, compare, export):
+    app.command()(command)
+
+
+@app.command()
+def recipes(
+    input_shape: Annotated[str, typer.Option(metavar="C,H,W", help="One image.")] = "3,32,32",
+    num_classes: Annotated[int, typer.Option(min=2, help="Classes of the model.")] = 10,
+    debug: Debug = False,
+) -> None:
+    """List the recipes and what they cost."""
+    with errors_as_messages(debug):
+        from qimera.cli.options import shape_of
+        from qimera.cli.tables import recipe_table
+
+        print_table(recipe_table(shape_of(input_shape), num_classes))

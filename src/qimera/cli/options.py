@@ -1,0 +1,227 @@
+"""What a user typed -> the captured teacher and the settings of a run."""
+
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from qimera.config.bits import parse_bits, parse_layer_bits
+from qimera.config.input_spec import InputSpec
+from qimera.config.recipes import Recipe, recipe
+from qimera.config.run_settings import RunSettings
+from qimera.config.settings import QuantizationSettings
+from qimera.errors import ConfigError
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher.sources import absolute_source, known_input, load_model
+from qimera.teacher.teacher import Teacher
+
+DEFAULT_RECIPE = "fast"
+DEFAULT_BITS = "w4a4"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A model and its input, as they were typed; None where an option was left out."""
+
+    model: str | None
+    weights: Path | None
+    input_shape: str | None
+    mean: str | None
+    std: str | None
+    pixel_range: str | None
+    logits: str | None
+    without_batch_norms: bool | None
+
+    def capture(self, *, untrained: bool = False) -> Teacher:
+        """Load the model and capture it; with ``untrained``, also an architecture without weights.
+
+        Raises:
+            ConfigError: an option is missing or wrong, or the model and its weights do not fit.
+            UnsupportedModelError: the model cannot be captured, or has no batch norm.
+        """
+        if self.model is None:
+            raise ConfigError("MODEL: missing; give file.py:function, or one of the others that `qimera --help` lists")
+        model = load_model(self.model, self.weights, untrained=untrained)
+        input_spec = self._input_spec(self.model, model)
+        without = bool(self.without_batch_norms)
+        return Teacher.capture(model, input_spec, self.logits or "", without_batch_norms=without)
+
+    def _input_spec(self, source: str, model: nn.Module) -> InputSpec:
+        """Return what the options say; what they leave open, the model may know."""
+        given: dict[str, Any] = {}
+        if self.input_shape is not None:
+            given["shape"] = shape_of(self.input_shape)
+        if self.mean is not None:
+            given["mean"] = _floats("--mean", self.mean)
+        if self.std is not None:
+            given["std"] = _floats("--std", self.std)
+        if self.pixel_range is not None:
+            given["pixel_range"] = _floats("--pixel-range", self.pixel_range)
+        values = {**known_input(source, model), **given}
+        missing = [_OPTIONS[name] for name in ("shape", "mean", "std") if name not in values]
+        if missing:
+            raise ConfigError(f"{', '.join(missing)}: missing; {source} does not say what its images look like")
+        try:
+            return InputSpec(**values)
+        except ConfigError as error:
+            raise ConfigError(_with_options(str(error).removeprefix("InputSpec: "))) from None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to quantize, as it was typed; None where an option was left out."""
+
+    bits: str | None
+    layer_bits: str | None
+    scheme: Literal["hardware", "paper"] | None
+    target: Literal["onnxruntime", "openvino", "inductor", "xnnpack"] | None
+    recipe: str | None
+    bank: Path | None
+    seed: int | None
+    budget: str | None = None
+
+    def quantization(self) -> QuantizationSettings:
+        """Return what is quantized at how many bits."""
+        weight_bits, activation_bits = parse_bits(self.bits or DEFAULT_BITS)
+        if self.scheme == "paper" and self.target is not None:
+            raise ConfigError(f"--target: {self.target} is for --scheme hardware, given --scheme paper; leave one out")
+        return QuantizationSettings(
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            layer_bits=parse_layer_bits(self.layer_bits or ""),
+            scheme=self.scheme or "hardware",
+            target=self.target or "onnxruntime",
+            budget=self.budget or "",
+        )
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Everything that a run starts from."""
+
+    settings: RunSettings
+    teacher: Teacher
+    bank: SampleBank | None
+    """The bank that the settings name; None when the run makes its own."""
+
+
+def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
+    """Return the settings that the options spell, with every path absolute, and what they name.
+
+    Raises:
+        ConfigError: an option is missing or wrong.
+        UnsupportedModelError: the model cannot be captured, or has no batch norm.
+    """
+    quantization = options.quantization()
+    teacher = model_options.capture()
+    row, *others = recipes_for(teacher, options.recipe)
+    bank = None if options.bank is None else SampleBank.load(options.bank, teacher)
+    assert model_options.model is not None
+    settings = RunSettings(
+        model=absolute_source(model_options.model),
+        weights=_absolute(model_options.weights),
+        recipe=",".join(each.name for each in (row, *others)),
+        seed=options.seed or 0,
+        bank=_absolute(options.bank),
+        logits=model_options.logits or "",
+        without_batch_norms=bool(model_options.without_batch_norms),
+        input=teacher.input_spec,
+        synthesis=row.synthesis if bank is None else bank.settings,
+        quantization=quantization,
+        distillation=row.distillation,
+        alternatives=tuple(each.distillation for each in others),
+    )
+    return Resolved(settings, teacher, bank)
+
+
+def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) -> Resolved:
+    """Return the settings in ``path``, beside which no option may say anything, and what they name.
+
+    Raises:
+        ConfigError: no such file, something wrong in it, or another option beside it.
+        UnsupportedModelError: the model cannot be captured, or has no batch norm.
+    """
+    typed = [
+        field.name
+        for part in (model_options, options)
+        for field in fields(part)
+        if getattr(part, field.name) is not None
+    ]
+    if typed:
+        names = ", ".join("MODEL" if name == "model" else f"--{name.replace('_', '-')}" for name in typed)
+        raise ConfigError(f"--settings: says everything about a run, so leave out {names}, or edit {path}")
+    if not path.is_file():
+        raise ConfigError(f"--settings: no such file: {path}; give the settings.json of a run")
+    settings = RunSettings.load(path)
+    model = load_model(settings.model, Path(settings.weights) if settings.weights else None)
+    without = settings.without_batch_norms
+    teacher = Teacher.capture(model, settings.input, settings.logits, without_batch_norms=without)
+    bank = SampleBank.load(Path(settings.bank), teacher) if settings.bank else None
+    return Resolved(settings, teacher, bank)
+
+
+def recipes_for(teacher: Teacher, names: str | None) -> list[Recipe]:
+    """Return the recipes called ``names``, with commas between, or the default one, for this teacher.
+
+    Raises:
+        ConfigError: there is no such recipe, or one is named twice.
+    """
+    chosen = [name.strip() for name in (DEFAULT_RECIPE if names is None else names).split(",")]
+    if len(set(chosen)) < len(chosen):
+        raise ConfigError(f"--recipe: each can be named once, given {names}")
+    return [recipe(name, teacher.input_spec, teacher.num_classes) for name in chosen]
+
+
+def recipe_of_bank(teacher: Teacher, names: str | None) -> Recipe:
+    """Return the recipe called ``names``, or the default one, by which a bank is made.
+
+    Raises:
+        ConfigError: there is no such recipe, or there are several.
+    """
+    first, *others = recipes_for(teacher, names)
+    if others:
+        raise ConfigError(
+            f"--recipe: a bank is made by one recipe, given {names}; give {first.name}, which makes the bank when "
+            "`qimera quantize` is given these"
+        )
+    return first
+
+
+def shape_of(text: str) -> tuple[int, int, int]:
+    """``"3,32,32"`` -> (3, 32, 32).
+
+    Raises:
+        ConfigError: not three whole numbers.
+    """
+    try:
+        channels, height, width = (int(part) for part in text.split(","))
+    except ValueError:
+        message = f"--input-shape: expected channels, height and width such as 3,224,224, given {text!r}"
+        raise ConfigError(message) from None
+    return channels, height, width
+
+
+_OPTIONS = {"shape": "--input-shape", "mean": "--mean", "std": "--std", "pixel_range": "--pixel-range"}
+"""By the setting of ``InputSpec`` that each gives."""
+
+
+def _with_options(message: str) -> str:
+    """Return what ``InputSpec`` says with its settings called as the command line calls them."""
+    return re.sub(r"(?<!you )\b(shape|mean|std|pixel_range)\b", lambda found: _OPTIONS[found[0]], message)
+
+
+def _floats(option: str, text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (math.nan,)
+    if not all(map(math.isfinite, values)):
+        raise ConfigError(f"{option}: expected numbers with commas between, such as 0.485,0.456,0.406, given {text!r}")
+    return values
+
+
+def _absolute(path: Path | None) -> str:
+    return "" if path is None else str(path.resolve())

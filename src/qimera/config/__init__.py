@@ -1,0 +1,1 @@
+"""Settings of every stage, and the recipes that choose them."""

@@ -1,0 +1,1 @@
+"""Graphs of ATen operations: what they hold, how they are written down and simplified."""

@@ -1,0 +1,1 @@
+"""What the machine gives: devices, processes, files, checkpoints, random numbers, progress."""

@@ -1,0 +1,58 @@
+"""A teacher and two of its classes -> samples between them, as the superposition weight moves."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from qimera.config.recipes import has_large_images
+from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.direct import noise_images, optimize_images
+from qimera.synthesis.superposition import soft_labels
+from qimera.teacher.teacher import Teacher
+
+NUM_SHARES = 7
+_COPIES = 8
+"""Starts of each share: batch-norm statistics of a few samples say little."""
+
+_FEW_COPIES = 2
+_MOST_STEPS = 80
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Samples from one class to another."""
+
+    first: int
+    second: int
+    shares: Float[Tensor, " step"]
+    """Wanted of the second class."""
+    pixels: UInt8[Tensor, "step channel height width"]
+    probabilities: Float[Tensor, "step two"]
+    """The teacher's of both classes."""
+
+
+def nearest_classes(bank: SampleBank) -> tuple[int, int]:
+    """Return the two classes that the teacher takes for each other most."""
+    answer = bank.logits.softmax(1)
+    shared = answer.T @ answer
+    shared.fill_diagonal_(-1)
+    first, second = divmod(int(shared.argmax()), len(shared))
+    return min(first, second), max(first, second)
+
+
+def walk_between(first: int, second: int, teacher: Teacher, bank: SampleBank) -> Walk:
+    """Return optimised samples of the shares between both classes, all from the same noise, as the bank's are made."""
+    copies = _FEW_COPIES if has_large_images(bank.input_spec) else _COPIES
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.linspace(0, 1, NUM_SHARES)
+    label = torch.tensor([[first, second]]).expand(NUM_SHARES, 2)
+    wanted = soft_labels(label, torch.stack([1 - shares, shares], 1), teacher.num_classes).repeat(copies, 1)
+    direct = bank.settings.direct
+    direct = direct.model_copy(update={"num_steps": min(direct.num_steps, _MOST_STEPS), "compile": "never"})
+    noise = noise_images(copies, teacher.input_spec.shape, direct.num_scales, generator)
+    images = optimize_images(noise.repeat_interleave(NUM_SHARES, 0), wanted, teacher, direct, generator)[:NUM_SHARES]
+    with torch.no_grad():
+        answer = teacher(images).softmax(1)
+    return Walk(first, second, shares, teacher.input_spec.to_pixels(images), answer[:, [first, second]])

@@ -1,0 +1,187 @@
+"""A finished run -> what it was made from, what it cost and how large the student is."""
+
+import platform
+import textwrap
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qimera.assessment.estimation import Estimate
+from qimera.config.bits import spell_layer_bits
+from qimera.config.run_settings import RunSettings
+from qimera.errors import ConfigError
+from qimera.quantization.sizes import float_bytes, packed_bytes
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher.sources import short_source
+from qimera.teacher.teacher import Teacher
+
+
+class Summary(BaseModel):
+    """What a run came to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
+
+    model: str
+    """Where the model came from, without directories."""
+
+    warnings: tuple[str, ...] = ()
+    """What a person should know before trusting the rest, the most important first; empty for a good run."""
+
+    teacher_hash: str
+    num_classes: int
+    bits: str
+    """Such as ``w4a4``."""
+
+    scheme: str
+    target: str = "onnxruntime"
+    """Runtime whose kernels decided where tensors are rounded."""
+
+    layer_bits: str
+    """Exceptions by layer name, as ``--layer-bits`` takes them; those that a budget came to, too."""
+
+    budget: str = ""
+    """Such as ``size=0.14``; empty where there was none."""
+
+    allocation: tuple[str, ...] = ()
+    """What the budget came to, in lines for a person."""
+
+    recipe: str
+    seed: int
+    num_samples: int
+    """Synthetic samples in the bank that students may learn from."""
+
+    num_held_out: int = 0
+    """Synthetic samples in the bank that no student learns from."""
+
+    num_steps: int
+    """Training steps of the student."""
+
+    estimate: Estimate | None = None
+    """Accuracy that the student loses, as the held-out samples tell; None where the bank has none, or where a warning
+    says that its samples do not resemble what the network was trained on."""
+
+    bank_agreement: float | None = None
+    """Percent of synthetic samples, most of them trained on, that student and teacher put into the same class; in runs
+    from before there were held-out samples."""
+
+    teacher_bytes: int
+    """Parameters and buffers in float32."""
+
+    student_bytes: int
+    """What the student's ONNX file holds beside its operations: weights packed at their bits, scales, biases, and in
+    float32 what stays as it is."""
+
+    bank_seconds: float | None
+    """None for a bank made earlier."""
+
+    student_seconds: float | None
+    finished: str
+    """UTC."""
+
+    machine: str
+    versions: dict[str, str]
+
+    @property
+    def estimated_drop(self) -> float | None:
+        """In points; None where there is no estimate."""
+        return None if self.estimate is None else self.estimate.drop
+
+    @classmethod
+    def of_run(
+        cls,
+        settings: RunSettings,
+        teacher: Teacher,
+        *,
+        bank: SampleBank,
+        warnings: tuple[str, ...],
+        estimate: Estimate | None,
+        allocation: tuple[str, ...],
+        bank_seconds: float | None,
+        student_seconds: float | None,
+    ) -> "Summary":
+        """Collect the summary of a run that has just finished."""
+        quantization = settings.quantization
+        return cls(
+            model=short_source(settings.model),
+            warnings=warnings,
+            teacher_hash=teacher.hash,
+            num_classes=teacher.num_classes,
+            bits=f"w{quantization.weight_bits}a{quantization.activation_bits}",
+            scheme=quantization.scheme,
+            target=quantization.target,
+            layer_bits=spell_layer_bits(quantization.layer_bits),
+            budget=quantization.budget,
+            allocation=allocation,
+            recipe=settings.recipe,
+            seed=settings.seed,
+            num_samples=bank.num_training,
+            num_held_out=bank.settings.num_held_out,
+            num_steps=settings.distillation.num_steps,
+            estimate=estimate,
+            teacher_bytes=float_bytes(teacher),
+            student_bytes=packed_bytes(teacher, quantization),
+            bank_seconds=bank_seconds,
+            student_seconds=student_seconds,
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            machine=f"{platform.machine()}, {torch.get_num_threads()} threads",
+            versions={name: version(name) for name in ("torch", "torchao")} | {"qimera": _own_version()},
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> "Summary":
+        """Read a summary written by ``save``."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise ConfigError(f"{path}: damaged, or of another version of qimera: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write the summary as indented JSON."""
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def text(self) -> str:
+        """Return the summary for a person, one fact per line."""
+        exceptions = f", except {self.layer_bits}" if self.layer_bits and not self.allocation else ""
+        held_out = f" and {self.num_held_out} held out" if self.num_held_out else ""
+        facts = {
+            "warning": "\n".join(textwrap.fill(warning, _WIDTH, subsequent_indent="  ") for warning in self.warnings),
+            "model": f"{self.model} ({self.num_classes} classes, teacher {self.teacher_hash[:12]})",
+            "bits": f"{self.bits}{exceptions}, scheme {self.scheme}, target {self.target}",
+            "budget": "\n".join(self.allocation),
+            "recipe": f"{self.recipe}, seed {self.seed}",
+            "bank": f"{self.num_samples} synthetic samples{held_out}, {_readable_seconds(self.bank_seconds)}",
+            "student": f"{self.num_steps} steps, {_readable_seconds(self.student_seconds)}",
+            "size": f"{readable_bytes(self.student_bytes)} instead of {readable_bytes(self.teacher_bytes)}, "
+            f"{self.teacher_bytes / self.student_bytes:.1f} times smaller",
+            "estimate": "none, because of the warning above" if self.num_held_out else "none without held-out samples",
+        }
+        if self.estimate is not None:
+            facts["estimate"] = self.estimate.text()
+        elif self.bank_agreement is not None:
+            facts["estimate"] = f"none; {self.bank_agreement:.1f} % agreement on synthetic samples it was trained on"
+        return "".join(
+            f"{name:<11}{textwrap.indent(fact, ' ' * 11).lstrip()}\n" for name, fact in facts.items() if fact
+        )
+
+
+_WIDTH = 88
+"""Characters of a line of a warning."""
+
+
+def readable_bytes(num_bytes: int) -> str:
+    """Return a size in kB or MB (powers of ten)."""
+    return f"{num_bytes / 1e6:.2f} MB" if num_bytes >= 1_000_000 else f"{num_bytes / 1e3:.1f} kB"
+
+
+def _readable_seconds(seconds: float | None) -> str:
+    return "made earlier" if seconds is None else f"{seconds:.{0 if seconds >= 10 else 1}f} s"
+
+
+def _own_version() -> str:
+    try:
+        return version("qimera")
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,1 @@
+"""Runs and their directories: what the command line does."""

@@ -1,0 +1,247 @@
+"""One run on disk: the settings that start it again, metrics, bank, bits, student, summary; each whole or absent."""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+from qimera.config.run_settings import RunSettings
+from qimera.config.settings import LayerBits
+from qimera.errors import ConfigError
+from qimera.machine.checkpoint import Checkpoints
+from qimera.machine.distributed import from_main, is_main
+from qimera.machine.files import replacing
+from qimera.machine.metrics import Metrics
+from qimera.machine.progress import ProgressCallback, silent
+from qimera.mixed_precision.allocation import Allocation
+from qimera.report.summary import Summary
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+BANK, ALLOCATION, STUDENT = "bank", "allocation", "student"
+"""The parts of a run, in this order; of several students each is a part, ``student NAME``. A run that was interrupted
+continues within the first part that is not there."""
+
+_MAX_LISTED = 4
+_UNFINISHED = ".*.partial*"
+"""What files are called while they are written."""
+
+
+class RunDirectory:
+    """The files of one run.
+
+    ``settings.json`` is there from the start and ``summary.json`` from the end, so a directory with the first alone
+    is a run that was interrupted.
+    """
+
+    def __init__(self, path: Path, settings: RunSettings) -> None:
+        self.path = path
+        self.settings = settings
+        self.metrics = Metrics(path / "metrics.jsonl")
+        self.teacher_file = path / "teacher.safetensors"
+        self.bank_directory = path / "bank"
+        self.checkpoints_directory = path / "checkpoints"
+        self.allocation_file = path / "allocation.json"
+        self.student_file = path / "student.safetensors"
+        self.text_file = path / "summary.txt"
+        self.evaluation_file = path / "evaluation.json"
+        self.report_data_file = path / "report.json"
+        self.report_page_file = path / "report.html"
+        self._summary_file = path / "summary.json"
+        self._locked: int | None = None
+
+    @classmethod
+    def start(cls, path: Path, settings: RunSettings) -> "RunDirectory":
+        """Make the directory, or take up the run of the same settings that is in it.
+
+        Raises:
+            ConfigError: something else is there.
+        """
+        refuse_other_content(path)
+        settings_file = _settings_file(path)
+        if not settings_file.exists():
+            path.mkdir(parents=True, exist_ok=True)
+            with _beginning(path) as is_first:
+                if is_first:
+                    with replacing(settings_file) as temporary:
+                        settings.save(temporary)
+                    return cls(path, settings)
+        run = cls(path, RunSettings.load(settings_file))
+        differences = _differences(run._settings_as_given(), settings)
+        if differences and settings != run.settings:
+            listed = "; ".join(differences[:_MAX_LISTED])
+            rest = f"; and {len(differences) - _MAX_LISTED} more" if len(differences) > _MAX_LISTED else ""
+            raise ConfigError(f"{path}: holds a run with other settings ({listed}{rest}); choose another --output")
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """Return the finished run in ``path``.
+
+        Raises:
+            ConfigError: no run is there, or one that was interrupted.
+        """
+        if not _settings_file(path).is_file():
+            raise ConfigError(f"{path}: not a run (no settings.json in it); give the --output of `qimera quantize`")
+        run = cls(path, RunSettings.load(_settings_file(path)))
+        if not run.is_finished:
+            raise ConfigError(f"{path}: the run was interrupted; give the command that started it again to continue")
+        return run
+
+    @contextmanager
+    def occupied(self) -> Iterator[None]:
+        """Keep other processes out while this one works here; where the file system cannot lock, nothing is kept out.
+
+        Raises:
+            ConfigError: another process is working here.
+        """
+        try:
+            from_main(self._lock)
+            if is_main():
+                self._forget_unfinished_files()
+            yield
+        finally:
+            if self._locked is not None:
+                os.close(self._locked)
+                self._locked = None
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._locked = descriptor
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise ConfigError(
+                    f"{self.path}: another run is at work in it; wait for its end, or choose another --output"
+                ) from None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the student and its summary are there."""
+        return self._summary_file.exists()
+
+    @property
+    def has_bank(self) -> bool:
+        """Whether the run's own bank is complete."""
+        return self.bank_directory.exists()
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """The bits that a budget came to, once they are found."""
+        return Allocation.load(self.allocation_file) if self.allocation_file.exists() else None
+
+    def settle(self, allocation: Allocation) -> None:
+        """Write the bits that a budget came to, and let the settings name them."""
+        self.settings = _with_rules(self.settings, allocation.all_rules)
+        if is_main():
+            with replacing(self.allocation_file) as temporary:
+                allocation.save(temporary)
+            with replacing(_settings_file(self.path)) as temporary:
+                self.settings.save(temporary)
+
+    def _settings_as_given(self) -> RunSettings:
+        """Return the settings without the bits that were found for them."""
+        allocation = self.allocation
+        return self.settings if allocation is None else _with_rules(self.settings, allocation.rules)
+
+    def recording(self, part: str, also: ProgressCallback) -> AbstractContextManager[ProgressCallback]:
+        """Return what records the steps of a part and passes them on; it does nothing but in the main process."""
+        return self.metrics.recording(part, also) if is_main() else nullcontext(silent)
+
+    def seconds(self, part: str) -> float | None:
+        """Return how long a part took, or all parts called ``part NAME``; None if this run did without."""
+        parts = {line["part"] for line in self.metrics.lines()}
+        found = [self.metrics.seconds(each) or 0.0 for each in parts if each.partition(" ")[0] == part]
+        return sum(found) if found else None
+
+    def so_far(self) -> str:
+        """Return what an interrupted run has done already, for a person; empty if there is nothing."""
+        checkpoints = self.checkpoints_directory
+        bank = "its bank is complete" if self.has_bank else "a part of its bank is made"
+        facts = {
+            bank: self.has_bank or any(checkpoints.glob(f"{BANK}/*")),
+            "its bits are found": self.allocation_file.exists(),
+            "its student is in training": any(checkpoints.glob(f"{STUDENT}-*/*")),
+        }
+        return ", ".join(fact for fact, is_true in facts.items() if is_true)
+
+    def finish(self, summary: Summary) -> None:
+        """Write the summary; from then on the run is finished."""
+        with replacing(self.text_file) as temporary:
+            temporary.write_text(summary.text(), encoding="utf-8")
+        with replacing(self._summary_file) as temporary:
+            summary.save(temporary)
+        Checkpoints(self.checkpoints_directory).forget()
+
+    def summary(self) -> Summary:
+        """Read the summary of a finished run."""
+        return Summary.load(self._summary_file)
+
+    def _forget_unfinished_files(self) -> None:
+        """Remove files that were being written when the process ended."""
+        for left_over in self.path.glob(_UNFINISHED):
+            if left_over.is_dir():
+                shutil.rmtree(left_over)
+            else:
+                left_over.unlink()
+
+
+@contextmanager
+def _beginning(path: Path) -> Iterator[bool]:
+    """Yield whether there is a run to begin in ``path``; no other process begins one meanwhile."""
+    descriptor = os.open(path, os.O_RDONLY) if fcntl is not None else None
+    try:
+        while descriptor is not None and not _settings_file(path).exists():
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # another process is beginning
+                time.sleep(0.01)
+            except OSError:  # the file system cannot lock
+                break
+        yield not _settings_file(path).exists()
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def refuse_other_content(path: Path) -> None:
+    """Raise ConfigError if ``path`` is a file, or a directory that holds anything but a run."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path}: is a file; --output names a directory")
+    others = [each for each in path.iterdir() if not each.match(_UNFINISHED)] if path.is_dir() else []
+    if others and not _settings_file(path).is_file():
+        raise ConfigError(f"{path}: is not empty and holds no run; choose another --output")
+
+
+def _settings_file(path: Path) -> Path:
+    return path / "settings.json"
+
+
+def _with_rules(settings: RunSettings, rules: tuple[LayerBits, ...]) -> RunSettings:
+    quantization = settings.quantization.model_copy(update={"layer_bits": rules})
+    return settings.model_copy(update={"quantization": quantization})
+
+
+def _differences(there: RunSettings, asked: RunSettings) -> list[str]:
+    """Return one line for each setting in which two runs differ."""
+    old, new = (dict(_flat(settings.model_dump(mode="json"))) for settings in (there, asked))
+    return [f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in new if old.get(name) != new[name]]
+
+
+def _flat(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,77 @@
+"""A finished run -> an exported file, and the record of its verification in the run's directory."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from qimera.errors import ConfigError
+from qimera.export.comparison import MIN_AGREEMENT, Verification
+from qimera.export.executorch import export_executorch
+from qimera.export.onnx import export_onnx
+from qimera.export.program import export_aotinductor, export_pt2
+from qimera.machine.files import replacing
+from qimera.runs.directory import RunDirectory
+from qimera.runs.execution import load_bank, load_student
+
+Format = Literal["onnx", "pt2", "aotinductor", "executorch"]
+
+FILE_NAMES: dict[Format, str] = {
+    "onnx": "student.onnx",
+    "pt2": "student.pt2",
+    "aotinductor": "student-aotinductor.pt2",
+    "executorch": "student.pte",
+}
+
+
+def export_run(
+    run: RunDirectory,
+    path: Path,
+    form: Format = "onnx",
+    *,
+    include_preprocessing: bool = False,
+    labels_file: Path | None = None,
+    min_agreement: float = MIN_AGREEMENT,
+) -> Verification:
+    """Write the student of ``run`` to ``path``, verified on the run's bank, and record the verification.
+
+    Raises:
+        ConfigError: the folder of ``path`` is not there, the labels cannot be read or do not fit, or an option is not
+            for this format.
+        UnsupportedModelError: something in the student has no counterpart in the format.
+        VerificationError: the file disagrees with the student.
+    """
+    if not path.parent.is_dir() or path.is_dir():
+        raise ConfigError(f"--output: {path} must be a file in a folder that exists")
+    if form != "onnx" and (include_preprocessing or labels_file is not None):
+        raise ConfigError(f"--include-preprocessing and --labels are for --format onnx, given --format {form}")
+    labels = _labels(labels_file, run.summary().num_classes)
+    student, teacher = load_student(run)
+    bank = load_bank(run, teacher)
+    if form == "onnx":
+        verification = export_onnx(
+            student,
+            path,
+            bank,
+            include_preprocessing=include_preprocessing,
+            labels=labels,
+            min_agreement=min_agreement,
+        )
+    else:
+        export = {"pt2": export_pt2, "aotinductor": export_aotinductor, "executorch": export_executorch}[form]
+        verification = export(student, path, bank, min_agreement=min_agreement)
+    with replacing(run.path / f"export-{form}.json") as temporary:
+        temporary.write_text(json.dumps({"file": path.name, **asdict(verification)}, indent=2) + "\n", encoding="utf-8")
+    return verification
+
+
+def _labels(path: Path | None, num_classes: int) -> list[str]:
+    if path is None:
+        return []
+    try:
+        labels = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--labels: {path} cannot be read as text: {error}") from error
+    if len(labels) != num_classes:
+        raise ConfigError(f"--labels: {path} has {len(labels)} lines, the model has {num_classes} classes")
+    return labels

@@ -1,0 +1,63 @@
+"""A finished run -> its report on disk."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qimera.assessment.data import LabelledImages
+from qimera.assessment.evaluation import Evaluation
+from qimera.machine.files import replacing
+from qimera.report.content import Measured, Report, collect
+from qimera.report.page import write_page
+from qimera.runs.directory import RunDirectory
+from qimera.runs.execution import load_bank, load_student
+
+logger = logging.getLogger(__name__)
+
+_MAX_REAL = 100
+"""Real images in the plot of features."""
+
+
+def keep_evaluation(run: RunDirectory, path: Path, images: LabelledImages, result: Evaluation) -> None:
+    """Put what was measured on labelled images into the run's report; one that cannot be written to stays as it is."""
+    assert result.teacher_top1 is not None
+    assert result.agreement is not None
+    measured = Measured(
+        data=path.name,
+        num_images=result.num_images,
+        student_top1=result.top1,
+        teacher_top1=result.teacher_top1,
+        student_top5=result.top5,
+        teacher_top5=result.teacher_top5,
+        agreement=result.agreement,
+        drop_low=result.drop_low,
+        drop_high=result.drop_high,
+        warnings=result.warnings,
+    )
+    some = next(images.batches(_MAX_REAL))[0]
+    real = run.settings.input.normalize(torch.tensor(some).permute(0, 3, 1, 2).contiguous())
+    try:
+        with replacing(run.evaluation_file) as temporary:
+            measured.save(temporary)
+        report_run(run, real)
+    except OSError as error:
+        logger.warning("%s: the report stays as it is (%s)", run.path, error.strerror)
+
+
+def report_run(run: RunDirectory, real: Tensor | None = None) -> Report:
+    """Write ``report.json`` and ``report.html`` into the run's directory, and return what they say.
+
+    Args:
+        run: Finished.
+        real: Normalised real images, if the user has any, for the plot of features.
+    """
+    student, teacher = load_student(run)
+    bank = load_bank(run, teacher)
+    report = collect(run, student, teacher, bank)
+    with replacing(run.report_data_file) as temporary:
+        report.save(temporary)
+    with replacing(run.report_page_file) as temporary:
+        temporary.write_text(write_page(report, teacher, bank, real), encoding="utf-8")
+    return report

@@ -1,0 +1,1 @@
+"""Samples from the teacher alone: generated, optimised directly, kept in a bank."""

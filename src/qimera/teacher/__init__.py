@@ -1,0 +1,1 @@
+"""Trained networks from every source -> the teacher."""
