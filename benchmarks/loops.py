@@ -21,7 +21,8 @@ from speed_tables import SPEED
 
 from qimera import Teacher, recipe
 from qimera.config.settings import DirectSettings
-from qimera.machine.acceleration import Compile, find_device
+from qimera.machine.acceleration import find_device
+from qimera.machine.modes import Compile
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.training.distillation import Course
 

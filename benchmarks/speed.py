@@ -35,7 +35,8 @@ from qimera import QuantizationSettings, SampleBank, Student, Teacher, evaluate,
 from qimera.config.bits import parse_bits
 from qimera.config.settings import DistillationSettings, SynthesisSettings
 from qimera.graph.nodes import WEIGHTED
-from qimera.machine.acceleration import Compile, autocast
+from qimera.machine.acceleration import autocast
+from qimera.machine.modes import Compile
 from qimera.machine.seeds import Place, generator_for
 from qimera.pipeline import quantize_with
 from qimera.synthesis.direct import noise_images, optimize_images

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from qimera.config.settings import DistillationSettings, QuantizationSettings
-from qimera.machine.acceleration import Compile, compiled
+from qimera.machine.acceleration import compiled
+from qimera.machine.modes import Compile
 from qimera.quantization.student import Student
 from qimera.teacher.teacher import Teacher
 from qimera.training.distillation import Lesson

@@ -20,7 +20,8 @@ from qimera.config.settings import (
     QuantizationSettings,
     SynthesisSettings,
 )
-from qimera.machine.acceleration import Compile, find_device
+from qimera.machine.acceleration import find_device
+from qimera.machine.modes import Compile
 from qimera.machine.seeds import Place, generator_for
 from qimera.pipeline import synthesize
 from qimera.quantization.student import Student

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from qimera.config.settings import DistillationSettings, QuantizationSettings
-from qimera.machine.acceleration import Precision, autocast, compiled, has_fast_bfloat16, is_compiled, narrow_gradients_
+from qimera.machine.acceleration import autocast, compiled, has_fast_bfloat16, is_compiled, narrow_gradients_
+from qimera.machine.modes import Precision
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher

@@ -14,11 +14,12 @@ from qimera.errors import ConfigError, DivergenceError
 from qimera.graph.folding import fold_batch_norms
 from qimera.graph.nodes import with_outputs
 from qimera.machine.progress import Progress
+from qimera.quantization.losses import feature_loss, kl_loss
 from qimera.quantization.student import Student, block_outputs
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.synthesizer import SynthesizerTraining
 from qimera.teacher.teacher import Teacher
-from qimera.training.distillation import StepwiseAdam, distill_, feature_loss, kl_loss
+from qimera.training.distillation import StepwiseAdam, distill_
 from tests import reference, shared
 
 SEEDS = st.integers(0, 2**31 - 1)

@@ -6,8 +6,8 @@ from qimera.config.recipes import RECIPE_NAMES, recipe
 from qimera.config.settings import LabelSettings
 from qimera.errors import ConfigError
 from qimera.pipeline import quantize, synthesize
+from qimera.quantization.losses import kl_loss
 from qimera.teacher.teacher import Teacher
-from qimera.training.distillation import kl_loss
 from tests.networks import SPEC
 
 CIFAR = InputSpec(shape=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)

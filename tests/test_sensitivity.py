@@ -8,9 +8,9 @@ from qimera.graph.folding import fold_batch_norms
 from qimera.graph.nodes import with_outputs
 from qimera.machine.progress import Progress
 from qimera.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
+from qimera.quantization.losses import kl_loss
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
-from qimera.training.distillation import kl_loss
 from tests import shared
 from tests.networks import SPEC
 

@@ -8,11 +8,12 @@ from torch.nn import functional as F
 
 from qimera.config.settings import GeneratorSettings, LabelSettings, QuantizationSettings, SynthesisSettings
 from qimera.errors import DivergenceError
+from qimera.machine.divergence import check_finite
 from qimera.machine.seeds import Place, generator_for
 from qimera.quantization.student import Student
 from qimera.synthesis.augmentation import shift_batch
 from qimera.synthesis.losses import bns_loss
-from qimera.synthesis.synthesizer import Draw, Synthesizer, SynthesizerTraining, check_finite
+from qimera.synthesis.synthesizer import Draw, Synthesizer, SynthesizerTraining
 from qimera.teacher.teacher import Teacher
 from tests import reference
 from tests.networks import NUM_CLASSES, SPEC, toy_pixels

@@ -17,14 +17,15 @@ from qimera.errors import ConfigError
 from qimera.machine.acceleration import exact_convolutions, find_device, is_compiled
 from qimera.machine.checkpoint import Checkpoint, Checkpoints, State
 from qimera.machine.distributed import copy_from_main_, gathered, rank, world_size
+from qimera.machine.divergence import are_read
 from qimera.machine.progress import COMPILING, Progress, ProgressCallback, silent
 from qimera.machine.seeds import Place, check_seed, generator_for
 from qimera.quantization.equalization import restore_limits_
 from qimera.quantization.student import Student
-from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.bank import SampleBank, check_bank
 from qimera.synthesis.parts import Part, Report, make_part, parts_of
-from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining, are_read
-from qimera.teacher.teacher import Teacher
+from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
+from qimera.teacher.teacher import Teacher, as_teacher
 from qimera.training.distillation import distill_
 from qimera.training.memory import draws_in_memory, images_in_memory, lessons_in_memory
 
@@ -173,26 +174,6 @@ def quantize_with(
         training = SynthesizerTraining(synthesizer, worker, drawing, seed, student.module, num_steps)
     distill_(student, worker, bank, distillation, generator, training=training, checkpoint=kept, progress=progress)
     return student.to("cpu")
-
-
-def as_teacher(model: nn.Module, input_spec: InputSpec | None) -> Teacher:
-    """Return ``model`` if it is a ``Teacher``, else capture it."""
-    if isinstance(model, Teacher):
-        return model
-    if input_spec is None:
-        raise ConfigError("input_spec: missing; pass InputSpec(shape=..., mean=..., std=...) with a plain model")
-    return Teacher.capture(model, input_spec)
-
-
-def check_bank(bank: SampleBank, teacher: Teacher) -> None:
-    """Raise ConfigError if ``bank`` is of another teacher, or of other images."""
-    if bank.teacher_hash != teacher.hash:
-        raise ConfigError(
-            f"bank: made for another teacher (hash {bank.teacher_hash[:12]}, this model has {teacher.hash[:12]}); "
-            "synthesise a bank for this model and its weights"
-        )
-    if bank.input_spec != teacher.input_spec:
-        raise ConfigError(f"bank: made for images of {bank.input_spec}, this teacher takes {teacher.input_spec}")
 
 
 NUM_RANGE_BATCHES = 4

@@ -16,7 +16,7 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from qimera.assessment.class_folders import find_class_files
-from qimera.config.input_spec import InputSpec
+from qimera.config.input_spec import IMAGE_MODES, InputSpec
 from qimera.errors import ConfigError
 
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -25,7 +25,6 @@ _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _MOST_PIXELS = 1 << 27
 """Of one image in any step of its preparation, so that a small file cannot take all memory."""
 
-IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 # What NumPy and zipfile raise for damaged archives, by where the damage is.
 _UNREADABLE = (
     OSError,

@@ -6,6 +6,12 @@ from torch import Tensor
 
 from qimera.config.validated import Settings
 
+IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+"""What Pillow calls images of so many channels."""
+
+_LARGE_IMAGE = 96 * 96
+"""Pixels from which a sample costs so much that recipes make do with fewer."""
+
 
 class InputSpec(Settings):
     """What the classifier expects: one image's shape and how its pixels were normalised in training."""
@@ -21,6 +27,11 @@ class InputSpec(Settings):
 
     pixel_range: tuple[float, float] = (0.0, 1.0)
     """Darkest and brightest value that a pixel can take before normalisation."""
+
+    @property
+    def has_large_images(self) -> bool:
+        """Whether a sample costs so much that fewer must do."""
+        return self.shape[1] * self.shape[2] >= _LARGE_IMAGE
 
     @model_validator(mode="after")
     def _check(self) -> "InputSpec":

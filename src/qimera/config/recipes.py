@@ -14,9 +14,6 @@ from qimera.errors import ConfigError
 
 RECIPE_NAMES = ("ptq", "fast", "best", "qimera", "paper", "gdfq")
 
-_LARGE_IMAGE = 96 * 96
-"""Pixels from which a sample costs so much that recipes make do with fewer."""
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -34,7 +31,7 @@ def recipe(name: str, input_spec: InputSpec, num_classes: int) -> Recipe:
     Raises:
         ConfigError: there is no such recipe.
     """
-    large = has_large_images(input_spec)
+    large = input_spec.has_large_images
     match name:
         case "ptq":
             return _ptq(large, num_classes)
@@ -49,11 +46,6 @@ def recipe(name: str, input_spec: InputSpec, num_classes: int) -> Recipe:
         case "gdfq":
             return _gdfq(large, num_classes)
     raise ConfigError(f"recipe: no recipe called {name!r}; there are {', '.join(RECIPE_NAMES)}")
-
-
-def has_large_images(input_spec: InputSpec) -> bool:
-    """Return whether a sample costs so much that fewer must do."""
-    return input_spec.shape[1] * input_spec.shape[2] >= _LARGE_IMAGE
 
 
 def _ptq(large: bool, num_classes: int) -> Recipe:

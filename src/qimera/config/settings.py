@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from qimera.config.validated import Settings
 from qimera.errors import ConfigError
-from qimera.machine.acceleration import Compile, Precision
+from qimera.machine.modes import Compile, Precision
 
 
 class LabelSettings(Settings):

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +18,10 @@ from torch.autograd import Function
 from torch.fx import GraphModule
 
 from qimera.errors import ConfigError, first_line
+from qimera.machine.modes import Compile, Precision
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["auto", "float32", "bfloat16"]
-Compile = Literal["auto", "never", "always"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

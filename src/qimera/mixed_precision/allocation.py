@@ -12,9 +12,8 @@ from qimera.machine.progress import ProgressCallback, silent
 from qimera.mixed_precision.budget import Budget, LayerChoice, check_budget, fixed_cost, layer_choices
 from qimera.mixed_precision.knapsack import Option, choose
 from qimera.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
-from qimera.pipeline import as_teacher, check_bank
-from qimera.synthesis.bank import SampleBank
-from qimera.teacher.teacher import Teacher
+from qimera.synthesis.bank import SampleBank, check_bank
+from qimera.teacher.teacher import Teacher, as_teacher
 
 _LINE = 105
 """Characters of a line for a person."""

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qimera.config.recipes import has_large_images
 from qimera.config.validated import Settings
 from qimera.graph.folding import fold_batch_norms
 from qimera.graph.nodes import aten, has_bias, has_parameter, layer_name, node_at, tensor_of, with_outputs
@@ -15,12 +14,12 @@ from qimera.machine.progress import Progress, ProgressCallback, silent
 from qimera.machine.seeds import check_seed
 from qimera.mixed_precision.budget import WIDTHS
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
+from qimera.quantization.losses import kl_loss
 from qimera.quantization.ranges import integer_range
 from qimera.quantization.rounding import Compensation, can_compensate, look_at_layer
 from qimera.quantization.scheme import reading_network_input
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
-from qimera.training.distillation import kl_loss
 
 _NUM_SAMPLES = 128
 _NUM_LARGE_SAMPLES = 32
@@ -73,7 +72,7 @@ def measure_sensitivity(
     """
     seed = check_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    num_samples = _NUM_LARGE_SAMPLES if has_large_images(teacher.input_spec) else _NUM_SAMPLES
+    num_samples = _NUM_LARGE_SAMPLES if teacher.input_spec.has_large_images else _NUM_SAMPLES
     fit_on, judge_on = next(bank.batches(num_samples, generator)).images.chunk(2)
     trial = _Trial(fold_batch_norms(teacher.module), fit_on, judge_on, seed)
     at_input = reading_network_input(teacher.module)

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from qimera.config.recipes import has_large_images
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.superposition import soft_labels
@@ -44,7 +43,7 @@ def nearest_classes(bank: SampleBank) -> tuple[int, int]:
 
 def walk_between(first: int, second: int, teacher: Teacher, bank: SampleBank) -> Walk:
     """Return optimised samples of the shares between both classes, all from the same noise, as the bank's are made."""
-    copies = _FEW_COPIES if has_large_images(bank.input_spec) else _COPIES
+    copies = _FEW_COPIES if bank.input_spec.has_large_images else _COPIES
     generator = torch.Generator().manual_seed(0)
     shares = torch.linspace(0, 1, NUM_SHARES)
     label = torch.tensor([[first, second]]).expand(NUM_SHARES, 2)

@@ -1,26 +1,18 @@
-"""A finished run -> what its report says, as ``report.json`` holds it."""
+"""What a report says, as ``report.json`` holds it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qimera.assessment.diagnostics import Diagnosis, diagnose
-from qimera.config.recipes import has_large_images
+from qimera.assessment.diagnostics import Diagnosis
 from qimera.config.run_settings import RunSettings
 from qimera.config.validated import Settings
-from qimera.graph.costs import total_multiply_adds
 from qimera.machine.metrics import KEYS, Line
-from qimera.mixed_precision.budget import bit_operations
-from qimera.quantization.student import Student
-from qimera.report.layers import LayerReport, layer_reports
+from qimera.report.layers import LayerReport
 from qimera.report.summary import Summary
-from qimera.runs.directory import RunDirectory
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher.sources import short_source
-from qimera.teacher.teacher import Teacher
 
 FORMAT_VERSION = 1
 _NUM_IMAGES = 64
@@ -101,35 +93,9 @@ class Report(Settings):
         return (self.measured.warnings if self.measured else ()) + self.summary.warnings
 
 
-def collect(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleBank) -> Report:
-    """Return the report of a finished run."""
-    settings = student.settings
-    return Report(
-        summary=run.summary(),
-        settings=_without_directories(run.settings),
-        measured=measured_of(run),
-        multiply_adds=total_multiply_adds(teacher.module),
-        bit_operations=bit_operations(teacher, settings),
-        bank=diagnose(bank, teacher),
-        layers=tuple(layer_reports(student, shown_images(bank))),
-        curves=tuple(curves(run.metrics.lines())),
-        exports=tuple(Export.load(path) for path in sorted(run.path.glob("export-*.json"))),
-    )
-
-
-def _without_directories(settings: RunSettings) -> RunSettings:
-    names = {"weights": Path(settings.weights).name, "bank": Path(settings.bank).name}
-    return settings.replace(model=short_source(settings.model), **names)
-
-
-def measured_of(run: RunDirectory) -> Measured | None:
-    """Return what was measured on labelled images, if any were given."""
-    return Measured.load(run.evaluation_file) if run.evaluation_file.exists() else None
-
-
 def shown_images(bank: SampleBank) -> Tensor:
     """Return a few dozen normalised images, held-out ones where there are any."""
-    few = has_large_images(bank.input_spec)
+    few = bank.input_spec.has_large_images
     images = bank.held_out.images if bank.settings.num_held_out else bank.take(slice(None)).images
     return images[: _NUM_LARGE_IMAGES if few else _NUM_IMAGES]
 

@@ -10,9 +10,9 @@ from torch.fx import GraphModule, Node
 from qimera.config.validated import Settings
 from qimera.graph.nodes import node_at, tensor_of, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
+from qimera.quantization.losses import kl_loss
 from qimera.quantization.scheme import before_moves, quantizer_of
 from qimera.quantization.student import Student
-from qimera.training.distillation import kl_loss
 
 _TAIL = 0.001
 """Share of values beyond each quantile."""

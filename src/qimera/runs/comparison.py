@@ -6,7 +6,6 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from qimera.report.content import measured_of
 from qimera.report.summary import readable_bytes
 from qimera.runs.directory import RunDirectory
 from qimera.runs.limits import Result
@@ -17,7 +16,7 @@ def comparison_values(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
     found = []
     for run in runs:
         summary = run.summary()
-        measured = measured_of(run)
+        measured = run.measured
         estimate = summary.estimate
         found.append(
             {
@@ -45,7 +44,7 @@ def comparison_values(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
 
 def result_of(run: RunDirectory) -> Result:
     """Return the drop of a run that can be trusted most, and all warnings: measured, else estimated."""
-    summary, measured = run.summary(), measured_of(run)
+    summary, measured = run.summary(), run.measured
     warnings = (*(measured.warnings if measured else ()), *summary.warnings)
     if measured and not measured.warnings:
         return Result(str(run.path), warnings, measured.drop, "measured")

@@ -17,6 +17,7 @@ from qimera.machine.files import replacing
 from qimera.machine.metrics import Metrics
 from qimera.machine.progress import ProgressCallback, silent
 from qimera.mixed_precision.allocation import Allocation
+from qimera.report.content import Measured
 from qimera.report.summary import Summary
 
 try:
@@ -139,6 +140,11 @@ class RunDirectory:
     def allocation(self) -> Allocation | None:
         """The bits that a budget came to, once they are found."""
         return Allocation.load(self.allocation_file) if self.allocation_file.exists() else None
+
+    @property
+    def measured(self) -> Measured | None:
+        """What was measured on labelled images, if any were given."""
+        return Measured.load(self.evaluation_file) if self.evaluation_file.exists() else None
 
     def settle(self, allocation: Allocation) -> None:
         """Write the bits that a budget came to, and let the settings name them."""

@@ -7,12 +7,21 @@ import torch
 from torch import Tensor
 
 from qimera.assessment.data import LabelledImages
+from qimera.assessment.diagnostics import diagnose
 from qimera.assessment.evaluation import Evaluation
+from qimera.config.run_settings import RunSettings
+from qimera.graph.costs import total_multiply_adds
 from qimera.machine.files import replacing
-from qimera.report.content import Measured, Report, collect
+from qimera.mixed_precision.budget import bit_operations
+from qimera.quantization.student import Student
+from qimera.report.content import Export, Measured, Report, curves, shown_images
+from qimera.report.layers import layer_reports
 from qimera.report.page import write_page
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import load_bank, load_student
+from qimera.synthesis.bank import SampleBank
+from qimera.teacher.sources import short_source
+from qimera.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -61,3 +70,23 @@ def report_run(run: RunDirectory, real: Tensor | None = None) -> Report:
     with replacing(run.report_page_file) as temporary:
         temporary.write_text(write_page(report, teacher, bank, real), encoding="utf-8")
     return report
+
+
+def collect(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleBank) -> Report:
+    """Return what the report of a finished run says."""
+    return Report(
+        summary=run.summary(),
+        settings=_without_directories(run.settings),
+        measured=run.measured,
+        multiply_adds=total_multiply_adds(teacher.module),
+        bit_operations=bit_operations(teacher, student.settings),
+        bank=diagnose(bank, teacher),
+        layers=tuple(layer_reports(student, shown_images(bank))),
+        curves=tuple(curves(run.metrics.lines())),
+        exports=tuple(Export.load(path) for path in sorted(run.path.glob("export-*.json"))),
+    )
+
+
+def _without_directories(settings: RunSettings) -> RunSettings:
+    names = {"weights": Path(settings.weights).name, "bank": Path(settings.bank).name}
+    return settings.replace(model=short_source(settings.model), **names)

@@ -255,3 +255,14 @@ def _load_synthesizer(path: Path, teacher: Teacher, settings: SynthesisSettings)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); synthesise the bank again") from error
     return synthesizer.eval()
+
+
+def check_bank(bank: SampleBank, teacher: Teacher) -> None:
+    """Raise ConfigError if ``bank`` is of another teacher, or of other images."""
+    if bank.teacher_hash != teacher.hash:
+        raise ConfigError(
+            f"bank: made for another teacher (hash {bank.teacher_hash[:12]}, this model has {teacher.hash[:12]}); "
+            "synthesise a bank for this model and its weights"
+        )
+    if bank.input_spec != teacher.input_spec:
+        raise ConfigError(f"bank: made for images of {bank.input_spec}, this teacher takes {teacher.input_spec}")

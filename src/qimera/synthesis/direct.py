@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from qimera.config.settings import DirectSettings
 from qimera.machine.acceleration import autocast, begin_step, compiled, is_compiled
 from qimera.machine.checkpoint import Checkpoint, State
+from qimera.machine.divergence import check_finite
 from qimera.synthesis.augmentation import flip_at_random, shift_batch
 from qimera.synthesis.losses import bns_loss, soft_cross_entropy, total_variation
 from qimera.synthesis.pixels import enlarged, within_limits
-from qimera.synthesis.synthesizer import check_finite
 from qimera.teacher.teacher import Teacher
 
 COLOUR = 0.3

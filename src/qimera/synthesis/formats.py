@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from qimera.assessment.data import IMAGE_MODES
+from qimera.config.input_spec import IMAGE_MODES
 from qimera.errors import ConfigError
 from qimera.machine.files import naming, save_tensors, sync_directory, sync_tree
 from qimera.synthesis.bank import SampleBank

@@ -219,3 +219,12 @@ def _hash(module: GraphModule) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def as_teacher(model: nn.Module, input_spec: InputSpec | None) -> Teacher:
+    """Return ``model`` if it is a ``Teacher``, else capture it."""
+    if isinstance(model, Teacher):
+        return model
+    if input_spec is None:
+        raise ConfigError("input_spec: missing; pass InputSpec(shape=..., mean=..., std=...) with a plain model")
+    return Teacher.capture(model, input_spec)

@@ -14,7 +14,6 @@ from qimera.config.settings import DistillationSettings
 from qimera.errors import ConfigError
 from qimera.graph.nodes import with_outputs
 from qimera.machine.acceleration import (
-    at_least_float32,
     autocast,
     begin_step,
     compiled,
@@ -24,11 +23,13 @@ from qimera.machine.acceleration import (
 )
 from qimera.machine.checkpoint import Checkpoint, State
 from qimera.machine.distributed import average_gradients_, own_share, pooled_variances, world_size
+from qimera.machine.divergence import check_finite
 from qimera.machine.progress import COMPILING, Progress, ProgressCallback, is_reported, silent
+from qimera.quantization.losses import feature_loss, kl_loss
 from qimera.quantization.student import Student, block_outputs
 from qimera.synthesis.augmentation import blend_at_random, flip_at_random, shift_each
 from qimera.synthesis.bank import SampleBank, Samples
-from qimera.synthesis.synthesizer import SynthesizerTraining, check_finite
+from qimera.synthesis.synthesizer import SynthesizerTraining
 from qimera.teacher.teacher import Teacher
 
 
@@ -203,35 +204,6 @@ class Lesson:
         terms = {name: (weight, loss) for name, (weight, loss) in terms.items() if weight}
         total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
         return total, {name: loss.detach() for name, (_, loss) in terms.items()}
-
-
-def kl_loss(
-    logits: Float[Tensor, "batch num_classes"], target: Float[Tensor, "batch num_classes"], temperature: float
-) -> Float[Tensor, ""]:
-    """Return KL(teacher || student) at this temperature, per sample, times its square (Hinton et al. 2015)."""
-    divergence = F.kl_div(
-        F.log_softmax(logits / temperature, 1),
-        F.log_softmax(target / temperature, 1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    return divergence * temperature**2
-
-
-def feature_loss(
-    features: list[Tensor], targets: list[Tensor], variances: list[Tensor] | None = None
-) -> Float[Tensor, ""]:
-    """Return the squared error of block outputs over the teacher's variance, averaged over blocks; 0 for none.
-
-    The variances are those of ``targets``, unless these are but parts of the batch and those of the whole are given.
-    Neither the paper nor its code has such a term (deviation D16).
-    """
-    if not features:
-        return torch.zeros(())
-    pairs = [(at_least_float32(mine), at_least_float32(theirs)) for mine, theirs in zip(features, targets, strict=True)]
-    scales = variances or [theirs.var() for _, theirs in pairs]
-    errors = [F.mse_loss(mine, theirs) for mine, theirs in pairs]
-    return torch.stack([error / (scale + 1e-8) for error, scale in zip(errors, scales, strict=True)]).mean()
 
 
 class StepwiseAdam(torch.optim.Adam):

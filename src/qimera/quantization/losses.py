@@ -1,0 +1,37 @@
+"""What a student is judged by: the divergence from the teacher, and the errors of block outputs."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from qimera.machine.acceleration import at_least_float32
+
+
+def kl_loss(
+    logits: Float[Tensor, "batch num_classes"], target: Float[Tensor, "batch num_classes"], temperature: float
+) -> Float[Tensor, ""]:
+    """Return KL(teacher || student) at this temperature, per sample, times its square (Hinton et al. 2015)."""
+    divergence = F.kl_div(
+        F.log_softmax(logits / temperature, 1),
+        F.log_softmax(target / temperature, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return divergence * temperature**2
+
+
+def feature_loss(
+    features: list[Tensor], targets: list[Tensor], variances: list[Tensor] | None = None
+) -> Float[Tensor, ""]:
+    """Return the squared error of block outputs over the teacher's variance, averaged over blocks; 0 for none.
+
+    The variances are those of ``targets``, unless these are but parts of the batch and those of the whole are given.
+    Neither the paper nor its code has such a term (deviation D16).
+    """
+    if not features:
+        return torch.zeros(())
+    pairs = [(at_least_float32(mine), at_least_float32(theirs)) for mine, theirs in zip(features, targets, strict=True)]
+    scales = variances or [theirs.var() for _, theirs in pairs]
+    errors = [F.mse_loss(mine, theirs) for mine, theirs in pairs]
+    return torch.stack([error / (scale + 1e-8) for error, scale in zip(errors, scales, strict=True)]).mean()
