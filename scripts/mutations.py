@@ -175,7 +175,7 @@ def _first_failure(copy: Path, mutation: Mutation) -> str:
             f"{mutation.name}: {mutation.file} holds {text.count(mutation.right)} times {mutation.right!r}"
         )
     path.write_text(text.replace(mutation.right, mutation.wrong))
-    tests = [f"tests/{name}" for name in mutation.tests.split()]
+    tests = [str(next((copy / "tests").rglob(name))) for name in mutation.tests.split()]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": f"{copy / 'src'}{os.pathsep}{copy}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)

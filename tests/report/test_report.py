@@ -18,11 +18,11 @@ from qimera.machine.progress import silent
 from qimera.pipeline import quantize, synthesize
 from qimera.quantization.student import Student
 from qimera.report.boundary import nearest_classes, walk_between
-from qimera.report.content import Report, collect, curves, features_in_plane
+from qimera.report.content import Report, curves, features_in_plane
 from qimera.report.layers import layer_reports
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import carry_out, load_bank, load_student
-from qimera.runs.reporting import report_run
+from qimera.runs.reporting import collect, report_run
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import EMBEDDED_MODELS, load_model
 from qimera.teacher.teacher import Teacher

@@ -5,9 +5,9 @@ import json
 import random
 from typing import Any
 
-from tests.hostile_archives import CONSTANTS, GRAPH, WEIGHTS, Archive
-from tests.hostile_strings import DOTTED, NAMES, OPERATIONS, STRANGE
-from tests.hostile_teachers import TeacherFile
+from tests.hostile.archives import CONSTANTS, GRAPH, WEIGHTS, Archive
+from tests.hostile.strings import DOTTED, NAMES, OPERATIONS, STRANGE
+from tests.hostile.teachers import TeacherFile
 
 _STRINGS = [*(each for each in NAMES.values() if len(each) < 1000), *DOTTED.values(), *OPERATIONS]
 

@@ -29,9 +29,9 @@ from qimera.report.summary import Summary
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.state_dicts import read_state_dict
 from qimera.teacher.teacher import Teacher
-from tests.hostile_archives import CODE, SHAPE, Payload, Tiny, pickled
-from tests.hostile_reading import SPEC
-from tests.hostile_strings import STRANGE
+from tests.hostile.archives import CODE, SHAPE, Payload, Tiny, pickled
+from tests.hostile.reading import SPEC
+from tests.hostile.strings import STRANGE
 
 Case = tuple[bytes, Callable[[Path], object]]
 """What a file called like the case holds, and what reads it."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import CodeType
 
-from tests.audit_sources import strange_code
+from tests.hostile.audit_sources import strange_code
 
 _HARMLESS = {
     *("sys._getframe", "sys._getframemodulename", "sys._current_frames", "object.__getattr__", "builtins.id"),

@@ -1,6 +1,6 @@
 """Reads hostile files while an audit hook watches; started by test_hostile.py, for the hook stays as long as a process.
 
-    python -m tests.hostile_reading archives|teachers STEP SEED COUNT ...
+    python -m tests.hostile.reading archives|teachers STEP SEED COUNT ...
 
 Reads every STEP-th file made by hand (the first if it is 0), and COUNT random ones from SEED on; then those of the next
 four words. Prints one line of JSON for each: how many files were refused and read, and what went wrong with which.
@@ -28,12 +28,14 @@ from qimera.errors import QimeraError
 from qimera.graph.operations import operation_name
 from qimera.teacher.programs import read_program
 from qimera.teacher.teacher import Teacher
-from tests import hostile_archives, hostile_graphs, hostile_teachers, hostile_tensors
-from tests.audit import watched
-from tests.audit_sources import strange_code
-from tests.hostile_archives import SHAPE, Archive, Tiny
-from tests.hostile_changes import mutate_archive, mutate_teacher
-from tests.hostile_teachers import TeacherFile
+from tests.hostile import archives as made_archives
+from tests.hostile import graphs, tensors
+from tests.hostile import teachers as made_teachers
+from tests.hostile.archives import SHAPE, Archive, Tiny
+from tests.hostile.audit import watched
+from tests.hostile.audit_sources import strange_code
+from tests.hostile.changes import mutate_archive, mutate_teacher
+from tests.hostile.teachers import TeacherFile
 
 SPEC = InputSpec(shape=SHAPE, mean=(0.5,) * 3, std=(0.25,) * 3)
 SECONDS, MEMORY = 20.0, 6 << 30
@@ -41,8 +43,8 @@ SECONDS, MEMORY = 20.0, 6 << 30
 
 _AT_FIRST = ("compile <string>", "exec <string>")
 
-ARCHIVES = {**hostile_archives.KINDS, **hostile_tensors.KINDS, **hostile_graphs.KINDS}
-TEACHERS = hostile_teachers.KINDS
+ARCHIVES = {**made_archives.KINDS, **tensors.KINDS, **graphs.KINDS}
+TEACHERS = made_teachers.KINDS
 
 
 @dataclass

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from qimera.errors import ConfigError
 from qimera.teacher.state_dicts import load_weights_
-from tests.test_state_dicts import network, same_state
+from tests.teacher.test_state_dicts import network, same_state
 
 
 @pytest.mark.parametrize("legacy", [False, True])

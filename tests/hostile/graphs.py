@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from tests.hostile_archives import CODE, GRAPH, Archive, Kind
-from tests.hostile_strings import NAMES, OPERATIONS
+from tests.hostile.archives import CODE, GRAPH, Archive, Kind
+from tests.hostile.strings import NAMES, OPERATIONS
 
 KINDS: dict[str, Kind] = {}
 

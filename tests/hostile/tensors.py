@@ -1,7 +1,7 @@
 """Hostile .pt2 files: what the list of tensors says of them, their bytes and their names."""
 
-from tests.hostile_archives import CODE, CONSTANTS, WEIGHTS, Archive, Kind, pickled, replaced
-from tests.hostile_strings import DOTTED, NAMES
+from tests.hostile.archives import CODE, CONSTANTS, WEIGHTS, Archive, Kind, pickled, replaced
+from tests.hostile.strings import DOTTED, NAMES
 
 KINDS: dict[str, Kind] = {}
 

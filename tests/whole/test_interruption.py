@@ -25,7 +25,7 @@ from tests.command_line import tiny_settings
 from tests.killed_runs import BEST_STEP, PLAIN, SYNTHESIS, WAYS, result, settings
 from tests.networks import NUM_CLASSES, SPEC, Head
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", params=WAYS)

@@ -1,8 +1,8 @@
 """Reads the hostile files that are no networks while an audit hook watches; started by test_hostile.py.
 
-    python -m tests.hostile_others
+    python -m tests.hostile.others
 
-Prints one line of JSON as hostile_reading does.
+Prints one line of JSON as reading.py does.
 """
 
 import json
@@ -17,10 +17,10 @@ import torch
 
 from qimera.errors import QimeraError
 from qimera.teacher.teacher import Teacher
-from tests.audit import watched
-from tests.hostile_archives import Tiny
-from tests.hostile_files import Case, cases
-from tests.hostile_reading import SPEC, Result
+from tests.hostile.archives import Tiny
+from tests.hostile.audit import watched
+from tests.hostile.files import Case, cases
+from tests.hostile.reading import SPEC, Result
 
 _LAZY = re.compile(
     r"import '(torch|numpy|PIL|encodings|qimera|_)|marshal\.loads|exec (/|<string>)|compile |object\.__setattr__"

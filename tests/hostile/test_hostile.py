@@ -14,12 +14,12 @@ from qimera.runs.directory import RunDirectory
 from qimera.teacher.libraries import _import
 from qimera.teacher.programs import read_program
 from qimera.teacher.teacher import Teacher
-from tests.audit_sources import strange_code
 from tests.command_line import qimera, said, tiny_settings
+from tests.hostile.audit_sources import strange_code
 from tests.networks import NETWORKS, SPEC, random_network
-from tests.test_run_directory import summary
+from tests.runs.test_directory import summary
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 AMOUNTS = ["default", pytest.param("slow", marks=pytest.mark.slow)]
 
 
@@ -34,7 +34,7 @@ def outcomes(*arguments: object) -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def few() -> list[dict[str, object]]:
     """What became of some archives, and of some teachers."""
-    return outcomes("tests.hostile_reading", "archives", 11, 0, 60, "teachers", 6, 0, 60)
+    return outcomes("tests.hostile.reading", "archives", 11, 0, 60, "teachers", 6, 0, 60)
 
 
 def check(found: dict[str, object]) -> None:
@@ -44,7 +44,7 @@ def check(found: dict[str, object]) -> None:
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_nothing_in_an_archive_runs(request: pytest.FixtureRequest, amount: str) -> None:
-    whole = ("tests.hostile_reading", "archives", 1, 1000, 10_000)
+    whole = ("tests.hostile.reading", "archives", 1, 1000, 10_000)
     found = request.getfixturevalue("few")[0] if amount == "default" else outcomes(*whole)[0]
     check(found)
     assert found["refused"] > found["read"] > 10
@@ -53,14 +53,14 @@ def test_nothing_in_an_archive_runs(request: pytest.FixtureRequest, amount: str)
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_nothing_in_a_saved_teacher_runs(request: pytest.FixtureRequest, amount: str) -> None:
-    whole = ("tests.hostile_reading", "teachers", 1, 1000, 10_000)
+    whole = ("tests.hostile.reading", "teachers", 1, 1000, 10_000)
     found = request.getfixturevalue("few")[1] if amount == "default" else outcomes(*whole)[0]
     check(found)
     assert found["refused"] > found["read"] > 5
 
 
 def test_nothing_in_other_files_runs() -> None:
-    check(outcomes("tests.hostile_others")[-1])
+    check(outcomes("tests.hostile.others")[-1])
 
 
 # --- run directories --------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from qimera.teacher.state_dicts import load_weights_
 from qimera.teacher.teacher import Teacher
 from tests.command_line import tiny_settings
 from tests.networks import NUM_CLASSES, SPEC, TinyNet
-from tests.test_run_directory import summary
+from tests.runs.test_directory import summary
 
 NUM_CASES = {"default": 150, "slow": 10_000}
 

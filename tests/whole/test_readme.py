@@ -15,7 +15,7 @@ from qimera.config.settings import DirectSettings, DistillationSettings, Synthes
 from qimera.export.comparison import Verification
 from qimera.quantization.student import Student
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 RESNET = """

@@ -17,7 +17,7 @@ from qimera.config.settings import DirectSettings, DistillationSettings, Synthes
 from qimera.runs.directory import RunDirectory
 from tests.command_line import tiny_settings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SIDE_BY_SIDE = [sys.executable, "-W", "ignore", "-m", "tests.side_by_side"]
 QIMERA = [*TORCHRUN, "-m", "qimera"]

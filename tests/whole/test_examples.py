@@ -19,7 +19,7 @@ from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, toy_pixels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "examples" / "deploy_onnxruntime.py"
 LABELS = ["apple", "bear", "cat", "dog", "eel"]
 

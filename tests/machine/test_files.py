@@ -97,7 +97,7 @@ except ConfigError as error:
 
 
 def test_every_format_needs_its_own_packages_alone(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}"}
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT_ONNX, str(tmp_path)]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

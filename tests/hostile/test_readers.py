@@ -18,7 +18,7 @@ from PIL import Image
 
 from qimera.errors import QimeraError
 from qimera.teacher.teacher import Teacher
-from tests.test_fuzz import originals, subjects
+from tests.hostile.test_fuzz import originals, subjects
 
 __all__ = ["originals"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.hostile_archives import CODE, pickled
-from tests.hostile_strings import DOTTED, NAMES, OPERATIONS, STRANGE
+from tests.hostile.archives import CODE, pickled
+from tests.hostile.strings import DOTTED, NAMES, OPERATIONS, STRANGE
 
 KEY = "qimera_graph"
 

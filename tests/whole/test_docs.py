@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEVIATIONS = (ROOT / "docs" / "deviations.md").read_text()
 PAPER_MAP = (ROOT / "docs" / "paper-map.md").read_text()
 
@@ -19,7 +19,7 @@ def rows() -> list[str]:
 
 def names_of_tests() -> set[str]:
     """Return the names of all tests."""
-    trees = [ast.parse(path.read_text()) for path in (ROOT / "tests").glob("test_*.py")]
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py")]
     return {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
