@@ -34,14 +34,14 @@ def main() -> None:
 
 def walk(teacher: Teacher, spec: InputSpec) -> SampleBank:
     """Return one sample per pair and share, row by row; all of a row start from the same noise."""
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     settings = SynthesisSettings()
     label = torch.tensor([pair for pair in PAIRS for _ in SHARES]).repeat(COPIES, 1)
     weight = torch.tensor([[1 - share, share] for _ in PAIRS for share in SHARES]).repeat(COPIES, 1)
     wanted = soft_labels(label, weight, teacher.num_classes)
-    noise = noise_images(len(PAIRS) * COPIES, spec.shape, settings.direct.num_scales, generator)
+    noise = noise_images(len(PAIRS) * COPIES, spec.shape, settings.direct.num_scales, rng)
     start = noise.repeat_interleave(len(SHARES), 0)
-    images = optimize_images(start, wanted, teacher, settings.direct, generator)
+    images = optimize_images(start, wanted, teacher, settings.direct, rng)
     shown = len(PAIRS) * len(SHARES)
     return SampleBank.from_images(images[:shown], wanted[:shown], teacher, settings, 0)
 

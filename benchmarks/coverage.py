@@ -160,7 +160,7 @@ def _noise(spec: InputSpec, seed: int) -> Tensor:
 
 def calibrate_(model: nn.Module, images: Tensor) -> int:
     """Draw scales and shifts of batch norms, let them record ``images``, and return how many took part."""
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     called: set[nn.Module] = set()
     note: Callable[..., None] = lambda module, *_: called.add(module)  # noqa: E731
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
@@ -170,8 +170,8 @@ def calibrate_(model: nn.Module, images: Tensor) -> int:
         norm.momentum = None
         norm.reset_running_stats()
         if norm.weight is not None:
-            nn.init.uniform_(norm.weight, 0.5, 1.5, generator=generator)
-            nn.init.normal_(norm.bias, 1.0, 0.3, generator=generator)
+            nn.init.uniform_(norm.weight, 0.5, 1.5, generator=rng)
+            nn.init.normal_(norm.bias, 1.0, 0.3, generator=rng)
     with torch.no_grad():
         model(images)
     model.eval()

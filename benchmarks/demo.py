@@ -61,8 +61,8 @@ class Row:
 
 def noise_bank(teacher: Teacher, seed: int, progress: ProgressCallback) -> SampleBank:
     """Gaussian noise: what is left when nothing is known about the data."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(NUM_SAMPLES, *teacher.input_spec.shape, generator=generator)
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randn(NUM_SAMPLES, *teacher.input_spec.shape, generator=rng)
     labels = torch.full((NUM_SAMPLES, teacher.num_classes), 1 / teacher.num_classes)
     return SampleBank.from_images(images, labels, teacher, SynthesisSettings(), seed)
 

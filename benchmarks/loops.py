@@ -78,11 +78,11 @@ def _repeated(course: Course) -> Steps:
 
 
 def _optimize(worker: Teacher, settings: DirectSettings, count: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = noise_images(settings.batch_size, worker.input_spec.shape, settings.num_scales, generator)
+    rng = torch.Generator().manual_seed(0)
+    images = noise_images(settings.batch_size, worker.input_spec.shape, settings.num_scales, rng)
     labels = torch.full((len(images), worker.num_classes), 1 / worker.num_classes, device=worker.device)
     asked = settings.model_copy(update={"num_steps": count})
-    optimize_images(images.to(worker.device), labels, worker, asked, generator)
+    optimize_images(images.to(worker.device), labels, worker, asked, rng)
 
 
 def _race(loops: dict[str, Steps], device: torch.device, options: argparse.Namespace) -> dict[str, float]:

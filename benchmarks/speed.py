@@ -37,7 +37,7 @@ from qimera.config.settings import DistillationSettings, SynthesisSettings
 from qimera.graph.nodes import WEIGHTED
 from qimera.machine.acceleration import autocast
 from qimera.machine.modes import Compile
-from qimera.machine.seeds import Place, generator_for
+from qimera.machine.seeds import Stream, generator_for
 from qimera.pipeline import quantize_with
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
@@ -152,7 +152,7 @@ def make_course(
 
 def drawn_bank(teacher: Teacher, settings: SynthesisSettings, batch: int) -> SampleBank:
     """Return samples of a generator that is not trained: a step takes as long on any."""
-    synthesizer = Synthesizer(teacher, settings, generator_for(0, Place.GENERATOR)).eval()
+    synthesizer = Synthesizer(teacher, settings, generator_for(0, Stream.GENERATOR)).eval()
     images = noise_images(2 * batch, teacher.input_spec.shape, 3, torch.Generator().manual_seed(0))
     labels = torch.full((len(images), teacher.num_classes), 1 / teacher.num_classes)
     settings = settings.model_copy(update={"num_held_out": 0})

@@ -126,7 +126,7 @@ MUTATIONS = (
     Mutation(
         "resume: random numbers start anew",
         "training/distillation.py",
-        'self.generator.set_state(state["generator"])',
+        'self.rng.set_state(state["generator"])',
         "pass",
         "test_distillation.py test_interruption.py",
     ),

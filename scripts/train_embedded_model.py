@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.mnist import load_mnist_split
 from qimera.assessment.data import LabelledImages
-from qimera.teacher.embedded import MnistCnn
+from qimera.teacher.mnist_cnn import MnistCnn
 from qimera.teacher.sources import EMBEDDED_MODELS
 
 SEED = 0
@@ -52,7 +52,7 @@ def main() -> None:
 
 def train(data: LabelledImages, num_epochs: int) -> nn.Module:
     """Return the network after its last epoch; no step is picked by looking at held-out images."""
-    generator = torch.Generator().manual_seed(SEED)
+    rng = torch.Generator().manual_seed(SEED)
     model = MnistCnn()
     num_steps = num_epochs * len(data) // BATCH_SIZE
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
@@ -60,8 +60,8 @@ def train(data: LabelledImages, num_epochs: int) -> nn.Module:
     inputs, labels = to_inputs(data), torch.from_numpy(data.labels)
     for epoch in range(num_epochs):
         start, total_loss = time.perf_counter(), 0.0
-        for chosen in torch.randperm(len(data), generator=generator).split(BATCH_SIZE):
-            loss = F.cross_entropy(model(augment(inputs[chosen], generator)), labels[chosen])
+        for chosen in torch.randperm(len(data), generator=rng).split(BATCH_SIZE):
+            loss = F.cross_entropy(model(augment(inputs[chosen], rng)), labels[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -77,11 +77,11 @@ def to_inputs(data: LabelledImages) -> Float[Tensor, "batch 1 28 28"]:
     return EMBEDDED_MODELS["mnist_cnn"].input_spec.normalize(pixels)
 
 
-def augment(images: Float[Tensor, "batch 1 28 28"], generator: torch.Generator) -> Float[Tensor, "batch 1 28 28"]:
+def augment(images: Float[Tensor, "batch 1 28 28"], rng: torch.Generator) -> Float[Tensor, "batch 1 28 28"]:
     """Return each image rotated, scaled and shifted at random; what enters from outside is background."""
 
     def uniform(limit: float, *shape: int) -> Tensor:
-        return (torch.rand(len(images), *shape, generator=generator) * 2 - 1) * limit
+        return (torch.rand(len(images), *shape, generator=rng) * 2 - 1) * limit
 
     angle, zoom = torch.deg2rad(uniform(MAX_ROTATION)), 1 + uniform(MAX_SCALING)
     cosine, sine = zoom * angle.cos(), zoom * angle.sin()

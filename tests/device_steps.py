@@ -22,7 +22,7 @@ from qimera.config.settings import (
 )
 from qimera.machine.acceleration import find_device
 from qimera.machine.modes import Compile
-from qimera.machine.seeds import Place, generator_for
+from qimera.machine.seeds import Stream, generator_for
 from qimera.pipeline import synthesize
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
@@ -72,7 +72,7 @@ def generator(teacher: Teacher, mode: Compile) -> list[float]:
 
 def _training(teacher: Teacher, mode: Compile) -> SynthesizerTraining:
     settings = SynthesisSettings(generator=GeneratorSettings(batch_size=32, num_steps=NUM_STEPS, compile=mode))
-    synthesizer = Synthesizer(teacher, settings, generator_for(0, Place.GENERATOR)).to(teacher.device)
+    synthesizer = Synthesizer(teacher, settings, generator_for(0, Stream.GENERATOR)).to(teacher.device)
     return SynthesizerTraining(synthesizer, teacher, settings, 0)
 
 

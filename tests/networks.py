@@ -41,15 +41,15 @@ class TinyNet(nn.Module):
 
 def toy_pixels(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return uint8 images of noisy coloured gratings and their classes, which are the direction of the grating."""
-    generator = torch.Generator().manual_seed(seed)
-    label = torch.randint(NUM_CLASSES, (count,), generator=generator)
-    angle = (label + 0.3 * torch.rand(count, generator=generator)) * (torch.pi / NUM_CLASSES)
-    phase = 2 * torch.pi * torch.rand(count, generator=generator)
+    rng = torch.Generator().manual_seed(seed)
+    label = torch.randint(NUM_CLASSES, (count,), generator=rng)
+    angle = (label + 0.3 * torch.rand(count, generator=rng)) * (torch.pi / NUM_CLASSES)
+    phase = 2 * torch.pi * torch.rand(count, generator=rng)
     axis = torch.arange(16.0)
     along = angle.cos()[:, None, None] * axis + angle.sin()[:, None, None] * axis[:, None]  # (batch, height, width)
     grating = torch.sin(along + phase[:, None, None])[:, None]
-    colour = 0.5 + torch.rand(count, 3, 1, 1, generator=generator)
-    noise = torch.randn(count, 3, 16, 16, generator=generator)
+    colour = 0.5 + torch.rand(count, 3, 1, 1, generator=rng)
+    noise = torch.randn(count, 3, 16, 16, generator=rng)
     return (127 + 70 * colour * grating + 15 * noise).clamp(0, 255).to(torch.uint8), label
 
 

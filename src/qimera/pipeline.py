@@ -19,11 +19,11 @@ from qimera.machine.checkpoint import Checkpoint, Checkpoints, State
 from qimera.machine.distributed import copy_from_main_, gathered, rank, world_size
 from qimera.machine.divergence import are_read
 from qimera.machine.progress import COMPILING, Progress, ProgressCallback, silent
-from qimera.machine.seeds import Place, check_seed, generator_for
+from qimera.machine.seeds import Stream, check_seed, generator_for
 from qimera.quantization.equalization import restore_limits_
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank, check_bank
-from qimera.synthesis.parts import Part, Report, make_part, parts_of
+from qimera.synthesis.parts import Part, ReportStep, make_part, parts_of
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
 from qimera.teacher.teacher import Teacher, as_teacher
 from qimera.training.distillation import distill_
@@ -66,7 +66,7 @@ def synthesize(
     kept = Checkpoints(checkpoints, "bank", teacher.hash, teacher.input_spec, settings, seed)
     worker = teacher.on(find_device(device))
     trained = _train_generator(worker, settings, seed, kept.of("generator"), progress)
-    parts = parts_of(settings, teacher.num_classes, generator_for(seed, Place.CLASSES))
+    parts = parts_of(settings, teacher.num_classes, generator_for(seed, Stream.CLASSES))
     made = _make_parts(parts, worker, settings, trained, seed, kept, progress)
     pixels, soft_labels = (torch.cat([part[name] for part in made]) for name in ("pixels", "soft_labels"))
     return SampleBank.from_pixels(pixels, soft_labels, teacher, settings, seed, trained and trained.cpu())
@@ -147,20 +147,20 @@ def quantize_with(
         )
     if quantization.budget and not all(quantization.has_rule_for(layer.name) for layer in teacher.layers):
         raise ConfigError("budget: bits are not found yet; give the layer_bits that allocate_bits returns")
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     bank_hash = bank.hash if checkpoints else ""  # takes a moment
     kept = Checkpoints(checkpoints, "student", teacher.hash, bank_hash, quantization, distillation, seed).of("student")
     student = Student(teacher, quantization)
     distillation = lessons_in_memory(distillation, student)
     worker, training = teacher.on(find_device(device)), None
     student.to(worker.device)
-    images = (batch.to(worker.device).images for batch in bank.batches(quantization.num_range_samples, generator))
+    images = (batch.to(worker.device).images for batch in bank.batches(quantization.num_range_samples, rng))
     with exact_convolutions(worker.device):
         if saved := kept.load():  # the training reads the rest
             restore_limits_(student.reference, saved["reference"])
         elif distillation.start == "compensated":
             told = partial(_tell_layers, progress)
-            student.initialize_layers_(next(images), generator, equalize=distillation.equalize, report=told)
+            student.initialize_layers_(next(images), rng, equalize=distillation.equalize, report=told)
         else:
             progress(Progress("ranges", 0, 1))
             student.initialize_ranges_(islice(images, NUM_RANGE_BATCHES))
@@ -172,7 +172,7 @@ def quantize_with(
         drawing = draws_in_memory(bank.settings, worker, synthesizer)
         num_steps = distillation.num_steps * distillation.generator_steps_per_step
         training = SynthesizerTraining(synthesizer, worker, drawing, seed, student.module, num_steps)
-    distill_(student, worker, bank, distillation, generator, training=training, checkpoint=kept, progress=progress)
+    distill_(student, worker, bank, distillation, rng, training=training, checkpoint=kept, progress=progress)
     return student.to("cpu")
 
 
@@ -190,7 +190,7 @@ def _train_generator(
     """Train the generator if any sample needs it."""
     if not settings.num_generated and (settings.direct.start != "generator" or not settings.num_optimized):
         return None
-    synthesizer = Synthesizer(teacher, settings, generator_for(seed, Place.GENERATOR)).to(teacher.device)
+    synthesizer = Synthesizer(teacher, settings, generator_for(seed, Stream.GENERATOR)).to(teacher.device)
     settings = draws_in_memory(settings, teacher, synthesizer)
     training = SynthesizerTraining(synthesizer, teacher, settings, seed)
     if saved := checkpoint.load():
@@ -234,8 +234,8 @@ def _make_parts(
                 progress(Progress("direct", before + saved.get("step", 0), total, note=note))
                 is_first = False
             report = _report(progress, "direct", before, total)
-            generator = generator_for(seed, Place.PARTS, part.number)
-            images, soft_labels = make_part(part, teacher, settings, synthesizer, generator, report, checkpoint)
+            rng = generator_for(seed, Stream.PARTS, part.number)
+            images, soft_labels = make_part(part, teacher, settings, synthesizer, rng, report, checkpoint)
             saved = {"pixels": teacher.input_spec.to_pixels(images).contiguous(), "soft_labels": soft_labels}
             checkpoint.save(saved)
         before += each * part.is_optimized
@@ -244,7 +244,7 @@ def _make_parts(
     return [everywhere[part.number] for part in parts]
 
 
-def _report(progress: ProgressCallback, stage: str, before: int, total: int) -> Report:
+def _report(progress: ProgressCallback, stage: str, before: int, total: int) -> ReportStep:
     """Return a callback that counts the steps of one part among those of all parts."""
     return lambda step, losses: _tell(progress, stage, before + step, total, losses)
 

@@ -74,8 +74,8 @@ def test_qimera_refines_superposed_samples_of_the_whole_generator_and_trains_as_
 def test_the_paper_recipe_weighs_knowledge_as_the_released_code_does(num_classes: int) -> None:
     """There the divergence is averaged over classes too, times alpha = 1 and the square of T = 20 (deviation D5)."""
     settings = recipe("paper", CIFAR, num_classes).distillation
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (5 * torch.randn(6, num_classes, generator=generator) for _ in range(2))
+    rng = torch.Generator().manual_seed(0)
+    student, teacher = (5 * torch.randn(6, num_classes, generator=rng) for _ in range(2))
     released = (
         torch.nn.functional.kl_div((student / 20).log_softmax(1), (teacher / 20).softmax(1), reduction="none").mean()
         * 20**2

@@ -26,7 +26,7 @@ from torch.fx import GraphModule
 from qimera.config.input_spec import InputSpec
 from qimera.errors import QimeraError
 from qimera.graph.operations import operation_name
-from qimera.teacher.programs import read_program
+from qimera.teacher.exported_programs import read_program
 from qimera.teacher.teacher import Teacher
 from tests.hostile import archives as made_archives
 from tests.hostile import graphs, tensors

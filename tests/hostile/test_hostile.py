@@ -11,8 +11,8 @@ from torch import nn
 from torch.export import Dim
 
 from qimera.runs.directory import RunDirectory
+from qimera.teacher.exported_programs import read_program
 from qimera.teacher.libraries import _import
-from qimera.teacher.programs import read_program
 from qimera.teacher.teacher import Teacher
 from tests.command_line import qimera, said, tiny_settings
 from tests.hostile.audit_sources import strange_code

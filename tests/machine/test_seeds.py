@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from qimera.errors import ConfigError
-from qimera.machine.seeds import Place, check_seed, generator_for
+from qimera.machine.seeds import Stream, check_seed, generator_for
 from qimera.mixed_precision.allocation import allocate_bits
 from qimera.mixed_precision.sensitivity import measure_sensitivity
 from qimera.pipeline import synthesize
@@ -12,12 +12,12 @@ from qimera.teacher.teacher import Teacher
 
 
 def test_the_same_place_gives_the_same_numbers() -> None:
-    one, two = (torch.rand(4, generator=generator_for(3, Place.PARTS, 5)) for _ in range(2))
+    one, two = (torch.rand(4, generator=generator_for(3, Stream.PARTS, 5)) for _ in range(2))
     assert torch.equal(one, two)
 
 
 def test_every_place_of_every_seed_has_numbers_of_its_own() -> None:
-    places = [(place, *rest) for place in Place for rest in [(), (0,), (1,), (7,), (0, 0), (1, 0), (0, 1)]]
+    places = [(place, *rest) for place in Stream for rest in [(), (0,), (1,), (7,), (0, 0), (1, 0), (0, 1)]]
     drawn = {
         (seed, place): float(torch.rand(1, generator=generator_for(seed, *place)))
         for seed in (0, 1, 2**40)

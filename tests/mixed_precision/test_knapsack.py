@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qimera.mixed_precision.knapsack import Option, choose
+from qimera.mixed_precision.knapsack import Option, solve_knapsack
 
 OPTIONS = st.builds(Option, st.integers(0, 30), st.floats(0, 1e6, allow_nan=False))
 LAYERS = st.lists(st.lists(OPTIONS, min_size=1, max_size=5), min_size=1, max_size=5)
@@ -35,7 +35,7 @@ def realistic(seed: int, num_layers: int) -> list[list[Option]]:
 @given(layers=LAYERS, slack=st.integers(0, 60))
 def test_no_other_choice_within_the_limit_is_better(layers: list[list[Option]], slack: int) -> None:
     limit = cheapest(layers) + slack
-    found = total(layers, choose(layers, limit))
+    found = total(layers, solve_knapsack(layers, limit))
     others = [total(layers, list(each)) for each in itertools.product(*(range(len(options)) for options in layers))]
     best = min(each.loss for each in others if each.cost <= limit)
     assert found.cost <= limit
@@ -47,7 +47,8 @@ def test_a_larger_limit_never_gives_a_larger_loss(seed: int) -> None:
     layers = realistic(seed, 30)
     least, most = cheapest(layers), sum(options[-1].cost for options in layers)
     found = [
-        (limit, total(layers, choose(layers, limit))) for limit in np.linspace(least, most, 12).astype(int).tolist()
+        (limit, total(layers, solve_knapsack(layers, limit)))
+        for limit in np.linspace(least, most, 12).astype(int).tolist()
     ]
     losses = [each.loss for _, each in found]
     assert losses == sorted(losses, reverse=True)
@@ -62,13 +63,13 @@ def test_a_hundred_layers_with_49_options_each_are_no_trouble() -> None:
         for macs, u, v in zip(generator.integers(1e5, 1e8, 100), *np.exp(generator.normal(0, 2, (2, 100))), strict=True)
     ]
     limit = 2 * cheapest(layers)
-    assert 0.999 * limit < total(layers, choose(layers, limit)).cost <= limit
+    assert 0.999 * limit < total(layers, solve_knapsack(layers, limit)).cost <= limit
 
 
 def test_a_limit_below_the_cheapest_options_is_refused() -> None:
     with pytest.raises(ValueError, match="the cheapest options cost more than 1"):
-        choose([[Option(2, 0.5)]], 1)
+        solve_knapsack([[Option(2, 0.5)]], 1)
 
 
 def test_no_layers_need_no_choice() -> None:
-    assert choose([], 0) == []
+    assert solve_knapsack([], 0) == []

@@ -46,8 +46,8 @@ def test_the_loss_at_eight_bits_of_the_last_layers_input_is_the_divergence_of_th
     teacher: Teacher, bank: SampleBank, measured: Sensitivity
 ) -> None:
     """Nothing follows that could make up for it, so that it can be computed without the machinery."""
-    generator = torch.Generator().manual_seed(0)
-    fit_on, judge_on = next(bank.batches(128, generator)).images.chunk(2)
+    rng = torch.Generator().manual_seed(0)
+    fit_on, judge_on = next(bank.batches(128, rng)).images.chunk(2)
     module = fold_batch_norms(teacher.module)
     entering = str(module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[0].args[0])
     with torch.no_grad():

@@ -87,11 +87,11 @@ def test_the_same_generator_gives_the_same_integers(mixed: Teacher) -> None:
 
 @pytest.mark.parametrize(("num_positions", "least", "most"), [(20_000, 0.0, 0.1), (48, 1.0, 10.0)])
 def test_layers_seen_at_few_positions_are_damped_more(num_positions: int, least: float, most: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(64, 64, generator=generator)
-    inputs = torch.randn(1, num_positions, 64, generator=generator) @ mixing
-    missing = 0.1 * inputs @ torch.randn(64, 8, generator=generator)
-    missing += missing.std() * torch.randn(missing.shape, generator=generator)
+    rng = torch.Generator().manual_seed(0)
+    mixing = torch.randn(64, 64, generator=rng)
+    inputs = torch.randn(1, num_positions, 64, generator=rng) @ mixing
+    missing = 0.1 * inputs @ torch.randn(64, 8, generator=rng)
+    missing += missing.std() * torch.randn(missing.shape, generator=rng)
     damping = _suiting_damping(inputs, missing)
     assert damping in _DAMPINGS
     assert least <= damping <= most
@@ -104,16 +104,16 @@ def test_a_layer_that_misses_nothing_and_sees_nothing_is_damped_too() -> None:
 @torch.no_grad()
 def test_rounding_comes_close_to_the_best_of_all_integers() -> None:
     """Against every combination of three levels for five weights, whose inputs vary together."""
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     quantizer = LearnedStepFakeQuantize(
         dtype=torch.int8, quant_min=-1, quant_max=1, qscheme=torch.per_channel_symmetric, ch_axis=0, shape=(1, 5)
     )
     levels = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=5)))
     found, nearest, best = 0.0, 0.0, 0.0
     for _ in range(50):
-        mixing = torch.randn(5, 5, generator=generator)
+        mixing = torch.randn(5, 5, generator=rng)
         moments = mixing @ mixing.T + 0.1 * torch.eye(5)
-        row = torch.rand(1, 1, 5, generator=generator) * 2 - 1
+        row = torch.rand(1, 1, 5, generator=rng) * 2 - 1
         rounded = _round_rows(row, quantizer, moments[None], 1).detach()
 
         def missed(values: Tensor, row: Tensor = row, moments: Tensor = moments) -> Tensor:

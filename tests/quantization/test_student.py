@@ -38,10 +38,10 @@ def student_of(
 
 def disturb_(student: Student) -> None:
     """Move every parameter a little, as training does."""
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in student.module.parameters():
-            parameter.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=generator))
+            parameter.mul_(1 + 0.05 * torch.randn(parameter.shape, generator=rng))
 
 
 # --- the integer graph ------------------------------------------------------------------------------------------------

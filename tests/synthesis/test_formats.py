@@ -12,7 +12,7 @@ from qimera.assessment.data import load_labelled_images
 from qimera.errors import ConfigError
 from qimera.synthesis import formats
 from qimera.synthesis.bank import SampleBank
-from qimera.synthesis.formats import Format, write_bank
+from qimera.synthesis.formats import BankFormat, write_bank
 from qimera.teacher.teacher import Teacher
 from tests.command_line import INPUT, SMALL, qimera, said
 from tests.networks import NUM_CLASSES
@@ -55,7 +55,7 @@ def test_safetensors_hold_everything(tmp_path: Path, bank: SampleBank) -> None:
 
 
 @pytest.mark.parametrize("form", ["bank", "npz", "imagefolder", "safetensors"])
-def test_what_is_there_is_not_overwritten(tmp_path: Path, bank: SampleBank, form: Format) -> None:
+def test_what_is_there_is_not_overwritten(tmp_path: Path, bank: SampleBank, form: BankFormat) -> None:
     (tmp_path / "bank").touch()
     with pytest.raises(ConfigError, match="exists already"):
         write_bank(bank, tmp_path / "bank", form)

@@ -97,9 +97,9 @@ def test_the_gradient_of_the_bns_loss_is_that_of_finite_differences(relative: bo
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_moments_and_their_gradient_are_those_of_var_mean(layout: torch.memory_format) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(5, 3, 4, 6, generator=generator).to(memory_format=layout).requires_grad_()
-    weight = torch.randn(2, 3, generator=generator)
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, 4, 6, generator=rng).to(memory_format=layout).requires_grad_()
+    weight = torch.randn(2, 3, generator=rng)
     var, mean = torch.var_mean(x, [0, 2, 3], correction=0)
     (expected,) = torch.autograd.grad((weight[0] * mean + weight[1] * var).sum(), x)
     mine = channel_moments(x)

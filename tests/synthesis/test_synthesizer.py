@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from qimera.config.settings import GeneratorSettings, LabelSettings, QuantizationSettings, SynthesisSettings
 from qimera.errors import DivergenceError
 from qimera.machine.divergence import check_finite
-from qimera.machine.seeds import Place, generator_for
+from qimera.machine.seeds import Stream, generator_for
 from qimera.quantization.student import Student
 from qimera.synthesis.augmentation import shift_batch
 from qimera.synthesis.losses import bns_loss
@@ -179,7 +179,7 @@ def test_a_step_follows_the_gradient_of_cross_entropy_bns_and_smoothness(
     twin = copy.deepcopy(synthesizer)
     SynthesizerTraining(synthesizer, teacher, settings, 1).step()
 
-    random = generator_for(1, Place.TRAINING_ALONE, 0, 0)
+    random = generator_for(1, Stream.TRAINING_ALONE, 0, 0)
     images, soft_label = twin(twin.draw(16, random))
     images = shift_batch(images, max_shift, random)
     logits, entering = teacher.forward_with_taps(images)

@@ -15,7 +15,7 @@ from qimera.config.settings import (
     QuantizationSettings,
     SynthesisSettings,
 )
-from qimera.machine.seeds import Place, generator_for
+from qimera.machine.seeds import Stream, generator_for
 from qimera.pipeline import quantize, synthesize
 from qimera.quantization.student import Student
 from qimera.synthesis.synthesizer import Synthesizer
@@ -44,7 +44,7 @@ def test_nothing_is_computed_and_nothing_changes(teacher: Teacher) -> None:
     """A batch of 64 GiB, and a generator with batch norms that count what they see."""
     assert written_bytes(lambda: torch.zeros(2**34).add(1)) == 2 * 4 * 2**34
     settings = SynthesisSettings(num_generated=8, num_optimized=0)
-    synthesizer = Synthesizer(teacher, settings, generator_for(0, Place.GENERATOR))
+    synthesizer = Synthesizer(teacher, settings, generator_for(0, Stream.GENERATOR))
     before = {name: value.clone() for name, value in synthesizer.state_dict().items()}
     assert draws_in_memory(settings, teacher, synthesizer) == settings
     after = synthesizer.state_dict()
@@ -60,7 +60,7 @@ def size_at(request: pytest.FixtureRequest, teacher: Teacher) -> Sizes:
     images = SynthesisSettings(num_optimized=100, direct=DirectSettings(batch_size=100))
     draws = SynthesisSettings(num_generated=100, generator=GeneratorSettings(batch_size=100))
     student = Student(teacher, QuantizationSettings())
-    synthesizer = Synthesizer(teacher, draws, generator_for(0, Place.GENERATOR))
+    synthesizer = Synthesizer(teacher, draws, generator_for(0, Stream.GENERATOR))
 
     def size_at(limit: float) -> int:
         allowed = {"memory_gib": limit}

@@ -19,7 +19,7 @@ from qimera.config.settings import (
 )
 from qimera.errors import ConfigError
 from qimera.machine.acceleration import find_device
-from qimera.machine.seeds import Place, generator_for
+from qimera.machine.seeds import Stream, generator_for
 from qimera.pipeline import quantize, synthesize
 from qimera.quantization.student import Student
 from qimera.synthesis import direct as direct_module
@@ -103,17 +103,17 @@ def test_what_moves_is_a_copy(teacher: Teacher, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_images_are_optimised_there(teacher: Teacher) -> None:
-    generator = torch.Generator().manual_seed(0)
-    start = noise_images(8, SPEC.shape, 3, generator).to(OTHER)
+    rng = torch.Generator().manual_seed(0)
+    start = noise_images(8, SPEC.shape, 3, rng).to(OTHER)
     label = torch.full((8, teacher.num_classes), 1 / teacher.num_classes, device=OTHER)
     direct = SYNTHESIS.direct.model_copy(update={"flip": True})
-    assert optimize_images(start, label, teacher.on(OTHER), direct, generator).device == OTHER
+    assert optimize_images(start, label, teacher.on(OTHER), direct, rng).device == OTHER
 
 
 @pytest.mark.parametrize("changes", [{}, {"conditional_norm_from": 2}, {"extracted_embeddings": False}])
 def test_a_generator_is_trained_there_beside_a_student(teacher: Teacher, changes: dict[str, object]) -> None:
     settings = SYNTHESIS.model_copy(update={"generator": SYNTHESIS.generator.model_copy(update=changes)})
-    synthesizer = Synthesizer(teacher, settings, generator_for(0, Place.GENERATOR)).to(OTHER)
+    synthesizer = Synthesizer(teacher, settings, generator_for(0, Stream.GENERATOR)).to(OTHER)
     student = Student(teacher, QuantizationSettings())
     student.to(OTHER)
     training = SynthesizerTraining(synthesizer, teacher.on(OTHER), settings, 0, student)

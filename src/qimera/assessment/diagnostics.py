@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qimera.config.validated import Settings
+from qimera.config.base import Settings
 from qimera.graph.nodes import classifier_node, node_at, with_outputs
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.losses import channel_moments, safe_sqrt
@@ -84,8 +84,8 @@ def diagnose(bank: SampleBank, teacher: Teacher) -> Diagnosis:
         bank: From ``synthesize``, or loaded.
         teacher: The model that it was made from.
     """
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(bank), generator=generator)[:MAX_SAMPLES]
+    rng = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(bank), generator=rng)[:MAX_SAMPLES]
     samples = bank.take(chosen)
     gaps, features = _look_at(samples.images, teacher)
     margins = margins_of(samples.logits)

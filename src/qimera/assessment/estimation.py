@@ -120,8 +120,8 @@ def estimate_on_held_out(student: Student, teacher: Teacher, bank: SampleBank) -
 
 def views_of(images: Float[Tensor, "sample channel height width"]) -> dict[str, Tensor]:
     """Return the images as they are, and shifted and mirrored, always the same way: more of each sample, for a pass."""
-    generator = torch.Generator().manual_seed(0)
-    moved = flip_at_random(shift_each(images, images.shape[2] // _SHIFT, generator), generator)
+    rng = torch.Generator().manual_seed(0)
+    moved = flip_at_random(shift_each(images, images.shape[2] // _SHIFT, rng), rng)
     return {"plain": images, "moved": moved}
 
 

@@ -13,7 +13,7 @@ from qimera.assessment.data import LabelledImages
 from qimera.config.input_spec import InputSpec
 from qimera.errors import ConfigError, DivergenceError, UnsupportedModelError
 
-Classifier = nn.Module | Callable[[Tensor], Tensor]
+AnyClassifier = nn.Module | Callable[[Tensor], Tensor]
 """Normalised images (batch, channel, height, width) -> logits (batch, num_classes)."""
 
 _TOP_K = 5
@@ -83,11 +83,11 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: Classifier,
+    model: AnyClassifier,
     data: LabelledImages,
     input_spec: InputSpec,
     *,
-    teacher: Classifier | None = None,
+    teacher: AnyClassifier | None = None,
     batch_size: int = 100,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -128,7 +128,7 @@ def evaluate(
     return _compare(ranked["model"], ranked.get("teacher"), torch.tensor(data.labels), num_classes)
 
 
-def _check_eval_mode(role: str, classifier: Classifier) -> None:
+def _check_eval_mode(role: str, classifier: AnyClassifier) -> None:
     for name, module in classifier.named_modules() if isinstance(classifier, nn.Module) else ():
         # Exported graphs keep `training` set but hold no such modules; there the flag means nothing.
         if isinstance(module, _MODE_DEPENDENT) and module.training:
@@ -139,7 +139,7 @@ def _check_eval_mode(role: str, classifier: Classifier) -> None:
 
 
 def _logits(
-    role: str, classifier: Classifier, inputs: Float[Tensor, "batch channel height width"]
+    role: str, classifier: AnyClassifier, inputs: Float[Tensor, "batch channel height width"]
 ) -> Float[Tensor, "batch num_classes"]:
     logits = classifier(inputs.to(_device_of(classifier)))
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(inputs):
@@ -153,7 +153,7 @@ def _logits(
     return logits.float().cpu()
 
 
-def _device_of(classifier: Classifier) -> torch.device:
+def _device_of(classifier: AnyClassifier) -> torch.device:
     if isinstance(classifier, nn.Module):
         for tensor in chain(classifier.parameters(), classifier.buffers()):
             return tensor.device

@@ -4,7 +4,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from qimera.config.validated import Settings
+from qimera.config.base import Settings
 
 IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """What Pillow calls images of so many channels."""

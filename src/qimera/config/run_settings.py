@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, model_validator
 
+from qimera.config.base import Settings
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
-from qimera.config.validated import Settings
 from qimera.errors import ConfigError, describe_value
 from qimera.machine.seeds import MAX_SEED
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from qimera.config.validated import Settings
+from qimera.config.base import Settings
 from qimera.errors import ConfigError
 from qimera.machine.modes import Compile, Precision
 

@@ -12,7 +12,7 @@ MAX_SEED = (1 << 63) - 1
 """The largest that PyTorch, NumPy and JSON readers take alike."""
 
 
-class Place(IntEnum):
+class Stream(IntEnum):
     """Where random numbers are drawn that must not depend on what is drawn elsewhere."""
 
     CLASSES = 0

@@ -5,12 +5,12 @@ import textwrap
 
 from torch import nn
 
+from qimera.config.base import Settings
 from qimera.config.bits import check_layer_bits, parse_bits, parse_layer_bits, spell_layer_bits
 from qimera.config.settings import LayerBits, QuantizationSettings
-from qimera.config.validated import Settings
 from qimera.machine.progress import ProgressCallback, silent
 from qimera.mixed_precision.budget import Budget, LayerChoice, check_budget, fixed_cost, layer_choices
-from qimera.mixed_precision.knapsack import Option, choose
+from qimera.mixed_precision.knapsack import Option, solve_knapsack
 from qimera.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
 from qimera.synthesis.bank import SampleBank, check_bank
 from qimera.teacher.teacher import Teacher, as_teacher
@@ -144,7 +144,7 @@ def allocate(
         sensitivity = measure_sensitivity(teacher, bank, activations=activations, seed=seed, progress=progress)
     options = [_options(choice, sensitivity, budget) for choice in choices]
     limit, fixed = budget.limit(teacher), fixed_cost(teacher, quantization, budget)
-    chosen = choose(options, limit - fixed)
+    chosen = solve_knapsack(options, limit - fixed)
     layers, cost = [], fixed
     for choice, layer_options, index in zip(choices, options, chosen, strict=True):
         weight_bits, activation_bits = list(choice.costs)[index]

@@ -19,7 +19,7 @@ class Option:
     loss: float
 
 
-def choose(layers: Sequence[Sequence[Option]], limit: int) -> list[int]:
+def solve_knapsack(layers: Sequence[Sequence[Option]], limit: int) -> list[int]:
     """Return the index of the option of each layer for which the losses add up to the least within the limit.
 
     This is a multiple-choice knapsack, solved exactly: layer after layer every sum of costs and losses is kept that no

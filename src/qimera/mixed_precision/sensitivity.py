@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qimera.config.validated import Settings
+from qimera.config.base import Settings
 from qimera.graph.folding import fold_batch_norms
 from qimera.graph.nodes import aten, has_bias, has_parameter, layer_name, node_at, tensor_of, with_outputs
-from qimera.graph.walk import Walk
+from qimera.graph.stepping import SteppedRun
 from qimera.machine.progress import Progress, ProgressCallback, silent
 from qimera.machine.seeds import check_seed
 from qimera.mixed_precision.budget import WIDTHS
@@ -71,9 +71,9 @@ def measure_sensitivity(
         ConfigError: the seed is out of range.
     """
     seed = check_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     num_samples = _NUM_LARGE_SAMPLES if teacher.input_spec.has_large_images else _NUM_SAMPLES
-    fit_on, judge_on = next(bank.batches(num_samples, generator)).images.chunk(2)
+    fit_on, judge_on = next(bank.batches(num_samples, rng)).images.chunk(2)
     trial = _Trial(fold_batch_norms(teacher.module), fit_on, judge_on, seed)
     at_input = reading_network_input(teacher.module)
     found: tuple[dict[str, list[float]], ...] = ({}, {})
@@ -118,7 +118,7 @@ class _Trial:
         self.layers = [node for node in self._module.graph.nodes if has_parameter(node)]
         self._leaving = with_outputs(module, [node.name for node in self.layers])(fit_on)[1]
         self._target = self._module(judge_on)[0]
-        self._runs = Walk(self._module, fit_on), Walk(self._module, judge_on)
+        self._runs = SteppedRun(self._module, fit_on), SteppedRun(self._module, judge_on)
         self._position, self._entering = 0, (fit_on, judge_on)
         self._own: Compensation | None = None
 
@@ -192,9 +192,9 @@ class _Trial:
         weight, bias = self._parameters(layer)
         if not can_compensate(layer, weight):
             return None
-        generator = torch.Generator().manual_seed(self._seed)
+        rng = torch.Generator().manual_seed(self._seed)
         leaving = self._leaving[position]
-        return Compensation(weight, bias, *look_at_layer(layer, weight, bias, entering, leaving, generator))
+        return Compensation(weight, bias, *look_at_layer(layer, weight, bias, entering, leaving, rng))
 
 
 def _call(layer: Node, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from qimera.graph.nodes import WEIGHTED, aten, node_at, tensor_of
-from qimera.graph.walk import Walk
+from qimera.graph.stepping import SteppedRun
 from qimera.quantization.equalization import (
     Edge,
     candidate_scales,
@@ -44,7 +44,7 @@ def round_layers_(
     student: GraphModule,
     reference: GraphModule,
     images: Float[Tensor, "batch channel height width"],
-    generator: torch.Generator,
+    rng: torch.Generator,
     *,
     equalize: bool,
     report: Callable[[int, int], None] = lambda done, total: None,
@@ -60,7 +60,7 @@ def round_layers_(
         student: Prepared graph; its quantizers may be searching their ranges in the same pass.
         reference: The graph in full precision with folded batch norms, whose layers bear the same names.
         images: What the layers are looked at on.
-        generator: Draws the positions.
+        rng: Draws the positions.
         equalize: Scale channels between layers, in both graphs, where that brings an output closer still.
         report: Told how many layers are done and how many there are, before the first one and after each.
 
@@ -68,7 +68,7 @@ def round_layers_(
         The scales of the channels (channel) that each layer reads, by the name of its node, where there are any.
     """
     scales: dict[str, Tensor] = {}
-    mine, theirs = Walk(student, images), Walk(reference, images)
+    mine, theirs = SteppedRun(student, images), SteppedRun(reference, images)
     quantizers = {
         node: found for node in student.graph.nodes if (found := _weight_quantizer(student, node)) is not None
     }
@@ -77,11 +77,11 @@ def round_layers_(
         if theirs.advance_to(node.name):
             edge = edge_into(student, node) if equalize else None
             if edge is not None and mine.can_set(edge.end.name):
-                scale = _equalize_(student, reference, edge, quantizer, (mine, theirs), generator)
+                scale = _equalize_(student, reference, edge, quantizer, (mine, theirs), rng)
                 if scale is not None:
                     scales[node.name] = scale
             mine.advance_before(node.name)
-            _round_layer_(student, node, quantizer, _seen(student, node, mine, theirs, generator))
+            _round_layer_(student, node, quantizer, _seen(student, node, mine, theirs, rng))
             mine.repeat(node.all_input_nodes[1:])
             mine.advance_to(node.name)
         report(done, len(quantizers))
@@ -94,33 +94,33 @@ def _equalize_(
     reference: GraphModule,
     edge: Edge,
     quantizer: LearnedStepFakeQuantize,
-    walks: tuple[Walk, Walk],
-    generator: torch.Generator,
+    runs: tuple[SteppedRun, SteppedRun],
+    rng: torch.Generator,
 ) -> Tensor | None:
     """Scale the channels of ``edge`` as leaves least error behind its reader, which is still to be rounded.
 
     Returns the scales, or None where they are best left as they are.
     """
-    mine, theirs = walks
+    mine, theirs = runs
     mine.advance_to(edge.end.name)
-    unscaled, state = mine.value(edge.end.name), generator.get_state()
+    unscaled, state = mine.value(edge.end.name), rng.get_state()
     weight = tensor_of(student, parameter_of(edge.reader, 1))
     grid = quantizer_of(student, node_at(edge.reader, 0))
     assert isinstance(grid, LearnedStepFakeQuantize)
     original, scales = weight.clone(), list(candidate_scales(edge, unscaled, grid.quant_max - grid.quant_min))
 
-    def put_(scale: Tensor, walk: Walk) -> None:
+    def put_(scale: Tensor, run: SteppedRun) -> None:
         weight.copy_(original)
         scale_back_columns_(student, edge, scale)
-        walk.set_(edge.end.name, scaled(edge, unscaled, scale))
-        generator.set_state(state)
+        run.set_(edge.end.name, scaled(edge, unscaled, scale))
+        rng.set_state(state)
 
     errors = []
     for scale in scales:
         trial = mine.branch()
         put_(scale, trial)
         trial.advance_before(edge.reader.name)
-        seen = _seen(student, edge.reader, trial, theirs, generator)
+        seen = _seen(student, edge.reader, trial, theirs, rng)
         errors.append(seen.error(seen.rounded(quantizer)[0]))
     best = int(torch.stack(errors).argmin())
     put_(scales[best], mine)
@@ -150,14 +150,16 @@ def _argument(node: Node, index: int, default: Any) -> Any:
     return node.args[index] if len(node.args) > index else default
 
 
-def _seen(student: GraphModule, node: Node, mine: Walk, theirs: Walk, generator: torch.Generator) -> "Compensation":
+def _seen(
+    student: GraphModule, node: Node, mine: SteppedRun, theirs: SteppedRun, rng: torch.Generator
+) -> "Compensation":
     weight, bias = tensor_of(student, parameter_of(node, 1)), _bias(student, node)
     entering, leaving = mine.value(node_at(node, 0).name), theirs.value(node.name)
-    return Compensation(weight, bias, *look_at_layer(node, weight, bias, entering, leaving, generator))
+    return Compensation(weight, bias, *look_at_layer(node, weight, bias, entering, leaving, rng))
 
 
 def look_at_layer(
-    node: Node, weight: Tensor, bias: Tensor | None, entering: Tensor, leaving: Tensor, generator: torch.Generator
+    node: Node, weight: Tensor, bias: Tensor | None, entering: Tensor, leaving: Tensor, rng: torch.Generator
 ) -> tuple[Float[Tensor, "group position input"], Float[Tensor, "group position output"]]:
     """Return what enters the layer at some random positions of every image, and what its weights should make of it."""
     num_inputs = weight[0].numel()
@@ -165,7 +167,7 @@ def look_at_layer(
     if node.target is aten.linear.default:
         leaving = leaving.reshape(-1, len(weight)) - (0 if bias is None else bias)
         inputs = entering.reshape(-1, num_inputs)
-        chosen = torch.randperm(len(inputs), generator=generator)[:wanted].to(inputs.device)
+        chosen = torch.randperm(len(inputs), generator=rng)[:wanted].to(inputs.device)
         return inputs[chosen][None], leaving[chosen][None]
     leaving = leaving.flatten(2) - (0 if bias is None else bias[:, None])
     groups = int(_argument(node, 6, 1))
@@ -173,7 +175,7 @@ def look_at_layer(
     each = min(leaving.shape[2], -(-wanted // len(entering)))
     patches, targets = [], []
     for image, target in zip(entering.split(1), leaving.split(1), strict=True):
-        chosen = torch.randperm(target.shape[2], generator=generator)[:each].to(image.device)
+        chosen = torch.randperm(target.shape[2], generator=rng)[:each].to(image.device)
         seen = F.unfold(image, weight.shape[2:], dilation, padding, stride)  # (1, channel * kernel, position)
         patches.append(seen[0, :, chosen].unflatten(0, (groups, num_inputs)))
         targets.append(target[0, :, chosen].unflatten(0, (groups, len(weight) // groups)))

@@ -210,7 +210,7 @@ class Student(nn.Module):
     def initialize_layers_(
         self,
         images: Float[Tensor, "batch channel height width"],
-        generator: torch.Generator,
+        rng: torch.Generator,
         *,
         equalize: bool = True,
         report: Callable[[int, int], None] = lambda done, total: None,
@@ -222,7 +222,7 @@ class Student(nn.Module):
         done, and how many there are.
         """
         with self._searching_ranges():
-            scales = round_layers_(self.module, self.reference, images, generator, equalize=equalize, report=report)
+            scales = round_layers_(self.module, self.reference, images, rng, equalize=equalize, report=report)
         self.channel_scales = {name: scale.cpu() for name, scale in scales.items()}
 
     @contextmanager

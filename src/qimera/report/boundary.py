@@ -20,7 +20,7 @@ _MOST_STEPS = 80
 
 
 @dataclass(frozen=True)
-class Walk:
+class BoundaryWalk:
     """Samples from one class to another."""
 
     first: int
@@ -41,17 +41,17 @@ def nearest_classes(bank: SampleBank) -> tuple[int, int]:
     return min(first, second), max(first, second)
 
 
-def walk_between(first: int, second: int, teacher: Teacher, bank: SampleBank) -> Walk:
+def walk_between(first: int, second: int, teacher: Teacher, bank: SampleBank) -> BoundaryWalk:
     """Return optimised samples of the shares between both classes, all from the same noise, as the bank's are made."""
     copies = _FEW_COPIES if bank.input_spec.has_large_images else _COPIES
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     shares = torch.linspace(0, 1, NUM_SHARES)
     label = torch.tensor([[first, second]]).expand(NUM_SHARES, 2)
     wanted = soft_labels(label, torch.stack([1 - shares, shares], 1), teacher.num_classes).repeat(copies, 1)
     direct = bank.settings.direct
     direct = direct.model_copy(update={"num_steps": min(direct.num_steps, _MOST_STEPS), "compile": "never"})
-    noise = noise_images(copies, teacher.input_spec.shape, direct.num_scales, generator)
-    images = optimize_images(noise.repeat_interleave(NUM_SHARES, 0), wanted, teacher, direct, generator)[:NUM_SHARES]
+    noise = noise_images(copies, teacher.input_spec.shape, direct.num_scales, rng)
+    images = optimize_images(noise.repeat_interleave(NUM_SHARES, 0), wanted, teacher, direct, rng)[:NUM_SHARES]
     with torch.no_grad():
         answer = teacher(images).softmax(1)
-    return Walk(first, second, shares, teacher.input_spec.to_pixels(images), answer[:, [first, second]])
+    return BoundaryWalk(first, second, shares, teacher.input_spec.to_pixels(images), answer[:, [first, second]])

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from qimera.assessment.diagnostics import Diagnosis
+from qimera.config.base import Settings
 from qimera.config.run_settings import RunSettings
-from qimera.config.validated import Settings
 from qimera.machine.metrics import KEYS, Line
 from qimera.report.layers import LayerReport
 from qimera.report.summary import Summary

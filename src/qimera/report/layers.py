@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qimera.config.validated import Settings
+from qimera.config.base import Settings
 from qimera.graph.nodes import node_at, tensor_of, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.losses import kl_loss

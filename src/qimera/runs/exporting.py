@@ -14,9 +14,9 @@ from qimera.machine.files import replacing
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import load_bank, load_student
 
-Format = Literal["onnx", "pt2", "aotinductor", "executorch"]
+ExportFormat = Literal["onnx", "pt2", "aotinductor", "executorch"]
 
-FILE_NAMES: dict[Format, str] = {
+FILE_NAMES: dict[ExportFormat, str] = {
     "onnx": "student.onnx",
     "pt2": "student.pt2",
     "aotinductor": "student-aotinductor.pt2",
@@ -27,7 +27,7 @@ FILE_NAMES: dict[Format, str] = {
 def export_run(
     run: RunDirectory,
     path: Path,
-    form: Format = "onnx",
+    form: ExportFormat = "onnx",
     *,
     include_preprocessing: bool = False,
     labels_file: Path | None = None,

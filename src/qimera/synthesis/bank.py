@@ -117,9 +117,9 @@ class SampleBank:
         """Return the samples at these positions."""
         return Samples(self.input_spec.normalize(self.pixels[index]), self.soft_labels[index], self.logits[index])
 
-    def batches(self, batch_size: int, generator: torch.Generator) -> "Batches":
+    def batches(self, batch_size: int, rng: torch.Generator) -> "Batches":
         """Yield batches without end, each training sample once before any comes again, in random order."""
-        return Batches(self, min(batch_size, self.num_training), generator)
+        return Batches(self, min(batch_size, self.num_training), rng)
 
     @property
     def hash(self) -> str:
@@ -219,14 +219,14 @@ class SampleBank:
 class Batches(Iterator[Samples]):
     """Batches of a bank's training samples without end; with the random generator, ``order`` says which come next."""
 
-    def __init__(self, bank: SampleBank, batch_size: int, generator: torch.Generator) -> None:
-        self._bank, self._batch_size, self._generator = bank, batch_size, generator
+    def __init__(self, bank: SampleBank, batch_size: int, rng: torch.Generator) -> None:
+        self._bank, self._batch_size, self._rng = bank, batch_size, rng
         self.order = torch.empty(0, dtype=torch.int64)
         """Positions of samples that are drawn already and not yet used."""
 
     def __next__(self) -> Samples:
         if len(self.order) < self._batch_size:
-            self.order = torch.cat([self.order, torch.randperm(self._bank.num_training, generator=self._generator)])
+            self.order = torch.cat([self.order, torch.randperm(self._bank.num_training, generator=self._rng)])
         chosen, self.order = self.order[: self._batch_size], self.order[self._batch_size :]
         return self._bank.take(chosen)
 

@@ -26,7 +26,7 @@ def optimize_images(
     soft_label: Float[Tensor, "batch num_classes"],
     teacher: Teacher,
     settings: DirectSettings,
-    generator: torch.Generator,
+    rng: torch.Generator,
     report: Callable[[int, dict[str, Tensor]], None] = lambda step, losses: None,
     num_calls: int = 0,
     checkpoint: Checkpoint | None = None,
@@ -41,7 +41,7 @@ def optimize_images(
         soft_label: What the teacher should answer.
         teacher: Whose answers and statistics count.
         settings: Steps, rates and weights.
-        generator: Draws shifts and mirrors.
+        rng: Draws shifts and mirrors.
         report: Called after every step.
         num_calls: Steps of all batches of this size together, by which compiling is decided; 0 if this is the only one.
         checkpoint: Keeps the state between steps; from one of the same call the steps go on.
@@ -56,20 +56,20 @@ def optimize_images(
     wanted = is_compiled(settings.compile, num_calls or settings.num_steps, start[:, 0].numel(), start.device)
     judge = compiled(_losses, wanted, start.device)
     checkpoint = checkpoint or Checkpoint()
-    done = _restore_(scales, optimizer, schedule, generator, checkpoint.load())
+    done = _restore_(scales, optimizer, schedule, rng, checkpoint.load())
     with checkpoint.guarding():
         for step in range(done + 1, settings.num_steps + 1):
             begin_step(start.device)
             images = _compose(scales, low, high)
-            seen = flip_at_random(images, generator) if settings.flip else images
-            seen = shift_batch(seen, settings.max_shift, generator) if settings.max_shift else seen
+            seen = flip_at_random(images, rng) if settings.flip else images
+            seen = shift_batch(seen, settings.max_shift, rng) if settings.max_shift else seen
             loss, losses = judge(seen, soft_label, teacher, settings)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
             report(step, check_finite(losses, step, settings.num_steps))
-            checkpoint.after_step(partial(_state, step, scales, optimizer, schedule, generator))
+            checkpoint.after_step(partial(_state, step, scales, optimizer, schedule, rng))
     return _compose(scales, low, high).detach()
 
 
@@ -78,14 +78,14 @@ def _state(
     scales: list[Tensor],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    generator: torch.Generator,
+    rng: torch.Generator,
 ) -> State:
     return {
         "step": step,
         "scales": scales,
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
-        "generator": generator.get_state(),
+        "generator": rng.get_state(),
     }
 
 
@@ -94,7 +94,7 @@ def _restore_(
     scales: list[Tensor],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    generator: torch.Generator,
+    rng: torch.Generator,
     state: State,
 ) -> int:
     """Bring all of them to ``state``; return the steps that were done by then."""
@@ -104,7 +104,7 @@ def _restore_(
         scale.copy_(kept)
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
-    generator.set_state(state["generator"])
+    rng.set_state(state["generator"])
     return int(state["step"])
 
 
@@ -124,7 +124,7 @@ def _losses(
 
 
 def noise_images(
-    num_images: int, shape: tuple[int, int, int], num_scales: int, generator: torch.Generator
+    num_images: int, shape: tuple[int, int, int], num_scales: int, rng: torch.Generator
 ) -> Float[Tensor, "batch channel height width"]:
     """Return Gaussian noise of half the variance of normalised images.
 
@@ -133,9 +133,9 @@ def noise_images(
     channels, height, width = shape
     images = torch.zeros(num_images, *shape)
     for level, size in enumerate(_sizes(height, width, num_scales)):
-        noise = torch.randn(num_images, channels, *size, generator=generator)
+        noise = torch.randn(num_images, channels, *size, generator=rng)
         if num_scales > 1:
-            noise = COLOUR * noise + torch.randn(num_images, 1, *size, generator=generator)
+            noise = COLOUR * noise + torch.randn(num_images, 1, *size, generator=rng)
         images += 2.0**level * F.interpolate(noise, size=(height, width), mode="bilinear")
     return images.mul_(0.5**0.5 / float(images.std()))
 

@@ -18,13 +18,13 @@ class ClassEmbedding(nn.Module):
         self,
         classifier_weight: Float[Tensor, "num_classes latent"],
         settings: GeneratorSettings,
-        generator: torch.Generator,
+        rng: torch.Generator,
     ) -> None:
         super().__init__()
         if settings.extracted_embeddings:
             start = classifier_weight.detach().clone()
         else:
-            start = torch.randn(classifier_weight.shape[0], settings.embedding_dim, generator=generator)
+            start = torch.randn(classifier_weight.shape[0], settings.embedding_dim, generator=rng)
         self.weight = nn.Parameter(start)
         self.noise_scale = settings.noise_scale * float(start.std())
 

@@ -17,10 +17,10 @@ from qimera.errors import ConfigError
 from qimera.machine.files import naming, save_tensors, sync_directory, sync_tree
 from qimera.synthesis.bank import SampleBank
 
-Format = Literal["bank", "npz", "imagefolder", "safetensors"]
+BankFormat = Literal["bank", "npz", "imagefolder", "safetensors"]
 
 
-def write_bank(bank: SampleBank, path: Path | str, form: Format = "bank") -> None:
+def write_bank(bank: SampleBank, path: Path | str, form: BankFormat = "bank") -> None:
     """Write the samples of ``bank``, whole or not at all.
 
     Args:

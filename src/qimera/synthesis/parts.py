@@ -14,7 +14,7 @@ from qimera.synthesis.superposition import draw_mixtures, soft_labels, take_turn
 from qimera.synthesis.synthesizer import Synthesizer
 from qimera.teacher.teacher import Teacher
 
-Report = Callable[[int, dict[str, Tensor]], None]
+ReportStep = Callable[[int, dict[str, Tensor]], None]
 """Told the step that is done, and its losses."""
 
 
@@ -31,7 +31,7 @@ class Part:
     """Parts of the bank that are as large and made in the same way."""
 
 
-def parts_of(settings: SynthesisSettings, num_classes: int, generator: torch.Generator) -> list[Part]:
+def parts_of(settings: SynthesisSettings, num_classes: int, rng: torch.Generator) -> list[Part]:
     """Return the parts of a bank, generated samples first, classes taking turns through all of them (deviation D8).
 
     Held-out samples are made as the samples before them, in parts of their own, so that those before do not depend on
@@ -44,7 +44,7 @@ def parts_of(settings: SynthesisSettings, num_classes: int, generator: torch.Gen
     else:
         drawn += _sizes(settings.num_held_out, settings.generator.batch_size)
     kinds = [(size, False) for size in drawn] + [(size, True) for size in optimized]
-    turns = take_turns(sum(size for size, _ in kinds), num_classes, generator).split([size for size, _ in kinds])
+    turns = take_turns(sum(size for size, _ in kinds), num_classes, rng).split([size for size, _ in kinds])
     return [
         Part(number, first, kind[1], kinds.count(kind))
         for number, (first, kind) in enumerate(zip(turns, kinds, strict=True))
@@ -62,8 +62,8 @@ def make_part(
     teacher: Teacher,
     settings: SynthesisSettings,
     synthesizer: Synthesizer | None,
-    generator: torch.Generator,
-    report: Report,
+    rng: torch.Generator,
+    report: ReportStep,
     checkpoint: Checkpoint,
 ) -> tuple[Float[Tensor, "sample channel height width"], Float[Tensor, "sample num_classes"]]:
     """Return normalised images and their soft labels.
@@ -73,20 +73,20 @@ def make_part(
         teacher: Whose answers and statistics count.
         settings: Of the bank.
         synthesizer: Draws samples, or what they start from, where the settings say so.
-        generator: Of this part alone.
+        rng: Of this part alone.
         report: Called after every step of optimised samples.
         checkpoint: Of this part alone.
     """
     direct = settings.direct
     if synthesizer is not None and (not part.is_optimized or direct.start == "generator"):
         with torch.no_grad():
-            images, soft_label = synthesizer(synthesizer.draw(len(part.first), generator, part.first))
+            images, soft_label = synthesizer(synthesizer.draw(len(part.first), rng, part.first))
     else:
-        label, weight = draw_mixtures(part.first, teacher.num_classes, settings.labels, generator)
+        label, weight = draw_mixtures(part.first, teacher.num_classes, settings.labels, rng)
         soft_label = soft_labels(label, weight, teacher.num_classes)
-        images = noise_images(len(part.first), teacher.input_spec.shape, direct.num_scales, generator)
+        images = noise_images(len(part.first), teacher.input_spec.shape, direct.num_scales, rng)
     if part.is_optimized:
         num_calls = part.num_alike * direct.num_steps
         images, soft_label = images.to(teacher.device), soft_label.to(teacher.device)
-        images = optimize_images(images, soft_label, teacher, direct, generator, report, num_calls, checkpoint)
+        images = optimize_images(images, soft_label, teacher, direct, rng, report, num_calls, checkpoint)
     return images.cpu(), soft_label.cpu()

@@ -7,14 +7,14 @@ from torch import Tensor
 from qimera.config.settings import LabelSettings
 
 
-def take_turns(num_samples: int, num_classes: int, generator: torch.Generator) -> Int[Tensor, " sample"]:
+def take_turns(num_samples: int, num_classes: int, rng: torch.Generator) -> Int[Tensor, " sample"]:
     """Return one class for each sample: all of them, in random order, before any comes again (deviation D8)."""
     num_rounds = -(-num_samples // num_classes)
-    return torch.cat([torch.randperm(num_classes, generator=generator) for _ in range(num_rounds)])[:num_samples]
+    return torch.cat([torch.randperm(num_classes, generator=rng) for _ in range(num_rounds)])[:num_samples]
 
 
 def draw_mixtures(
-    first: Int[Tensor, " batch"], num_classes: int, settings: LabelSettings, generator: torch.Generator
+    first: Int[Tensor, " batch"], num_classes: int, settings: LabelSettings, rng: torch.Generator
 ) -> tuple[Int[Tensor, "batch k"], Float[Tensor, "batch k"]]:
     """Return the classes mixed into each sample and the share of each; a plain sample has all weight on its first.
 
@@ -25,14 +25,14 @@ def draw_mixtures(
         first: The first class of each sample, as from ``take_turns``.
         num_classes: How many there are.
         settings: How many are mixed, and how often.
-        generator: Draws the other classes and the shares.
+        rng: Draws the other classes and the shares.
     """
     num_samples = len(first)
     k = settings.num_superposed_classes if settings.superposition else 1
-    label = torch.randint(num_classes, (num_samples, k), generator=generator)
+    label = torch.randint(num_classes, (num_samples, k), generator=rng)
     label[:, 0] = first
-    weight = torch.randn(num_samples, k, generator=generator).softmax(1)
-    draws = torch.rand(num_samples if settings.per_sample else 1, generator=generator)
+    weight = torch.randn(num_samples, k, generator=rng).softmax(1)
+    draws = torch.rand(num_samples if settings.per_sample else 1, generator=rng)
     plain = (draws >= settings.superposition_probability).expand(num_samples)
     weight[plain] = torch.eye(k)[0]
     return label, weight

@@ -13,7 +13,7 @@ from qimera.machine.acceleration import begin_step, compiled, is_compiled
 from qimera.machine.checkpoint import State
 from qimera.machine.distributed import average_gradients_, rank, world_size
 from qimera.machine.divergence import check_finite
-from qimera.machine.seeds import Place, generator_for
+from qimera.machine.seeds import Stream, generator_for
 from qimera.synthesis.augmentation import shift_batch
 from qimera.synthesis.embeddings import ClassEmbedding, DisentanglementMapping
 from qimera.synthesis.generator import Generator
@@ -33,13 +33,13 @@ class Draw(NamedTuple):
 class Synthesizer(nn.Module):
     """Draws images near and across the teacher's decision boundaries (Choi et al. 2021)."""
 
-    def __init__(self, teacher: Teacher, settings: SynthesisSettings, generator: torch.Generator) -> None:
+    def __init__(self, teacher: Teacher, settings: SynthesisSettings, rng: torch.Generator) -> None:
         super().__init__()
         spec, num_classes = settings.generator, teacher.num_classes
         self.labels, self.num_classes = settings.labels, num_classes
         with torch.random.fork_rng(devices=[]):  # modules draw their start from the global generator
-            torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-            self.embedding = ClassEmbedding(teacher.classifier.weight, spec, generator)
+            torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
+            self.embedding = ClassEmbedding(teacher.classifier.weight, spec, rng)
             latent_dim = self.embedding.latent_dim
             self.mapping: nn.Module = nn.Identity()
             if spec.disentanglement_mapping:
@@ -52,14 +52,14 @@ class Synthesizer(nn.Module):
         """Where it computes."""
         return self.embedding.weight.device
 
-    def draw(self, num_samples: int, generator: torch.Generator, first: Int[Tensor, " batch"] | None = None) -> Draw:
+    def draw(self, num_samples: int, rng: torch.Generator, first: Int[Tensor, " batch"] | None = None) -> Draw:
         """Draw what ``num_samples`` images are made from; their first classes take turns where they are not given.
 
         Drawn on the CPU, so that every device sees the same, and brought to where the generator is.
         """
-        first = take_turns(num_samples, self.num_classes, generator) if first is None else first
-        label, weight = draw_mixtures(first, self.num_classes, self.labels, generator)
-        noise = torch.randn(*label.shape, self.embedding.latent_dim, generator=generator)
+        first = take_turns(num_samples, self.num_classes, rng) if first is None else first
+        label, weight = draw_mixtures(first, self.num_classes, self.labels, rng)
+        noise = torch.randn(*label.shape, self.embedding.latent_dim, generator=rng)
         return Draw(*(each.to(self.device) for each in (label, weight, noise)))
 
     def forward(
@@ -110,12 +110,12 @@ class SynthesizerTraining:
         """
         begin_step(self.teacher.device)
         self.synthesizer.train()
-        place = Place.TRAINING_ALONE if self.student is None else Place.TRAINING_BESIDE_STUDENT
-        generator = generator_for(self.seed, place, self.num_steps, rank())
+        place = Stream.TRAINING_ALONE if self.student is None else Stream.TRAINING_BESIDE_STUDENT
+        rng = generator_for(self.seed, place, self.num_steps, rank())
         num_samples = -(-self.settings.batch_size // world_size())
-        images, soft_label = self._make(self.synthesizer.draw(num_samples, generator))
+        images, soft_label = self._make(self.synthesizer.draw(num_samples, rng))
         max_shift = self.settings.max_shift
-        seen = shift_batch(images, max_shift, generator) if max_shift else images
+        seen = shift_batch(images, max_shift, rng) if max_shift else images
         loss, losses = self._judge(seen.contiguous(memory_format=torch.channels_last), soft_label)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=list(self.synthesizer.parameters()))  # the student's own gradients are not touched

@@ -36,9 +36,9 @@ def check_answers(model: nn.Module, input_spec: InputSpec, name: str) -> Answers
     Raises:
         UnsupportedModelError: they are not finite, or differ when it is asked again, or beside other images.
     """
-    generator = torch.Generator().manual_seed(0)
-    rough = torch.randn(2, *input_spec.shape, generator=generator)
-    coarse = torch.randn(2, input_spec.shape[0], 4, 4, generator=generator)
+    rng = torch.Generator().manual_seed(0)
+    rough = torch.randn(2, *input_spec.shape, generator=rng)
+    coarse = torch.randn(2, input_spec.shape[0], 4, 4, generator=rng)
     images = torch.cat([rough, F.interpolate(coarse, input_spec.shape[1:], mode="bilinear")])
     logits = model(images)
     if not bool(logits.isfinite().all()):

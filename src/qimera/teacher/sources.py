@@ -18,8 +18,8 @@ from torch.fx import GraphModule
 
 from qimera.config.input_spec import InputSpec
 from qimera.errors import ConfigError, describe_value, enumerate_names, suggest
-from qimera.teacher import libraries, programs
-from qimera.teacher.embedded import MnistCnn
+from qimera.teacher import exported_programs, libraries
+from qimera.teacher.mnist_cnn import MnistCnn
 from qimera.teacher.state_dicts import load_state_dict_, read_state_dict, tensors_by_name
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def load_model(source: str, weights: Path | None = None, *, untrained: bool = Fa
             )
         model = libraries.build(library, name, None if given is None else tensors_by_name(given))
     elif Path(source).suffix == ".pt2":
-        model = programs.read_program(Path(source))
+        model = exported_programs.read_program(Path(source))
     elif ":" in source:
         model = _build_from_function(*source.rsplit(":", 1))
     else:
@@ -106,7 +106,7 @@ def known_input(source: str, model: nn.Module) -> dict[str, Any]:
         return libraries.input_of(library, name, model)
     if Path(source).suffix == ".pt2":
         assert isinstance(model, GraphModule)
-        return {"shape": programs.image_shape(model)}
+        return {"shape": exported_programs.image_shape(model)}
     return {}
 
 

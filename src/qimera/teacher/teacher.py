@@ -56,7 +56,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Classifier:
+class ClassifierLayer:
     """The last linear layer or 1x1 convolution; row k of its weight stands for class k."""
 
     name: str
@@ -182,8 +182,8 @@ _PER_CLASS = {
 """Operations between the classifier and the logits that keep each class for itself."""
 
 
-def _classifier(module: GraphModule) -> Classifier:
-    """Walk back from the logits through operations that keep classes apart to the layer that produced them.
+def _classifier(module: GraphModule) -> ClassifierLayer:
+    """SteppedRun back from the logits through operations that keep classes apart to the layer that produced them.
 
     Of several that are added, the first is taken.
     """
@@ -192,7 +192,7 @@ def _classifier(module: GraphModule) -> Classifier:
         node = waiting.pop()
         if has_parameter(node):
             weight = tensor_of(module, node_at(node, 1)).detach().clone().flatten(1)
-            return Classifier(layer_name(node), weight)
+            return ClassifierLayer(layer_name(node), weight)
         if node.target in _PER_CLASS:
             waiting += reversed(node.all_input_nodes)
         elif node.op == "call_function":

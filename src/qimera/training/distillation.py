@@ -38,7 +38,7 @@ def distill_(
     teacher: Teacher,
     bank: SampleBank,
     settings: DistillationSettings,
-    generator: torch.Generator,
+    rng: torch.Generator,
     *,
     training: SynthesizerTraining | None = None,
     checkpoint: Checkpoint | None = None,
@@ -53,7 +53,7 @@ def distill_(
         teacher: The student's, by which states are judged.
         bank: Samples of this teacher.
         settings: Schedule, rates and loss weights.
-        generator: Draws batches and augmentation.
+        rng: Draws batches and augmentation.
         training: The generator's training, when it continues beside the student's.
         checkpoint: Keeps the state between steps; from one of the same call the training goes on.
         progress: Called at the start and every ``progress.REPORT_EVERY`` steps.
@@ -62,7 +62,7 @@ def distill_(
         ConfigError: fresh samples are asked for and there is no generator, or selection and no held-out samples.
         DivergenceError: a loss term is NaN or infinite.
     """
-    course = Course(student, teacher, bank, settings, generator, training)
+    course = Course(student, teacher, bank, settings, rng, training)
     checkpoint = checkpoint or Checkpoint()
     if saved := checkpoint.load():
         course.load_state_dict(saved)
@@ -89,10 +89,10 @@ class Course:
         teacher: Teacher,
         bank: SampleBank,
         settings: DistillationSettings,
-        generator: torch.Generator,
+        rng: torch.Generator,
         training: SynthesizerTraining | None = None,
     ) -> None:
-        self.student, self.settings, self.generator, self.training = student, settings, generator, training
+        self.student, self.settings, self.rng, self.training = student, settings, rng, training
         lesson = Lesson(student, settings)
         num_pixels = settings.batch_size * math.prod(bank.input_spec.shape[1:])
         self.is_compiled = is_compiled(settings.compile, settings.num_steps, num_pixels, student.device)
@@ -100,7 +100,7 @@ class Course:
         self._learn = compiled(lesson.losses, self.is_compiled, student.device)
         self._optimizer = _optimizer(student, settings)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: _rate(step, settings))
-        self._batches = _Batches(bank, settings, generator, training, student.device, self.is_compiled)
+        self._batches = _Batches(bank, settings, rng, training, student.device, self.is_compiled)
         self.best = BestState(student, teacher, bank, settings)
         self.num_steps = 0
 
@@ -145,7 +145,7 @@ class Course:
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "order": self._batches.order,
-            "generator": self.generator.get_state(),
+            "generator": self.rng.get_state(),
             "best": self.best.state_dict(),
             "training": self.training.state_dict() if self.training else None,
         }
@@ -159,7 +159,7 @@ class Course:
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._batches.order = state["order"]
-        self.generator.set_state(state["generator"])
+        self.rng.set_state(state["generator"])
         self.best.load_state_dict(state["best"])
         if self.training:
             self.training.load_state_dict(state["training"])
@@ -271,12 +271,12 @@ class _Batches(Iterator[tuple[Tensor, Tensor]]):
         self,
         bank: SampleBank,
         settings: DistillationSettings,
-        generator: torch.Generator,
+        rng: torch.Generator,
         training: SynthesizerTraining | None,
         device: torch.device,
         is_compiled: bool,
     ) -> None:
-        self._settings, self._generator = settings, generator
+        self._settings, self._rng = settings, rng
         self._num_fresh = round(settings.fresh_share * settings.batch_size)
         self._synthesizer = training.synthesizer if training else bank.synthesizer
         self._device = device
@@ -285,7 +285,7 @@ class _Batches(Iterator[tuple[Tensor, Tensor]]):
         if self._num_fresh and self._synthesizer is None:
             raise ConfigError(f"fresh_share is {settings.fresh_share}, but the bank has no generator; set it to 0")
         self._num_stored = settings.batch_size - self._num_fresh
-        self._stored = bank.batches(self._num_stored, generator)
+        self._stored = bank.batches(self._num_stored, rng)
 
     @property
     def order(self) -> Tensor:
@@ -300,21 +300,21 @@ class _Batches(Iterator[tuple[Tensor, Tensor]]):
         images, labels = [], []
         if self._num_stored:
             stored = next(self._stored).to(self._device)
-            seen, soft_label = _augment(stored, self._settings, self._generator)
+            seen, soft_label = _augment(stored, self._settings, self._rng)
             images.append(seen)
             labels.append(soft_label)
         if self._num_fresh and self._synthesizer is not None:
             with torch.no_grad():
-                fresh, soft_label = self._synthesize(self._synthesizer.draw(self._num_fresh, self._generator))
+                fresh, soft_label = self._synthesize(self._synthesizer.draw(self._num_fresh, self._rng))
             images.append(fresh.to(self._device))
             labels.append(soft_label.to(self._device))
         return torch.cat(images).contiguous(memory_format=torch.channels_last), torch.cat(labels)
 
 
 def _augment(
-    samples: Samples, settings: DistillationSettings, generator: torch.Generator
+    samples: Samples, settings: DistillationSettings, rng: torch.Generator
 ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch num_classes"]]:
-    images, labels = blend_at_random(samples.images, samples.soft_labels, settings.blend_probability, generator)
-    images = flip_at_random(images, generator) if settings.flip else images
-    images = shift_each(images, settings.max_shift, generator) if settings.max_shift else images
+    images, labels = blend_at_random(samples.images, samples.soft_labels, settings.blend_probability, rng)
+    images = flip_at_random(images, rng) if settings.flip else images
+    images = shift_each(images, settings.max_shift, rng) if settings.max_shift else images
     return images, labels

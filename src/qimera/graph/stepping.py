@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 
-class Walk:
+class SteppedRun:
     """One pass through a graph that can be halted at every node, and drops values that nothing needs any more."""
 
     def __init__(self, module: GraphModule, images: Float[Tensor, "batch channel height width"]) -> None:
@@ -34,9 +34,9 @@ class Walk:
         """Take ``value`` for what the node that comes next computes, and go past it."""
         self._step(value)
 
-    def branch(self) -> "Walk":
+    def branch(self) -> "SteppedRun":
         """Return a pass that stands where this one does, and goes on without it."""
-        other = Walk(self._module, self._images)
+        other = SteppedRun(self._module, self._images)
         other._interpreter.env, other._ahead = dict(self._interpreter.env), list(self._ahead)
         return other
 

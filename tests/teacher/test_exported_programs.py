@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from qimera.errors import ConfigError
-from qimera.teacher.programs import read_program
+from qimera.teacher.exported_programs import read_program
 from qimera.teacher.sources import known_input, load_model
 from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, TinyNet
