@@ -20,6 +20,7 @@ from qimera.machine.distributed import copy_from_main_, gathered, rank, world_si
 from qimera.machine.divergence import are_read
 from qimera.machine.progress import COMPILING, Progress, ProgressCallback, silent
 from qimera.machine.seeds import Stream, check_seed, generator_for
+from qimera.mixed_precision.allocation import allocate
 from qimera.quantization.equalization import restore_limits_
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank, check_bank
@@ -80,6 +81,7 @@ def quantize(
     scheme: str = "hardware",
     target: str = "onnxruntime",
     layer_bits: str = "",
+    budget: str = "",
     settings: DistillationSettings | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -96,6 +98,7 @@ def quantize(
         target: Runtime whose kernels decide where tensors are rounded: ``onnxruntime``, ``openvino``, ``inductor`` or
             ``xnnpack``.
         layer_bits: Exceptions by layer name, such as ``conv1=8,*fc*=w8a4``.
+        budget: Such as ``size=0.14``; layers that ``layer_bits`` does not name get the bits of ``allocate_bits``.
         settings: How to train; the recipe ``fast`` when absent.
         seed: Same seed, settings, bank and machine: same student, bit for bit, on the CPU.
         device: Where the student is made and trained, such as ``cuda``; it is returned on the CPU.
@@ -104,7 +107,7 @@ def quantize(
         progress: Called every few steps.
 
     Raises:
-        ConfigError: wrong bits, bits for a layer that is not there, or a bank of another teacher.
+        ConfigError: wrong bits, bits for a layer that is not there, a budget out of reach, or another teacher's bank.
         DivergenceError: a loss became NaN or infinite.
     """
     weight_bits, activation_bits = parse_bits(bits)
@@ -114,8 +117,13 @@ def quantize(
         scheme=scheme,
         target=target,
         layer_bits=parse_layer_bits(layer_bits),
+        budget=budget,
     )
     teacher = as_teacher(model, bank.input_spec)
+    check_bank(bank, teacher)
+    if budget:
+        allocation = allocate(teacher, bank, quantization, seed=seed, progress=progress)
+        quantization = quantization.replace(layer_bits=allocation.all_rules)
     settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).distillation
     return quantize_with(
         teacher, bank, quantization, settings, seed=seed, device=device, checkpoints=checkpoints, progress=progress

@@ -162,3 +162,10 @@ def test_a_student_is_not_made_while_the_budget_is_not_turned_into_bits(teacher:
     )
     with pytest.raises(ConfigError, match="budget: bits are not found yet; give the layer_bits that allocate_bits"):
         quantize_with(teacher, bank, settings, UNTRAINED)
+
+
+def test_quantize_finds_the_bits_of_a_budget_by_itself(teacher: Teacher, bank: SampleBank) -> None:
+    allocation = allocate_bits(teacher, bank, "size=0.29", "w4a5", layer_bits="conv*=w8a6", seed=4)
+    settings = UNTRAINED.replace(start="nearest")
+    student = quantize(teacher, bank, "w4a5", layer_bits="conv*=w8a6", budget="size=0.29", settings=settings, seed=4)
+    assert student.settings.layer_bits == allocation.all_rules

@@ -218,12 +218,12 @@ def quantize(
         model_options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
         options = RunOptions(bits, layer_bits, scheme, target, recipe, bank, seed, budget)
         with joined():
-            from_main(lambda: refuse_other_content(output))
+            from_main(refuse_other_content, output)
             read = (
                 resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
             )
             check_run(read.settings, read.teacher, read.bank)
-            run = from_main(lambda: RunDirectory.start(output, read.settings))
+            run = from_main(RunDirectory.start, output, read.settings)
             if is_main() and run.is_finished:
                 typer.echo(f"{output}: finished already, this is its summary", err=True)
             elif is_main():

@@ -1,13 +1,13 @@
-"""Several processes that make one result together, as ``torchrun`` starts them; alone, all of this does nothing.
+"""Several processes that make one result together, as ``torchrun`` starts them.
 
 Every process runs the same program. What is to be the same everywhere comes from the main one, which alone writes
-files of a run and talks to the user.
+files of a run and talks to the user. In a single process these functions do nothing.
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qimera.errors import ConfigError, PeerError, QimeraError, first_line
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -47,14 +48,14 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def from_main(function: Callable[[], _T]) -> _T:
-    """Return what ``function`` returns in the main process, the only one to call it; raise what it raises there."""
+def from_main(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Call ``function`` in the main process alone; return what it returns there, or raise what it raises there."""
     if world_size() == 1:
-        return function()
+        return function(*args, **kwargs)
     told: list[tuple[_T | None, QimeraError | None]] = [(None, None)]
     if is_main():
         try:
-            told = [(function(), None)]
+            told = [(function(*args, **kwargs), None)]
         except QimeraError as error:
             told = [(None, error)]
     with _naming_lost_peers():

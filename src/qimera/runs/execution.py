@@ -92,7 +92,7 @@ def _carry_out(
     device: torch.device,
 ) -> Summary:
     if from_main(lambda: run.is_finished):
-        return from_main(lambda: _summary_of(run, teacher))
+        return from_main(_summary_of, run, teacher)
     if is_main():
         with replacing(run.teacher_file) as temporary:
             teacher.save(temporary)
@@ -100,7 +100,7 @@ def _carry_out(
     if run.settings.quantization.budget:
         _find_bits(run, teacher, samples, progress)
     student, chosen = _make_student(run, teacher, samples, progress, device)
-    return from_main(lambda: _finish(run, student, teacher, samples, chosen))
+    return from_main(_finish, run, student, teacher, samples, chosen)
 
 
 def _finish(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleBank, settings: RunSettings) -> Summary:
@@ -176,7 +176,7 @@ def _own_bank(run: RunDirectory, teacher: Teacher, progress: ProgressCallback, d
             bank.save(run.bank_directory)
             Checkpoints(checkpoints).forget()
     # Read back: a run that is interrupted here and continued must see the same samples.
-    return from_main(lambda: SampleBank.load(run.bank_directory, teacher))
+    return from_main(SampleBank.load, run.bank_directory, teacher)
 
 
 def _find_bits(run: RunDirectory, teacher: Teacher, bank: SampleBank, progress: ProgressCallback) -> None:
@@ -184,10 +184,12 @@ def _find_bits(run: RunDirectory, teacher: Teacher, bank: SampleBank, progress: 
     settings = run.settings
 
     def find() -> Allocation:
+        if run.allocation:
+            return run.allocation
         with run.recording(ALLOCATION, progress) as record:
             return allocate(teacher, bank, settings.quantization, seed=settings.seed, progress=record)
 
-    run.settle(from_main(lambda: run.allocation or find()))
+    run.settle(from_main(find))
 
 
 def _make_student(
@@ -210,7 +212,7 @@ def _make_student(
                 progress=record,
             )
         students.append(student)
-    best = from_main(lambda: choose(students, teacher, bank)) if len(students) > 1 else 0
+    best = from_main(choose, students, teacher, bank) if len(students) > 1 else 0
     alone = {"recipe": names[best], "distillation": ways[best], "alternatives": ()}
     return students[best], settings.model_copy(update=alone)
 
