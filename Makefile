@@ -11,7 +11,7 @@ PYTHON ?= $(shell for each in python3.11 python3 python3.12 python3.13 python3.1
 .PHONY: demo test test-all check format clean
 
 demo: $(INSTALLED)
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo
 
 # A process for each core, of one thread each; a file's tests stay together, for they share what is slow to make.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 10

@@ -1,6 +1,6 @@
 """The main job in three minutes: the embedded MNIST classifier becomes a W4A4 and a W2A2 file without an image.
 
-    python benchmarks/demo.py [--seed 0]
+    python -m benchmarks.demo [--seed 0]
 
 Only scoring sees the 1,000 real images that no training ever saw. The students of the last row become ONNX files.
 """
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from mnist import load_mnist_split
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.mnist import load_mnist_split
 from qimera import (
     DirectSettings,
     GeneratorSettings,

@@ -11,11 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from zoo import load_subject
 
+from benchmarks.zoo import load_subject
 from qimera import LabelledImages, Teacher, evaluate
 
-RESULTS = Path(__file__).parent / "results"
+BANKS = Path(__file__).parent / ".banks"
+"""Where banks are kept between benchmarks."""
+
+FULL_PRECISION = Path(__file__).parent / "accuracy" / "results" / "full_precision"
 
 
 def prepare(options: argparse.Namespace) -> tuple[Teacher, LabelledImages, float]:
@@ -31,7 +34,7 @@ def prepare(options: argparse.Namespace) -> tuple[Teacher, LabelledImages, float
 
 def _full_precision(network: str, teacher: Teacher, images: LabelledImages) -> float:
     """Return the teacher's top-1, measured once and kept."""
-    path = RESULTS / f"{network}.json"
+    path = FULL_PRECISION / f"{network}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         top1 = evaluate(teacher, images, teacher.input_spec).top1
@@ -53,6 +56,13 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
+def command_line() -> str:
+    """Return the command that started this program."""
+    spec = sys.modules["__main__"].__spec__
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
+    return shlex.join(["python", *program, *sys.argv[1:]])
+
+
 def keep(path: Path, values: dict[str, object], said: str) -> None:
     """Write a result with where, when and by which command it was made, and say what it came to."""
     made = {
@@ -60,7 +70,7 @@ def keep(path: Path, values: dict[str, object], said: str) -> None:
         "machine": f"{platform.machine()}, {platform.system()}",
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values | made, indent=2) + "\n")

@@ -37,7 +37,7 @@ def load_subject(name: str) -> tuple[Teacher, LabelledImages]:
     """Return the teacher called ``name``, of the zoo or embedded in the package, and the images that score it."""
     model = load_model_of(name)
     if name in EMBEDDED_MODELS:
-        from mnist import load_mnist_split  # beside this file, which tests import from elsewhere
+        from benchmarks.mnist import load_mnist_split  # beside this file, which tests import from elsewhere
 
         return Teacher.capture(model, EMBEDDED_MODELS[name].input_spec), load_mnist_split().held_out
     zoo = _zoo()

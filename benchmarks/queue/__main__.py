@@ -12,7 +12,6 @@ The folder has no __init__.py: with one it would hide the standard library's que
 import argparse
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -22,11 +21,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from measurement import device_name, keep
-from zoo import load_subject
-
+from benchmarks.measurement import device_name, keep
+from benchmarks.zoo import load_subject
 from qimera import LabelledImages, QuantizationSettings, Teacher, recipe
 from qimera.cli.console import ProgressDisplay
 from qimera.config.bits import parse_bits

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import Result
 
-from benchmarks.coverage import examine, reason_against
+from benchmarks.coverage.coverage import examine, reason_against
 from qimera.quantization import rounding
 from tests.command_line import INPUT, qimera, write_model_file
 

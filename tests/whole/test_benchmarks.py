@@ -16,7 +16,7 @@ def test_no_program_hides_a_module_of_the_standard_library(folder: str) -> None:
     assert not (modules | packages) & sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("command", [["benchmarks/demo.py", "--help"], ["-m", "benchmarks.queue", "--list"]])
+@pytest.mark.parametrize("command", [["-m", "benchmarks.demo", "--help"], ["-m", "benchmarks.queue", "--list"]])
 def test_programs_start(command: list[str]) -> None:
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

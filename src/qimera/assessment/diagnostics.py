@@ -168,7 +168,7 @@ def _remarks(found: Diagnosis) -> Iterator[str]:
 LARGEST_GAP, _MEAN_GAP = 0.1, 0.02
 """Of one batch norm, and on average. Right mean and std leave up to 0.119 and 0.016 (ResNet-56 and CIFAR-100, 60
 steps), those of 0 and 1 or 0.5 and 0.5 or pixels to 255 at least 0.087 and 0.018; where the largest gap alone is above,
-many clipped pixels tell wrong ones (benchmarks/doubts.py)."""
+many clipped pixels tell wrong ones (benchmarks/estimation/doubts.py)."""
 
 _CLIPPED = 55.0
 """Percent of black and white pixels from which the reason is likely the range: wrong ones leave 57 and more, right ones

@@ -2,7 +2,7 @@
 
 What is measured is how far the student's class probabilities lie from the teacher's on samples that no student learned
 from. What that means in points of top-1 is a calibration, as of any measuring device: its constants come from students
-of other networks, whose real drop is known (benchmarks/estimation.py, docs/estimation.md).
+of other networks, whose real drop is known (benchmarks/estimation/drops.py, docs/estimation.md).
 """
 
 import math
@@ -48,7 +48,7 @@ class Calibration(NamedTuple):
 
 
 CALIBRATION = Calibration(factor=0.326, fixed_error=0.05, relative_error=0.47)
-"""From all runs of benchmarks/results/estimation; ``python benchmarks/estimation.py fit`` finds it."""
+"""From all runs of benchmarks/estimation/results/drops; ``python -m benchmarks.estimation.drops fit`` finds it."""
 
 
 @dataclass(frozen=True)

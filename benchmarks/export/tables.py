@@ -1,0 +1,84 @@
+"""Results of this folder -> the tables of docs/export-targets.md."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.tables import ORDER
+
+RESULTS = Path(__file__).parent / "results"
+INFERENCE = RESULTS / "inference"
+EXPORT = RESULTS / "agreement"
+
+Result = dict[str, Any]
+
+
+def inference() -> str:
+    """Size and integer layers of each exported file, its speed on each runtime, and where that was measured."""
+    found = [json.loads(path.read_text()) for path in sorted(INFERENCE.glob("*.json"))]
+    machines = sorted({_machine(result) for result in found})
+    return "\n".join([_exported_files(found), _speed(found), *(f"{machine}\n" for machine in machines)])
+
+
+def _exported_files(found: list[Result]) -> str:
+    head = "| network | bits | file | full precision | smaller | integer in ONNX Runtime | integer in OpenVINO |\n"
+    rows = [head, "|---|---|---|---|---|---|---|\n"]
+    for result in found:
+        full = result["files"]["fp32"]["bytes"]
+        for bits in ("w8a8", "w4a4"):
+            file = result["files"][bits]
+            layers = [
+                f"{file['integer_layers'][each]} of {file['num_layers']}" for each in ("ONNX Runtime", "OpenVINO")
+            ]
+            rows.append(
+                f"| {result['network']} | {bits.upper()} | {file['bytes'] / 1000:,.0f} kB | {full / 1000:,.0f} kB | "
+                f"{full / file['bytes']:.1f}x | {' | '.join(layers)} |\n"
+            )
+    return "".join(rows)
+
+
+def _speed(found: list[Result]) -> str:
+    rows = [
+        "| network | runtime | threads | batch | full precision | W8A8 | W4A4 |\n",
+        "|---|---|---|---|---|---|---|\n",
+    ]
+    for result in found:
+        for row in result["timings"]:
+            full, *others = (_milliseconds(row["milliseconds"][name]) for name in ("fp32", "w8a8", "w4a4"))
+            times = [
+                f"{time}, **{row['speedup'][bits]:.2f}x**" for time, bits in zip(others, ("w8a8", "w4a4"), strict=True)
+            ]
+            rows.append(
+                f"| {result['network']} | {row['runtime']} | {row['threads']} | {row['batch']} | {full} | "
+                f"{' | '.join(times)} |\n"
+            )
+    return "".join(rows)
+
+
+def _milliseconds(value: float) -> str:
+    """Return three digits and the unit."""
+    return f"{value:#.3g}".rstrip(".") + " ms"
+
+
+def _machine(result: Result) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "torch")
+    return f"Measured on {result['machine']}; {versions}."
+
+
+def agreement() -> str:
+    """Files against their students on all test images."""
+    rows = [
+        "| network | bits | file | ONNX Runtime: layers | same class | same logits | top-1 of student, file "
+        "| OpenVINO: layers | same class | top-1 |\n",
+        "|---|---|---|---|---|---|---|---|---|---|\n",
+    ]
+    found = [json.loads(path.read_text()) for path in EXPORT.glob("*.json")]
+    for each in sorted(found, key=lambda each: (each["network"], ORDER.index(each["bits"]))):
+        ort, openvino = each["ONNX Runtime"], each["OpenVINO"]
+        layers = [f"{runtime['integer_layers']} of {each['num_layers']}" for runtime in (ort, openvino)]
+        rows.append(
+            f"| {each['network']} | {each['bits'].upper()} | {each['num_bytes'] / 1000:,.0f} kB | {layers[0]} "
+            f"| **{ort['agreement']:.2f}** | {ort['identical']:.1f} | {each['top1']:.2f}, {ort['top1']:.2f} "
+            f"| {layers[1]} | {openvino['agreement']:.2f} | {openvino['top1']:.2f} |\n"
+        )
+    return "".join(rows)
