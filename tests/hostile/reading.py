@@ -28,9 +28,7 @@ from qimera.errors import QimeraError
 from qimera.graph.operations import operation_name
 from qimera.teacher.exported_programs import read_program
 from qimera.teacher.teacher import Teacher
-from tests.hostile import archives as made_archives
-from tests.hostile import graphs, tensors
-from tests.hostile import teachers as made_teachers
+from tests.hostile import archives as made_archives, graphs, teachers as made_teachers, tensors
 from tests.hostile.archives import SHAPE, Archive, Tiny
 from tests.hostile.audit import watched
 from tests.hostile.audit_sources import strange_code

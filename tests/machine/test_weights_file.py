@@ -23,8 +23,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

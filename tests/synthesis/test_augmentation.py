@@ -1,7 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor
 
 from qimera.synthesis.augmentation import blend_at_random, flip_at_random, shift_batch, shift_each

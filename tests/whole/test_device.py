@@ -22,8 +22,7 @@ from qimera.machine.acceleration import find_device
 from qimera.machine.seeds import Stream, generator_for
 from qimera.pipeline import quantize, synthesize
 from qimera.quantization.student import Student
-from qimera.synthesis import direct as direct_module
-from qimera.synthesis import synthesizer as synthesizer_module
+from qimera.synthesis import direct as direct_module, synthesizer as synthesizer_module
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining

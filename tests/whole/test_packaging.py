@@ -22,7 +22,8 @@ def python(code: str) -> str:
 
 
 def test_every_public_name_is_importable_and_documented() -> None:
-    assert qimera.__all__ == sorted(qimera.__all__, key=lambda name: (not name.isupper(), name.islower(), name))
+    assert qimera.__all__ == sorted(qimera.__all__)
+    assert len(qimera.__all__) > 40
     for name in qimera.__all__:
         value = getattr(qimera, name)
         assert isinstance(value, tuple) or value.__doc__, f"{name} has no docstring"

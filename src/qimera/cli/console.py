@@ -17,13 +17,13 @@ from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    Progress as Bars,
     ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.progress import Progress as Bars
 from rich.table import Table
 
 from qimera.errors import QimeraError

@@ -1,0 +1,67 @@
+"""What `qimera` offers; `__init__.py` imports each name when it is first used."""
+
+from .assessment.data import (
+    LabelledImages as LabelledImages,
+    load_labelled_images as load_labelled_images,
+)
+from .assessment.diagnostics import (
+    Diagnosis as Diagnosis,
+    diagnose as diagnose,
+)
+from .assessment.estimation import (
+    Estimate as Estimate,
+    estimate_drop as estimate_drop,
+)
+from .assessment.evaluation import (
+    Evaluation as Evaluation,
+    evaluate as evaluate,
+)
+from .assessment.selection import choose as choose
+from .config.input_spec import InputSpec as InputSpec
+from .config.recipes import (
+    RECIPE_NAMES as RECIPE_NAMES,
+    Recipe as Recipe,
+    recipe as recipe,
+)
+from .config.run_settings import RunSettings as RunSettings
+from .config.settings import (
+    DirectSettings as DirectSettings,
+    DistillationSettings as DistillationSettings,
+    GeneratorSettings as GeneratorSettings,
+    LabelSettings as LabelSettings,
+    LayerBits as LayerBits,
+    QuantizationSettings as QuantizationSettings,
+    SynthesisSettings as SynthesisSettings,
+)
+from .errors import (
+    ConfigError as ConfigError,
+    DivergenceError as DivergenceError,
+    QimeraError as QimeraError,
+    UnsupportedModelError as UnsupportedModelError,
+    VerificationError as VerificationError,
+)
+from .export.comparison import (
+    Comparison as Comparison,
+    Verification as Verification,
+)
+from .export.onnx import export_onnx as export_onnx
+from .export.program import (
+    export_aotinductor as export_aotinductor,
+    export_pt2 as export_pt2,
+)
+from .machine.progress import Progress as Progress
+from .mixed_precision.allocation import (
+    Allocation as Allocation,
+    allocate_bits as allocate_bits,
+)
+from .mixed_precision.sensitivity import (
+    Sensitivity as Sensitivity,
+    measure_sensitivity as measure_sensitivity,
+)
+from .pipeline import (
+    quantize as quantize,
+    synthesize as synthesize,
+)
+from .quantization.student import Student as Student
+from .synthesis.bank import SampleBank as SampleBank
+from .teacher.teacher import Teacher as Teacher
