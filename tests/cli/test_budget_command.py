@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from qimera.cli.options import ModelOptions, RunOptions, read_settings
+from qimera.cli.arguments import ModelOptions, RunOptions
+from qimera.cli.options import read_settings
 from qimera.config.input_spec import InputSpec
 from qimera.config.run_settings import RunSettings
 from qimera.config.settings import LayerBits, QuantizationSettings
@@ -52,7 +53,7 @@ def finished_run(settings_file: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def read(settings_file: Path, path: Path) -> tuple[RunDirectory, object, object]:
-    found = read_settings(settings_file, ModelOptions(*[None] * 8), RunOptions(*[None] * 7))
+    found = read_settings(settings_file, ModelOptions(), RunOptions())
     return RunDirectory.start(path, found.settings), found.teacher, found.bank
 
 

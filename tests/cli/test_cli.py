@@ -11,8 +11,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from qimera.cli.arguments import ModelOptions, RunOptions
 from qimera.cli.console import ProgressDisplay
-from qimera.cli.options import ModelOptions, RunOptions, read_settings
+from qimera.cli.options import read_settings
 from qimera.cli.tables import layer_table
 from qimera.config.input_spec import InputSpec
 from qimera.config.run_settings import RunSettings
@@ -109,7 +110,7 @@ def test_the_settings_of_a_run_start_the_same_run_again(tmp_path: Path, finished
 def test_a_run_that_was_interrupted_continues_with_its_bank_to_the_same_student(
     tmp_path: Path, finished_run: Path
 ) -> None:
-    read = read_settings(finished_run / "settings.json", ModelOptions(*[None] * 8), RunOptions(*[None] * 7))
+    read = read_settings(finished_run / "settings.json", ModelOptions(), RunOptions())
     run = RunDirectory.start(tmp_path / "run", read.settings)
     with pytest.raises(KeyboardInterrupt):
         carry_out(run, read.teacher, read.bank, interrupt_training)

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from qimera.cli.options import ModelOptions, RunOptions, resolve
+from qimera.cli.arguments import ModelOptions, RunOptions
+from qimera.cli.options import resolve
 from qimera.config.recipes import recipe
 from tests.command_line import INPUT, qimera, said, tiny_settings, write_model_file
 
@@ -120,7 +121,7 @@ def test_a_wrong_settings_file_is_refused(tmp_path: Path, text: str, message: st
 
 def test_of_several_recipes_the_first_makes_the_bank_and_the_others_are_alternatives(model_file: Path) -> None:
     model = ModelOptions(f"{model_file}:build", None, "1,8,8", "0.5", "0.25", None, None, None)
-    settings = resolve(model, RunOptions(None, None, None, None, "fast, ptq", None, None)).settings
+    settings = resolve(model, RunOptions(recipe="fast, ptq")).settings
     fast, ptq = (recipe(name, settings.input, 3) for name in ("fast", "ptq"))
     assert settings.recipe == "fast,ptq"
     assert settings.synthesis == fast.synthesis

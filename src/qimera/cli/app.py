@@ -13,19 +13,14 @@ import typer
 from qimera.cli.arguments import (
     Debug,
     Device,
-    Logits,
     MaxDrop,
-    Mean,
-    Model,
-    PixelRange,
+    ModelOptions,
     Recipe,
+    RunOptions,
     Seed,
-    Shape,
-    Std,
     Strict,
     Threads,
-    Weights,
-    WithoutBatchNorms,
+    spread,
 )
 from qimera.cli.console import INTERRUPTED, ProgressDisplay, errors_as_messages, print_table, warn
 from qimera.cli.run_commands import compare, evaluate, export, report
@@ -68,15 +63,9 @@ def _before_any_command(
 
 
 @app.command()
+@spread
 def inspect(
-    model: Model,
-    weights: Weights = None,
-    input_shape: Shape = None,
-    mean: Mean = None,
-    std: Std = None,
-    pixel_range: PixelRange = None,
-    logits: Logits = None,
-    without_batch_norms: WithoutBatchNorms = None,
+    options: ModelOptions,
     every_layer: Annotated[bool, typer.Option("--all", help="List every layer.")] = False,
     threads: Threads = None,
     debug: Debug = False,
@@ -84,33 +73,25 @@ def inspect(
     """Show what of a model is quantized, and what samples are synthesised from."""
     with errors_as_messages(debug):
         from qimera.assessment.diagnostics import untrained_because
-        from qimera.cli.options import ModelOptions
+        from qimera.cli.options import capture
         from qimera.cli.tables import layer_table, teacher_facts
 
-        teacher = ModelOptions(
-            model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms
-        ).capture(untrained=True)
-        typer.echo(teacher_facts(model, teacher), nl=False)
+        teacher = capture(options, untrained=True)
+        typer.echo(teacher_facts(options.model or "", teacher), nl=False)
         print_table(layer_table(teacher, every_layer))
         warn(filter(None, [untrained_because(teacher)]))
 
 
 @app.command("synthesize")
+@spread
 def make_bank(
-    model: Model,
+    options: ModelOptions,
     output: Annotated[Path, typer.Option(metavar="BANK", help="Directory that becomes the bank, or the file.")],
     form: Annotated[
         Literal["bank", "npz", "imagefolder", "safetensors"],
         typer.Option("--format", help="For qimera, or for other tools."),
     ] = "bank",
     bank: Annotated[Path | None, typer.Option(metavar="BANK", help="Write one that was made earlier.")] = None,
-    weights: Weights = None,
-    input_shape: Shape = None,
-    mean: Mean = None,
-    std: Std = None,
-    pixel_range: PixelRange = None,
-    logits: Logits = None,
-    without_batch_norms: WithoutBatchNorms = None,
     recipe: Recipe = None,
     seed: Seed = None,
     strict: Strict = False,
@@ -122,7 +103,7 @@ def make_bank(
     unfinished = output.with_name(f"{output.name}.unfinished")
     with errors_as_messages(debug, f"the same command continues with what is in {unfinished}"):
         from qimera.assessment.diagnostics import diagnose, untrained_because
-        from qimera.cli.options import ModelOptions, recipe_of_bank
+        from qimera.cli.options import capture, recipe_of_bank
         from qimera.cli.tables import bank_facts
         from qimera.machine.acceleration import find_device
         from qimera.machine.checkpoint import Checkpoints
@@ -139,8 +120,7 @@ def make_bank(
         place = find_device(device or "cpu")
         if output.exists():
             raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
-        options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
-        teacher = options.capture()
+        teacher = capture(options)
         warn(filter(None, [untrained_because(teacher)]))
         chosen = recipe_of_bank(teacher, recipe).synthesis
         made = None if bank is None else SampleBank.load(bank, teacher)
@@ -157,42 +137,18 @@ def make_bank(
             if is_main():
                 write_bank(made, output, form)
                 Checkpoints(unfinished).forget()
-                typer.echo(bank_facts(output, model, made, teacher))
+                typer.echo(bank_facts(output, options.model or "", made, teacher))
                 found = diagnose(made, teacher).warnings
                 warn(found)
                 Limits(strict).check(Result(str(output), found))
 
 
 @app.command()
+@spread
 def quantize(
     output: Annotated[Path, typer.Option(metavar="RUN", help="Directory of the run; made, or continued.")],
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="As for inspect.")] = None,
-    weights: Weights = None,
-    input_shape: Shape = None,
-    mean: Mean = None,
-    std: Std = None,
-    pixel_range: PixelRange = None,
-    logits: Logits = None,
-    without_batch_norms: WithoutBatchNorms = None,
-    bits: Annotated[str | None, typer.Option(help="Of weights and activations, 2 to 8. Default: w4a4.")] = None,
-    layer_bits: Annotated[
-        str | None, typer.Option(metavar="RULES", help="Exceptions by layer name, such as 'conv1=8,*fc*=w8a4'.")
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(metavar="size=SHARE|bops=SHARE", help="Find bits per layer for this share of full precision."),
-    ] = None,
-    scheme: Annotated[
-        Literal["hardware", "paper"] | None,
-        typer.Option(help="What integer kernels need, or as published. Default: hardware."),
-    ] = None,
-    target: Annotated[
-        Literal["onnxruntime", "openvino", "inductor", "xnnpack"] | None,
-        typer.Option(help="Round where its kernels do. Default: onnxruntime."),
-    ] = None,
-    recipe: Recipe = None,
-    bank: Annotated[Path | None, typer.Option(metavar="BANK", help="Made earlier by qimera synthesize.")] = None,
-    seed: Seed = None,
+    model_options: ModelOptions,
+    options: RunOptions,
     settings: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="settings.json of a run: starts the same again, instead of MODEL."),
@@ -206,7 +162,7 @@ def quantize(
     """Quantize a model without data; the result is a run directory."""
     with errors_as_messages(debug, f"the same command continues with what is in {output}"):
         from qimera.assessment.diagnostics import untrained_because
-        from qimera.cli.options import ModelOptions, RunOptions, read_settings, resolve
+        from qimera.cli.options import read_settings, resolve
         from qimera.machine.acceleration import find_device
         from qimera.machine.distributed import from_main, is_main, joined
         from qimera.runs.directory import RunDirectory, refuse_other_content
@@ -215,8 +171,6 @@ def quantize(
         from qimera.runs.reporting import report_run
 
         place = find_device(device or "cpu")
-        model_options = ModelOptions(model, weights, input_shape, mean, std, pixel_range, logits, without_batch_norms)
-        options = RunOptions(bits, layer_bits, scheme, target, recipe, bank, seed, budget)
         with joined():
             from_main(refuse_other_content, output)
             read = (

@@ -1,38 +1,14 @@
 """Arguments and options that several commands take, and what their help says."""
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="file.py:function, module.path:function, timm:NAME, torchvision:NAME, hf-hub:REPO, program.pt2, "
-        "or the embedded mnist_cnn.",
-    ),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="safetensors, or a state dict of torch.save; no code in it is executed."),
-]
-Shape = Annotated[str | None, typer.Option(metavar="C,H,W", help="One image, such as 3,224,224.")]
-Mean = Annotated[str | None, typer.Option(metavar="A,B,C", help="Subtracted from pixels in training, per channel.")]
-Std = Annotated[str | None, typer.Option(metavar="A,B,C", help="Pixels were divided by it in training, per channel.")]
-PixelRange = Annotated[
-    str | None, typer.Option(metavar="LOW,HIGH", help="Of pixels before mean and std. Default: 0,1.")
-]
-Logits = Annotated[
-    str | None,
-    typer.Option(
-        metavar="KEY", help="Which of several outputs the logits are, such as 0 or head.logits. Default: found."
-    ),
-]
-WithoutBatchNorms = Annotated[
-    bool | None,
-    typer.Option("--without-batch-norms", help="Take a model that has none; its samples are little better than noise."),
-]
 Recipe = Annotated[
     str | None,
     typer.Option(
@@ -72,3 +48,97 @@ MaxDrop = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A model and its input, as they were typed; None where an option was left out."""
+
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="file.py:function, module.path:function, timm:NAME, torchvision:NAME, hf-hub:REPO, program.pt2, "
+            "or the embedded mnist_cnn.",
+        ),
+    ] = None
+    weights: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="safetensors, or a state dict of torch.save; no code in it is executed."),
+    ] = None
+    input_shape: Annotated[str | None, typer.Option(metavar="C,H,W", help="One image, such as 3,224,224.")] = None
+    mean: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="Subtracted from pixels in training, per channel.")
+    ] = None
+    std: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="Pixels were divided by it in training, per channel.")
+    ] = None
+    pixel_range: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Of pixels before mean and std. Default: 0,1.")
+    ] = None
+    logits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="Which of several outputs the logits are, such as 0 or head.logits. Default: found."
+        ),
+    ] = None
+    without_batch_norms: Annotated[
+        bool | None,
+        typer.Option(
+            "--without-batch-norms", help="Take a model that has none; its samples are little better than noise."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to quantize, as it was typed; None where an option was left out."""
+
+    bits: Annotated[str | None, typer.Option(help="Of weights and activations, 2 to 8. Default: w4a4.")] = None
+    layer_bits: Annotated[
+        str | None, typer.Option(metavar="RULES", help="Exceptions by layer name, such as 'conv1=8,*fc*=w8a4'.")
+    ] = None
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="size=SHARE|bops=SHARE", help="Find bits per layer for this share of full precision."),
+    ] = None
+    scheme: Annotated[
+        Literal["hardware", "paper"] | None,
+        typer.Option(help="What integer kernels need, or as published. Default: hardware."),
+    ] = None
+    target: Annotated[
+        Literal["onnxruntime", "openvino", "inductor", "xnnpack"] | None,
+        typer.Option(help="Round where its kernels do. Default: onnxruntime."),
+    ] = None
+    recipe: Recipe = None
+    bank: Annotated[Path | None, typer.Option(metavar="BANK", help="Made earlier by qimera synthesize.")] = None
+    seed: Seed = None
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that takes every field of its dataclass parameters as an option of its own."""
+    signature, keyword = inspect.signature(command), inspect.Parameter.KEYWORD_ONLY
+    groups: dict[str, Any] = {
+        name: each.annotation for name, each in signature.parameters.items() if is_dataclass(each.annotation)
+    }
+    parameters: list[inspect.Parameter] = []
+    for name, each in signature.parameters.items():
+        if name in groups:
+            parameters += [
+                inspect.Parameter(field.name, keyword, default=field.default, annotation=field.type)
+                for field in fields(groups[name])
+            ]
+        else:
+            parameters.append(each.replace(kind=keyword))
+
+    @wraps(command)
+    def spread_out(**values: Any) -> None:
+        grouped = {
+            name: kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+            for name, kind in groups.items()
+        }
+        command(**values, **grouped)
+
+    spread_out.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    spread_out.__annotations__ = {each.name: each.annotation for each in parameters}
+    return spread_out

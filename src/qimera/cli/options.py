@@ -4,10 +4,11 @@ import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
+from qimera.cli.arguments import ModelOptions, RunOptions
 from qimera.config.bits import parse_bits, parse_layer_bits
 from qimera.config.input_spec import InputSpec
 from qimera.config.recipes import Recipe, recipe
@@ -22,80 +23,52 @@ DEFAULT_RECIPE = "fast"
 DEFAULT_BITS = "w4a4"
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """A model and its input, as they were typed; None where an option was left out."""
+def capture(options: ModelOptions, *, untrained: bool = False) -> Teacher:
+    """Load the model and capture it; with ``untrained``, also an architecture without weights.
 
-    model: str | None
-    weights: Path | None
-    input_shape: str | None
-    mean: str | None
-    std: str | None
-    pixel_range: str | None
-    logits: str | None
-    without_batch_norms: bool | None
-
-    def capture(self, *, untrained: bool = False) -> Teacher:
-        """Load the model and capture it; with ``untrained``, also an architecture without weights.
-
-        Raises:
-            ConfigError: an option is missing or wrong, or the model and its weights do not fit.
-            UnsupportedModelError: the model cannot be captured, or has no batch norm.
-        """
-        if self.model is None:
-            raise ConfigError("MODEL: missing; give file.py:function, or one of the others that `qimera --help` lists")
-        model = load_model(self.model, self.weights, untrained=untrained)
-        input_spec = self._input_spec(self.model, model)
-        without = bool(self.without_batch_norms)
-        return Teacher.capture(model, input_spec, self.logits or "", without_batch_norms=without)
-
-    def _input_spec(self, source: str, model: nn.Module) -> InputSpec:
-        """Return what the options say; what they leave open, the model may know."""
-        given: dict[str, Any] = {}
-        if self.input_shape is not None:
-            given["shape"] = shape_of(self.input_shape)
-        if self.mean is not None:
-            given["mean"] = _floats("--mean", self.mean)
-        if self.std is not None:
-            given["std"] = _floats("--std", self.std)
-        if self.pixel_range is not None:
-            given["pixel_range"] = _floats("--pixel-range", self.pixel_range)
-        values = {**known_input(source, model), **given}
-        missing = [_OPTIONS[name] for name in ("shape", "mean", "std") if name not in values]
-        if missing:
-            raise ConfigError(f"{', '.join(missing)}: missing; {source} does not say what its images look like")
-        try:
-            return InputSpec(**values)
-        except ConfigError as error:
-            raise ConfigError(_with_options(str(error).removeprefix("InputSpec: "))) from None
+    Raises:
+        ConfigError: an option is missing or wrong, or the model and its weights do not fit.
+        UnsupportedModelError: the model cannot be captured, or has no batch norm.
+    """
+    if options.model is None:
+        raise ConfigError("MODEL: missing; give file.py:function, or one of the others that `qimera --help` lists")
+    model = load_model(options.model, options.weights, untrained=untrained)
+    input_spec = _input_spec(options, options.model, model)
+    without = bool(options.without_batch_norms)
+    return Teacher.capture(model, input_spec, options.logits or "", without_batch_norms=without)
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """How to quantize, as it was typed; None where an option was left out."""
+def _input_spec(options: ModelOptions, source: str, model: nn.Module) -> InputSpec:
+    """Return what the options say; what they leave open, the model may know."""
+    given: dict[str, Any] = {}
+    if options.input_shape is not None:
+        given["shape"] = shape_of(options.input_shape)
+    for name in ("mean", "std", "pixel_range"):
+        if (text := getattr(options, name)) is not None:
+            given[name] = _floats(_OPTIONS[name], text)
+    values = {**known_input(source, model), **given}
+    missing = [_OPTIONS[name] for name in ("shape", "mean", "std") if name not in values]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: missing; {source} does not say what its images look like")
+    try:
+        return InputSpec(**values)
+    except ConfigError as error:
+        raise ConfigError(_with_options(str(error).removeprefix("InputSpec: "))) from None
 
-    bits: str | None
-    layer_bits: str | None
-    scheme: Literal["hardware", "paper"] | None
-    target: Literal["onnxruntime", "openvino", "inductor", "xnnpack"] | None
-    recipe: str | None
-    bank: Path | None
-    seed: int | None
-    budget: str | None = None
 
-    def quantization(self) -> QuantizationSettings:
-        """Return what is quantized at how many bits."""
-        weight_bits, activation_bits = parse_bits(self.bits or DEFAULT_BITS)
-        if self.scheme == "paper" and self.target is not None:
-            raise ConfigError(f"--target: {self.target} is for --scheme hardware, given --scheme paper; leave one out")
-        return QuantizationSettings(
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            layer_bits=parse_layer_bits(self.layer_bits or ""),
-            scheme=self.scheme or "hardware",
-            target=self.target or "onnxruntime",
-            budget=self.budget or "",
-        )
+def _quantization(options: RunOptions) -> QuantizationSettings:
+    """Return what is quantized at how many bits."""
+    weight_bits, activation_bits = parse_bits(options.bits or DEFAULT_BITS)
+    if options.scheme == "paper" and options.target is not None:
+        raise ConfigError(f"--target: {options.target} is for --scheme hardware, given --scheme paper; leave one out")
+    return QuantizationSettings(
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        layer_bits=parse_layer_bits(options.layer_bits or ""),
+        scheme=options.scheme or "hardware",
+        target=options.target or "onnxruntime",
+        budget=options.budget or "",
+    )
 
 
 @dataclass(frozen=True)
@@ -115,8 +88,8 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
         ConfigError: an option is missing or wrong.
         UnsupportedModelError: the model cannot be captured, or has no batch norm.
     """
-    quantization = options.quantization()
-    teacher = model_options.capture()
+    quantization = _quantization(options)
+    teacher = capture(model_options)
     row, *others = recipes_for(teacher, options.recipe)
     bank = None if options.bank is None else SampleBank.load(options.bank, teacher)
     assert model_options.model is not None
