@@ -51,7 +51,7 @@ class Settings(BaseModel):
 
     def save(self, path: Path | str) -> None:
         """Write every field, defaults too, as indented JSON."""
-        Path(path).write_text(self.model_dump_json(indent=2) + "\n")
+        Path(path).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def _explain(settings: type[BaseModel], error: ValidationError) -> str:

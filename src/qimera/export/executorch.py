@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from qimera.errors import ConfigError, UnsupportedModelError
+from qimera.errors import ConfigError, UnsupportedModelError, first_line
 from qimera.export.comparison import MIN_AGREEMENT, Verification, multiplying
 from qimera.export.program import (
     DEQUANTIZE,
@@ -118,7 +118,7 @@ def _lower(program: ExportedProgram) -> bytes:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        reason = first_line(cause)
         raise UnsupportedModelError(f"XNNPACK cannot represent the model: {reason}") from error
     left = _left_over(lowered.exported_program().graph_module)
     if left:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 
-from qimera.errors import ConfigError, UnsupportedModelError
+from qimera.errors import ConfigError, UnsupportedModelError, first_line
 from qimera.export.integer_graph import deploy_
 from qimera.export.packing import shared_constant
 from qimera.graph.nodes import aten
@@ -68,7 +68,7 @@ def _translate(student: Student) -> ir.Model:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        reason = first_line(cause)
         raise UnsupportedModelError(f"no ONNX counterpart for part of the model: {reason}") from error
     assert exported is not None
     return exported.model

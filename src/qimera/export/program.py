@@ -15,7 +15,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
-from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
+from qimera.errors import ConfigError, UnsupportedModelError, VerificationError, first_line
 from qimera.export.comparison import (
     MIN_AGREEMENT,
     Verification,
@@ -205,7 +205,7 @@ def _compile(program: ExportedProgram, path: Path) -> set[str]:
             warnings.simplefilter("ignore")  # of PyTorch's own modules, nothing that a user can act on
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except RuntimeError as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         raise UnsupportedModelError(f"Inductor cannot compile the model: {reason}") from error
     return {name for name, step in _layer_steps(program) if step in kernel_steps}
 

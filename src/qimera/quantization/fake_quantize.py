@@ -1,6 +1,7 @@
 """Fake quantizers: what a tensor becomes on its integer grid, with the gradients that training needs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -65,8 +66,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
-class _FakeQuantize(FakeQuantizeBase):
-    """What both kinds share: an integer range, a granularity, and a scale and zero point once searched."""
+class _Declared(FakeQuantizeBase):
+    """What all kinds share: what torchao reads of a fake quantizer."""
 
     def __init__(
         self,
@@ -77,22 +78,28 @@ class _FakeQuantize(FakeQuantizeBase):
         qscheme: torch.qscheme,
         is_dynamic: bool = False,
         ch_axis: int = -1,
-        shape: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         for name in ("fake_quant_enabled", "observer_enabled"):  # tensors that would cost a synchronisation per call
             self.register_buffer(name, torch.ones(1, dtype=torch.uint8), persistent=False)
         self.dtype, self.qscheme, self.is_dynamic = dtype, qscheme, is_dynamic
         self.quant_min, self.quant_max, self.ch_axis = quant_min, quant_max, ch_axis
-        self.symmetric = qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
-        self.broadcast = tuple(size if axis == ch_axis else 1 for axis, size in enumerate(shape))
-        """Shape that lines scale and zero point up with the tensor; () for one scale."""
         self.searching: RangeMethod | None = None
-        """While set, every call first fits the range to its input by this method."""
+        """While set, every call first fits the range, that of a weight whose bias this is, to its input."""
+
+
+class _FakeQuantize(_Declared):
+    """What the kinds for weights and activations share: a granularity, and a scale and zero point once searched."""
+
+    def __init__(self, *, shape: tuple[int, ...] = (), **declared: Any) -> None:
+        super().__init__(**declared)
+        self.symmetric = self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+        self.broadcast = tuple(size if axis == self.ch_axis else 1 for axis, size in enumerate(shape))
+        """Shape that lines scale and zero point up with the tensor; () for one scale."""
         self.register_buffer("zero_point", torch.zeros(self.broadcast, dtype=torch.int32))
-        self.low: Levels = quant_min
+        self.low: Levels = self.quant_min
         """Lowest level, counted in steps from zero; a number where all channels share it, which is faster."""
-        self.high: Levels = quant_max
+        self.high: Levels = self.quant_max
         """Highest level, counted in steps from zero."""
         self.register_load_state_dict_post_hook(_count_levels)  # type: ignore[no-untyped-call]
 
@@ -204,32 +211,16 @@ class MinMaxFakeQuantize(_FakeQuantize):
         return round_to_grid(x.detach(), self.scale, self.low, self.high) + (x - x.detach())
 
 
-class PerChannelBiasFakeQuantize(FakeQuantizeBase):
+class PerChannelBiasFakeQuantize(_Declared):
     """Fake quantizer of a bias: the int32 grid of the sums that it is added to (deviation D27).
 
     Its step is the product of the steps of the layer's input and weight, which ``follow_`` names, so nothing is learned
     here. torchao keeps the channel axis of classes with ``PerChannel`` in their name alone.
     """
 
-    def __init__(
-        self,
-        *,
-        dtype: torch.dtype,
-        quant_min: int,
-        quant_max: int,
-        qscheme: torch.qscheme,
-        ch_axis: int,
-        num_channels: int,
-        is_dynamic: bool = False,
-    ) -> None:
-        super().__init__()
-        for name in ("fake_quant_enabled", "observer_enabled"):
-            self.register_buffer(name, torch.ones(1, dtype=torch.uint8), persistent=False)
-        self.dtype, self.qscheme, self.is_dynamic = dtype, qscheme, is_dynamic
-        self.quant_min, self.quant_max, self.ch_axis = quant_min, quant_max, ch_axis
+    def __init__(self, *, num_channels: int, **declared: Any) -> None:
+        super().__init__(**declared)
         self.num_channels = num_channels
-        self.searching: RangeMethod | None = None
-        """While set, every call first makes the weight's step large enough to count the bias in."""
         self.followed: tuple[LearnedStepFakeQuantize, LearnedStepFakeQuantize] | None = None  # a tuple: not submodules
 
     def follow_(self, activation: LearnedStepFakeQuantize, weight: LearnedStepFakeQuantize) -> None:

@@ -4,25 +4,21 @@ import platform
 import textwrap
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qimera.assessment.estimation import Estimate
+from qimera.config.base import Settings
 from qimera.config.bits import spell_layer_bits
 from qimera.config.run_settings import RunSettings
-from qimera.errors import ConfigError
 from qimera.quantization.sizes import float_bytes, packed_bytes
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import short_source
 from qimera.teacher.teacher import Teacher
 
 
-class Summary(BaseModel):
+class Summary(Settings):
     """What a run came to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
     model: str
     """Where the model came from, without directories."""
@@ -129,18 +125,6 @@ class Summary(BaseModel):
             machine=f"{platform.machine()}, {torch.get_num_threads()} threads",
             versions={name: version(name) for name in ("torch", "torchao")} | {"qimera": _own_version()},
         )
-
-    @classmethod
-    def load(cls, path: Path) -> "Summary":
-        """Read a summary written by ``save``."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            raise ConfigError(f"{path}: damaged, or of another version of qimera: {error}") from error
-
-    def save(self, path: Path) -> None:
-        """Write the summary as indented JSON."""
-        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     def text(self) -> str:
         """Return the summary for a person, one fact per line."""
