@@ -8,7 +8,17 @@ import argparse
 import re
 from pathlib import Path
 
-from benchmarks.accuracy.tables import drops, pareto, peers, published, reached, superposition, told
+from benchmarks.accuracy.tables import (
+    drops,
+    features,
+    pareto,
+    peers,
+    published,
+    reached,
+    reproduction,
+    superposition,
+    told,
+)
 from benchmarks.estimation.tables import estimation_tables
 from benchmarks.export.tables import agreement, inference
 from benchmarks.speed.tables import speed_tables
@@ -20,6 +30,7 @@ ESTIMATION_PAGE = ROOT / "docs" / "estimation.md"
 EXPORT_TARGETS = ROOT / "docs" / "export-targets.md"
 MIXED_PRECISION = ROOT / "docs" / "mixed-precision.md"
 INGREDIENTS = ROOT / "docs" / "ingredients.md"
+REPRODUCTION = ROOT / "docs" / "reproduction.md"
 SPEED_PAGE = ROOT / "docs" / "speed.md"
 
 
@@ -31,6 +42,7 @@ def main() -> None:
     update(README, {"reached": reached(), "published": published(), "superposition": superposition()}, check=check)
     update(ACCURACY, {"drops": drops()}, check=check)
     update(INGREDIENTS, {"peers": peers()}, check=check)
+    update(REPRODUCTION, {"reproduction": reproduction(), "features": features()}, check=check)
     update(SPEED_PAGE, speed_tables(), check=check)
     update(ESTIMATION_PAGE, {**estimation_tables(), "recipes": told()}, check=check)
     update(MIXED_PRECISION, {"pareto": pareto()}, check=check)

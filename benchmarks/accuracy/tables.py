@@ -2,11 +2,13 @@
 
 import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.drops import DROPS
 from benchmarks.accuracy.ingredients import RESULTS as INGREDIENTS
 from benchmarks.accuracy.pareto import PARETO
+from benchmarks.pictures.features import RESULTS as FEATURES
 
 Result = dict[str, Any]
 
@@ -23,6 +25,15 @@ _PUBLISHED = {
     ("resnet20_cifar100", "w3a3"): "Qimera 24.2, SynQ 13.05",
 }
 """Drops as the papers give them, by network and bits; none of them compares with the same checkpoint."""
+
+_QIMERA = {
+    ("resnet20_cifar10", "w4a4"): "2.63",
+    ("resnet20_cifar10", "w5a5"): "0.43",
+    ("resnet20_cifar100", "w4a4"): "5.23",
+}
+"""Drops of Choi et al. 2021 that the benchmark queue repeats."""
+
+QUEUE = Path(__file__).parents[1] / "queue" / "results"
 
 
 def reached() -> str:
@@ -109,6 +120,30 @@ def _limits(found: list[Result], floor: list[Result], ceiling: list[Result]) -> 
         return [*shown, ""]
     reached, lowest, highest = (statistics.mean(each["drop"] for each in group) for group in (found, floor, ceiling))
     return [*shown, f"{100 * (lowest - reached) / (lowest - highest):.1f} %"]
+
+
+def reproduction() -> str:
+    """One row per setting of the paper: its drop, its recipe here, and ours, in its scheme."""
+    rows = [
+        "| network | bits | published | `paper` | released | part of `paper` | `qimera` | `fast` |\n",
+        "|---|---|---|---|---|---|---|---|\n",
+    ]
+    found: dict[tuple[str, str], dict[str, list[Result]]] = {}
+    for each in (json.loads(path.read_text()) for path in sorted(QUEUE.glob("*.json"))):
+        kind = each["variant"] or each["recipe"] if each["share"] == 1 else "part"
+        found.setdefault((each["network"], each["bits"]), {}).setdefault(kind, []).append(each)
+    for (network, bits), drop in sorted(_QIMERA.items(), key=lambda item: _place(*item[0], "")):
+        ours = found.get((network, bits), {})
+        cells = [_of_schedule(ours.get(kind, [])) for kind in ("paper", "released", "part", "qimera", "fast")]
+        rows.append(f"| {network} | {bits.upper()} | {drop} | {' | '.join(cells)} |\n")
+    return "".join(rows)
+
+
+def _of_schedule(found: list[Result]) -> str:
+    if not found:
+        return "outstanding"
+    shares = {each["share"] for each in found} - {1}
+    return _mean(found, "drop") + _lone(found) + "".join(f", {100 * share:g} % of it" for share in shares)
 
 
 def told() -> str:
@@ -213,3 +248,20 @@ def _mean(found: list[Result], key: str) -> str:
 
 def _seeds(found: list[Result]) -> str:
     return ", ".join(str(each["seed"]) for each in sorted(found, key=lambda each: each["seed"]))
+
+
+def features() -> str:
+    """One row per kind of images: how far from real ones, and how near to a boundary."""
+    rows = [
+        "| images | kind | number | to the nearest real image | from real images to the nearest | margin below 0.1 "
+        "| below 0.3 | below 0.5 |\n",
+        "|---|---|---|---|---|---|---|---|\n",
+    ]
+    for path in sorted(FEATURES.glob("*.json")):
+        for each in json.loads(path.read_text())["rows"]:
+            margins = " | ".join(f"{share:.1f} %" for share in each["margins"].values())
+            rows.append(
+                f"| {each['way']} | {each['kind']} | {each['num_samples']} | {each['to_real']:.2f} "
+                f"| {each['from_real']:.2f} | {margins} |\n"
+            )
+    return "".join(rows)

@@ -32,7 +32,7 @@ from qimera.machine.acceleration import find_device
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import carry_out, evaluate_run
 
-FOLDER = Path(__file__).parents[1] / ".queue"
+FOLDER = Path(__file__).parent
 _SECONDS_TO_SAVE = 20.0
 """Kept back at the end: the last step is finished and saved, and a finished student scored."""
 
@@ -66,7 +66,7 @@ PAPER = [
 OURS = [
     Row(network, bits, name)
     for network, bits in (("resnet20_cifar10", "w4a4"), ("resnet20_cifar10", "w5a5"), ("resnet20_cifar100", "w4a4"))
-    for name in ("fast",)
+    for name in ("qimera", "fast")
 ]
 ROWS = (*PAPER, *OURS, *(Row(row.network, row.bits, row.recipe, seed) for seed in (1, 2) for row in PAPER[:3]))
 
