@@ -1,5 +1,7 @@
 """What `qimera` offers; `__init__.py` imports each name when it is first used."""
 
+__version__: str
+
 from .assessment.data import (
     LabelledImages as LabelledImages,
     load_labelled_images as load_labelled_images,
@@ -44,6 +46,7 @@ from .export.comparison import (
     Comparison as Comparison,
     Verification as Verification,
 )
+from .export.executorch import export_executorch as export_executorch
 from .export.onnx import export_onnx as export_onnx
 from .export.program import (
     export_aotinductor as export_aotinductor,
@@ -60,8 +63,11 @@ from .mixed_precision.sensitivity import (
 )
 from .pipeline import (
     quantize as quantize,
+    quantize_with as quantize_with,
     synthesize as synthesize,
 )
 from .quantization.student import Student as Student
+from .runs.loading import LoadedRun as LoadedRun, load as load
 from .synthesis.bank import SampleBank as SampleBank
+from .teacher.sources import EMBEDDED_MODELS as EMBEDDED_MODELS, load_model as load_model
 from .teacher.teacher import Teacher as Teacher

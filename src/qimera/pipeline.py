@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qimera.config.bits import check_layer_bits, parse_bits, parse_layer_bits
 from qimera.config.input_spec import InputSpec
-from qimera.config.recipes import recipe
+from qimera.config.recipes import Recipe, recipe as recipe_called
 from qimera.config.settings import DistillationSettings, QuantizationSettings, SynthesisSettings, check_start
 from qimera.errors import ConfigError
 from qimera.machine.acceleration import exact_convolutions, find_device, is_compiled
@@ -36,6 +36,7 @@ def synthesize(
     input_spec: InputSpec | None = None,
     settings: SynthesisSettings | None = None,
     *,
+    recipe: str | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     checkpoints: Path | str | None = None,
@@ -46,7 +47,8 @@ def synthesize(
     Args:
         model: A trained classifier, or a ``Teacher`` captured from one. It is not changed.
         input_spec: What its images look like; a ``Teacher`` knows already.
-        settings: How to make the samples; the recipe ``fast`` when absent.
+        settings: How to make the samples, where no recipe does.
+        recipe: Whose samples to make, such as ``best``; ``fast`` where neither is given.
         seed: Same seed, settings and machine: same bank, bit for bit, on the CPU. Each batch of samples has a seed of
             its own; its samples are optimised together, towards statistics of them all, so that batches of another size
             hold other samples.
@@ -56,13 +58,15 @@ def synthesize(
         progress: Called after every step; on a GPU after every tenth.
 
     Raises:
-        ConfigError: the input spec is missing, the model refuses such images, or the seed is out of range.
+        ConfigError: the input spec is missing, the model refuses such images, the seed is out of range, there is no
+            such recipe, or settings are given beside one.
         UnsupportedModelError: the model cannot be captured, or has no batch norm.
         DivergenceError: a loss became NaN or infinite.
     """
     seed = check_seed(seed)
+    _refuse_both(settings, recipe)
     teacher = as_teacher(model, input_spec)
-    settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).synthesis
+    settings = settings or _recipe_for(teacher, recipe).synthesis
     settings = images_in_memory(settings, teacher)
     kept = Checkpoints(checkpoints, "bank", teacher.hash, teacher.input_spec, settings, seed)
     worker = teacher.on(find_device(device))
@@ -83,6 +87,7 @@ def quantize(
     layer_bits: str = "",
     budget: str = "",
     settings: DistillationSettings | None = None,
+    recipe: str | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     checkpoints: Path | str | None = None,
@@ -99,7 +104,8 @@ def quantize(
             ``xnnpack``.
         layer_bits: Exceptions by layer name, such as ``conv1=8,*fc*=w8a4``.
         budget: Such as ``size=0.14``; layers that ``layer_bits`` does not name get the bits of ``allocate_bits``.
-        settings: How to train; the recipe ``fast`` when absent.
+        settings: How to train, where no recipe does.
+        recipe: How to train, such as ``ptq`` (not at all); ``fast`` where neither is given.
         seed: Same seed, settings, bank and machine: same student, bit for bit, on the CPU.
         device: Where the student is made and trained, such as ``cuda``; it is returned on the CPU.
         checkpoints: Directory in which to keep what is done, so that the same call goes on there after an
@@ -110,6 +116,7 @@ def quantize(
         ConfigError: wrong bits, bits for a layer that is not there, a budget out of reach, or another teacher's bank.
         DivergenceError: a loss became NaN or infinite.
     """
+    _refuse_both(settings, recipe)
     weight_bits, activation_bits = parse_bits(bits)
     quantization = QuantizationSettings(
         weight_bits=weight_bits,
@@ -124,7 +131,7 @@ def quantize(
     if budget:
         allocation = allocate(teacher, bank, quantization, seed=seed, progress=progress)
         quantization = quantization.replace(layer_bits=allocation.all_rules)
-    settings = settings or recipe("fast", teacher.input_spec, teacher.num_classes).distillation
+    settings = settings or _recipe_for(teacher, recipe).distillation
     return quantize_with(
         teacher, bank, quantization, settings, seed=seed, device=device, checkpoints=checkpoints, progress=progress
     )
@@ -182,6 +189,15 @@ def quantize_with(
         training = SynthesizerTraining(synthesizer, worker, drawing, seed, student.module, num_steps)
     distill_(student, worker, bank, distillation, rng, training=training, checkpoint=kept, progress=progress)
     return student.to("cpu")
+
+
+def _refuse_both(settings: object, recipe: str | None) -> None:
+    if settings is not None and recipe is not None:
+        raise ConfigError(f"recipe: {recipe} has settings of its own; leave out recipe or settings")
+
+
+def _recipe_for(teacher: Teacher, name: str | None) -> Recipe:
+    return recipe_called(name or "fast", teacher.input_spec, teacher.num_classes)
 
 
 NUM_RANGE_BATCHES = 4

@@ -24,7 +24,7 @@ WAYS: dict[str, Callable[[Teacher, SampleBank], object]] = {
     "quantize_with and a budget": lambda teacher, bank: quantize_with(teacher, bank, WITH_BUDGET, UNTRAINED),
     "allocate_bits": lambda teacher, bank: allocate_bits(teacher, bank, "size=0.2", layer_bits=RULES),
     "Student": lambda teacher, _: Student(teacher, MISSPELT),
-    "Student.load": lambda teacher, _: Student.load("student.safetensors", teacher, MISSPELT),
+    "Student.load_state": lambda teacher, _: Student.load_state("student.safetensors", teacher, MISSPELT),
 }
 
 

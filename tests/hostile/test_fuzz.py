@@ -91,7 +91,7 @@ def subjects(teacher: Teacher) -> dict[str, Subject]:
         "checkpoint": Subject(["checkpoint.pt"], lambda folder: Checkpoints(folder, "fuzz").of("checkpoint").load()),
         "student": Subject(
             ["student.safetensors"],
-            lambda folder: Student.load(folder / "student.safetensors", teacher, QuantizationSettings()),
+            lambda folder: Student.load_state(folder / "student.safetensors", teacher, QuantizationSettings()),
             0.1,
         ),
         "teacher": Subject(

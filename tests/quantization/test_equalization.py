@@ -193,8 +193,8 @@ def test_the_integers_of_the_scaled_layer_stay_as_they_are(uneven: Teacher) -> N
 
 def test_a_student_is_rebuilt_from_its_teacher_and_its_file(uneven: Teacher, tmp_path: Path) -> None:
     student = student_of(uneven)
-    student.save(tmp_path / "student.safetensors")
-    loaded = Student.load(tmp_path / "student.safetensors", uneven, student.settings)
+    student.save_state(tmp_path / "student.safetensors")
+    loaded = Student.load_state(tmp_path / "student.safetensors", uneven, student.settings)
     with torch.no_grad():
         assert torch.equal(loaded(images_of(1)), student(images_of(1)))
 

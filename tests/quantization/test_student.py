@@ -11,7 +11,8 @@ from qimera.errors import ConfigError
 from qimera.graph.folding import fold_batch_norms
 from qimera.graph.nodes import WEIGHTED, aten, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
-from qimera.quantization.student import Student, block_outputs
+from qimera.quantization.losses import block_outputs
+from qimera.quantization.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS
@@ -229,8 +230,8 @@ def test_a_student_comes_back_with_the_same_logits(
 ) -> None:
     student = student_of(teacher, toy_images[:64], "w3a5", scheme, "fc=8")
     disturb_(student)
-    student.save(str(tmp_path / "student.safetensors"))
-    loaded = Student.load(str(tmp_path / "student.safetensors"), teacher, student.settings)
+    student.save_state(str(tmp_path / "student.safetensors"))
+    loaded = Student.load_state(str(tmp_path / "student.safetensors"), teacher, student.settings)
     with torch.no_grad():
         assert torch.equal(loaded(toy_images), student(toy_images))
         assert torch.equal(loaded.converted()(toy_images), student.converted()(toy_images))
@@ -242,13 +243,43 @@ def test_a_file_that_holds_no_such_student_is_refused(
 ) -> None:
     path = tmp_path / "student.safetensors"
     scheme = "paper" if damage == "of another scheme" else "hardware"
-    student_of(teacher, toy_images[:16], scheme=scheme).save(path)
+    student_of(teacher, toy_images[:16], scheme=scheme).save_state(path)
     if damage == "missing":
         path.unlink()
     elif damage == "cut off":
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"student\.safetensors: does not hold the student of these settings"):
-        Student.load(path, teacher, settings_of("w4a4", "hardware"))
+        Student.load_state(path, teacher, settings_of("w4a4", "hardware"))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_one_file_brings_a_student_back_without_its_teacher(
+    teacher: Teacher, toy_images: Tensor, tmp_path: Path, scheme: str
+) -> None:
+    student = student_of(teacher, toy_images[:64], "w3a5", scheme, "fc=8")
+    disturb_(student)
+    student.save(tmp_path / "student.safetensors")
+    loaded = Student.load(tmp_path / "student.safetensors")
+    assert torch.equal(loaded(toy_images), student(toy_images))
+    assert (loaded.settings, loaded.input_spec) == (student.settings, student.input_spec)
+    assert loaded.teacher_hash == teacher.hash
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "a teacher", "a state"])
+def test_a_file_without_a_whole_student_is_refused(
+    teacher: Teacher, toy_images: Tensor, tmp_path: Path, damage: str
+) -> None:
+    path = tmp_path / "student.safetensors"
+    student = student_of(teacher, toy_images[:16])
+    student.save(path)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut off":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        {"a teacher": teacher.save, "a state": student.save_state}[damage](path)
+    with pytest.raises(ConfigError, match=r"student\.safetensors: does not hold a "):
+        Student.load(path)
 
 
 # --- block outputs ----------------------------------------------------------------------------------------------------

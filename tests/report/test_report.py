@@ -90,8 +90,8 @@ def test_a_loaded_student_is_reported_as_the_one_that_was_saved(
     teacher: Teacher, bank: SampleBank, tmp_path: Path
 ) -> None:
     student, images = scaled_student(teacher, bank), bank.take(slice(64)).images
-    student.save(tmp_path / "student.safetensors")
-    loaded = Student.load(tmp_path / "student.safetensors", teacher, student.settings)
+    student.save_state(tmp_path / "student.safetensors")
+    loaded = Student.load_state(tmp_path / "student.safetensors", teacher, student.settings)
     assert layer_reports(loaded, images) == layer_reports(student, images)
     with torch.no_grad():
         assert torch.equal(loaded(images), student(images))

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def test_every_public_name_is_importable_and_documented() -> None:
         assert isinstance(value, tuple) or value.__doc__, f"{name} has no docstring"
 
 
+def test_the_package_says_its_version_and_lists_its_names() -> None:
+    assert qimera.__version__ == version("qimera")
+    assert {"synthesize", "quantize", "load", "load_model", "export_executorch", "Student"} <= set(dir(qimera))
+
+
 def test_importing_the_package_needs_the_core_libraries_alone() -> None:
     optional = "{'onnx', 'onnxruntime', 'openvino', 'timm', 'torchvision', 'matplotlib', 'mlxtend', 'huggingface_hub'}"
     assert python(f"import sys, qimera, qimera.cli.app; print({optional} & sys.modules.keys())") == "set()\n"
@@ -43,7 +49,7 @@ def test_the_installed_command_says_its_version() -> None:
     if not command.exists():
         pytest.skip("qimera is not installed here; `make test` installs it")
     done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout == f"{PROJECT['version']}\n"
+    assert done.stdout == f"{qimera.__version__}\n"
 
 
 def test_the_package_carries_its_weights_and_its_type_marker() -> None:

@@ -323,6 +323,21 @@ def test_a_bank_for_other_images_is_refused(tiny_model: TinyNet, bank: SampleBan
         quantize(other, bank, settings=SHORT)
 
 
+def test_a_recipe_by_its_name_is_its_settings(teacher: Teacher, bank: SampleBank) -> None:
+    named = quantize(teacher, bank, recipe="ptq")
+    spelt = quantize(teacher, bank, settings=recipe("ptq", SPEC, teacher.num_classes).distillation)
+    images = bank.take(slice(None)).images
+    assert torch.equal(named(images), spelt(images))
+    with pytest.raises(ConfigError, match="no recipe called 'quick'"):
+        quantize(teacher, bank, recipe="quick")
+    with pytest.raises(ConfigError, match="no recipe called 'quick'"):
+        synthesize(teacher, recipe="quick")
+    with pytest.raises(ConfigError, match="recipe: ptq has settings of its own; leave out recipe or settings"):
+        quantize(teacher, bank, recipe="ptq", settings=SHORT)
+    with pytest.raises(ConfigError, match="recipe: ptq has settings of its own; leave out recipe or settings"):
+        synthesize(teacher, recipe="ptq", settings=bank.settings)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,12 +4,12 @@ torch, and all that builds on it, is imported inside the commands, so that ``qim
 """
 
 import signal
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from qimera import __version__
 from qimera.cli.arguments import (
     Debug,
     Device,
@@ -49,7 +49,7 @@ def main() -> None:
 
 def _show_version(asked: bool) -> bool:
     if asked:
-        typer.echo(version("qimera"))
+        typer.echo(__version__)
         raise typer.Exit
     return asked
 

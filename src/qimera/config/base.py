@@ -42,8 +42,17 @@ class Settings(BaseModel):
     @classmethod
     def load(cls: type[_S], path: Path | str) -> _S:
         """Read settings from a JSON file written by ``save``."""
+        return cls.from_json(Path(path).read_bytes(), path)
+
+    @classmethod
+    def from_json(cls: type[_S], text: str | bytes, path: Path | str) -> _S:
+        """Return the settings in ``text``, which stands in the file ``path``.
+
+        Raises:
+            ConfigError: the text is no JSON, or a value in it is wrong.
+        """
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            return cls.model_validate_json(text)
         except ValidationError as error:
             raise ConfigError(f"{path}: {_explain(cls, error)}") from None
         except ConfigError as error:

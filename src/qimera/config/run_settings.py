@@ -3,11 +3,11 @@
 import json
 import logging
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import BaseModel, Field, model_validator
 
+from qimera import __version__
 from qimera.config.base import Settings
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
@@ -62,7 +62,7 @@ class RunSettings(Settings):
 
     def save(self, path: Path | str) -> None:
         """Write every field, defaults too, and the version of qimera, as indented JSON."""
-        values = {_WRITTEN_BY: version("qimera"), **self.model_dump(mode="json")}
+        values = {_WRITTEN_BY: __version__, **self.model_dump(mode="json")}
         Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -84,7 +84,7 @@ class RunSettings(Settings):
         try:
             settings = cls.model_validate(values)
         except ConfigError as error:
-            by = f" (written by qimera {writer}, this is {version('qimera')})" if writer else ""
+            by = f" (written by qimera {writer}, this is {__version__})" if writer else ""
             raise ConfigError(f"{path}{by}: {error}") from None
         absent = list(_defaults(settings)) if writer else []
         if absent:

@@ -4,7 +4,6 @@ import json
 import logging
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import numpy as np
 import onnx
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 
+from qimera import __version__
 from qimera.errors import ConfigError, UnsupportedModelError, first_line
 from qimera.export.integer_graph import deploy_
 from qimera.export.packing import shared_constant
@@ -39,7 +39,7 @@ def onnx_model(student: Student, *, include_preprocessing: bool = False, labels:
     deploy_(model.graph)
     if include_preprocessing:
         _prepend_preprocessing_(model.graph, student)
-    model.producer_name, model.producer_version = "qimera", version("qimera")
+    model.producer_name, model.producer_version = "qimera", __version__
     model.metadata_props.clear()
     model.metadata_props.update(_metadata(student, labels))
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
@@ -159,7 +159,7 @@ def _metadata(student: Student, labels: Sequence[str]) -> dict[str, str]:
     """Return what a device team must know of the file, JSON where it is more than a word."""
     spec = student.input_spec
     metadata = {
-        "qimera.version": version("qimera"),
+        "qimera.version": __version__,
         "qimera.teacher_hash": student.teacher_hash,
         "qimera.quantization": student.settings.model_dump_json(),
         "qimera.input_shape": json.dumps(spec.shape),

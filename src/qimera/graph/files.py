@@ -271,11 +271,13 @@ def rebuilt(module: GraphModule) -> GraphModule:
     return _built(json.loads(describe(module)), tensors_of(module))
 
 
-def save_graph(module: GraphModule, path: Path) -> None:
-    """Write a network as a safetensors file whose metadata holds its graph."""
+def save_graph(
+    module: GraphModule, path: Path, others: Mapping[str, Tensor] | None = None, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write a network as a safetensors file whose metadata holds its graph, with other tensors and notes beside it."""
     # copied, for tensors of a network may share memory, which the format does not allow
     tensors = {name: value.cpu().clone() for name, value in tensors_of(module).items()}
-    save_tensors(tensors, path, {_KEY: describe(module)})
+    save_tensors(tensors | dict(others or {}), path, {_KEY: describe(module), **(notes or {})})
 
 
 def load_graph(path: Path) -> GraphModule:

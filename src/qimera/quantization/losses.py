@@ -3,9 +3,14 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+from qimera.graph.nodes import WEIGHTED, aten
 from qimera.machine.acceleration import at_least_float32
+from qimera.quantization.scheme import JOINS, POOLINGS
+
+_READING_ON = {*WEIGHTED, *JOINS, *POOLINGS, aten.max_pool2d.default}
 
 
 def kl_loss(
@@ -35,3 +40,24 @@ def feature_loss(
     scales = variances or [theirs.var() for _, theirs in pairs]
     errors = [F.mse_loss(mine, theirs) for mine, theirs in pairs]
     return torch.stack([error / (scale + 1e-8) for error, scale in zip(errors, scales, strict=True)]).mean()
+
+
+def block_outputs(module: GraphModule) -> list[str]:
+    """Return the nodes through which everything flows that later layers see: the outputs of the network's blocks.
+
+    In a residual network these are the activations after each addition, in a plain one those before each layer.
+    """
+    nodes = [node for node in module.graph.nodes if node.op not in ("get_attr", "output")]
+    position = {node: index for index, node in enumerate(nodes)}
+    names, furthest = [], 0
+    for index, node in enumerate(nodes):
+        readers = [user for user in node.users if user in position]
+        read_on = any(user.target in _READING_ON for user in readers)
+        if furthest <= index and node.op == "call_function" and read_on and not _is_convolution_before_join(node):
+            names.append(node.name)
+        furthest = max([furthest, *(position[user] for user in readers)])
+    return names
+
+
+def _is_convolution_before_join(node: Node) -> bool:
+    return node.target in WEIGHTED and all(user.target in JOINS for user in node.users)

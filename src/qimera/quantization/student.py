@@ -9,17 +9,19 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from qimera.config.bits import check_layer_bits
+from qimera.config.input_spec import InputSpec
 from qimera.config.settings import QuantizationSettings
-from qimera.errors import ConfigError
+from qimera.errors import ConfigError, first_line
+from qimera.graph.files import save_graph
 from qimera.graph.folding import fold_batch_norms, unfold_batch_norms, unshare_biases_
-from qimera.graph.nodes import WEIGHTED, aten, node_at, tensor_of, to_channels_last_, with_outputs
+from qimera.graph.nodes import WEIGHTED, node_at, tensor_of, to_channels_last_, with_outputs
 from qimera.machine.acceleration import to_device_
 from qimera.machine.files import save_tensors
 from qimera.quantization.equalization import edge_into, scale_channels_
@@ -31,7 +33,7 @@ from qimera.quantization.fake_quantize import (
     PerChannelBiasFakeQuantize,
 )
 from qimera.quantization.rounding import round_layers_
-from qimera.quantization.scheme import JOINS, POOLINGS, HardwareQuantizer, PaperQuantizer, end_of_kernel, quantizer_of
+from qimera.quantization.scheme import HardwareQuantizer, PaperQuantizer, end_of_kernel, quantizer_of
 from qimera.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,8 @@ logger = logging.getLogger(__name__)
 _SCALES = "channel_scales."
 """What names of scales begin with in a file, before the name of the node."""
 
-_READING_ON = {*WEIGHTED, *JOINS, *POOLINGS, aten.max_pool2d.default}
+_STATE, _INPUT, _QUANTIZATION = "student/", "input_spec", "quantization"
+"""In a file with everything: what names of the student's own tensors begin with, and names of notes."""
 
 
 class Student(nn.Module):
@@ -61,27 +64,64 @@ class Student(nn.Module):
         # Tuples, for neither holds parameters that the student owns beside those of self.module.
         self._exact = (with_exact_sums(self.module),)
         self._reference = (fold_batch_norms(teacher.module),)
+        self._teacher = (teacher,)
         self.channel_scales: dict[str, Float[Tensor, " channel"]] = {}
         """Scales of the channels that each layer reads, by its node's name; the reference's are scaled alike."""
         self.eval()
 
     @classmethod
-    def load(cls, path: Path | str, teacher: Teacher, settings: QuantizationSettings) -> "Student":
-        """Rebuild a student from its teacher, its settings and the file that ``save`` wrote."""
-        student = cls(teacher, settings)
+    def load(cls, path: Path | str) -> "Student":
+        """Return the student that ``save`` wrote; nothing in the file is executed.
+
+        Raises:
+            ConfigError: no such file, a damaged one, or one that asks for more than operations on tensors.
+        """
         try:
-            tensors = load_file(path)
-            scales = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith(_SCALES)}
-            student.module.load_state_dict(tensors)
-            student._scale_reference_({name.removeprefix(_SCALES): scale for name, scale in scales.items()})
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise ConfigError(f"{path}: does not hold the student of these settings: {error}") from error
+            with safe_open(path, "pt") as file:
+                notes = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(_STATE)}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path}: does not hold a student: {first_line(error)}") from error
+        if not {_INPUT, _QUANTIZATION} <= notes.keys():
+            raise ConfigError(
+                f"{path}: does not hold a student; give a file that Student.save wrote, or qimera.load a run"
+            )
+        teacher = Teacher.load(path, InputSpec.from_json(notes[_INPUT], path))
+        student = cls(teacher, QuantizationSettings.from_json(notes[_QUANTIZATION], path))
+        student._restore_({name.removeprefix(_STATE): tensor for name, tensor in tensors.items()}, path)
         return student
 
     def save(self, path: Path | str) -> None:
-        """Write weights, steps and zero points, and the scales of channels (safetensors)."""
-        scales = {f"{_SCALES}{name}": scale for name, scale in self.channel_scales.items()}
-        save_tensors(self.module.state_dict() | scales, Path(path))
+        """Write the student, its teacher and its settings into one file (safetensors)."""
+        notes = {_INPUT: self.input_spec.model_dump_json(), _QUANTIZATION: self.settings.model_dump_json()}
+        state = {_STATE + name: tensor for name, tensor in self._state().items()}
+        save_graph(self._teacher[0].module, Path(path), state, notes)
+
+    @classmethod
+    def load_state(cls, path: Path | str, teacher: Teacher, settings: QuantizationSettings) -> "Student":
+        """Rebuild a student from its teacher, its settings and the file that ``save_state`` wrote."""
+        student = cls(teacher, settings)
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path}: does not hold the student of these settings: {error}") from error
+        student._restore_(tensors, path)
+        return student
+
+    def save_state(self, path: Path | str) -> None:
+        """Write weights, steps and zero points, and the scales of channels, for ``load_state`` (safetensors)."""
+        save_tensors(self._state(), Path(path))
+
+    def _state(self) -> dict[str, Tensor]:
+        return self.module.state_dict() | {f"{_SCALES}{name}": scale for name, scale in self.channel_scales.items()}
+
+    def _restore_(self, tensors: dict[str, Tensor], path: Path | str) -> None:
+        scales = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith(_SCALES)}
+        try:
+            self.module.load_state_dict(tensors)
+            self._scale_reference_({name.removeprefix(_SCALES): scale for name, scale in scales.items()})
+        except RuntimeError as error:
+            raise ConfigError(f"{path}: does not hold the student of these settings: {error}") from error
 
     @torch.no_grad()
     def _scale_reference_(self, scales: Mapping[str, Tensor]) -> None:
@@ -307,24 +347,3 @@ def _lay_out_(module: GraphModule) -> GraphModule:
         if tensor.ndim == 4 and tensor.shape[2:].numel() == 1:  # both layouts at once, by the strides of one
             tensor.data = tensor.data.reshape(-1).view(tensor.shape)
     return module
-
-
-def block_outputs(module: GraphModule) -> list[str]:
-    """Return the nodes through which everything flows that later layers see: the outputs of the network's blocks.
-
-    In a residual network these are the activations after each addition, in a plain one those before each layer.
-    """
-    nodes = [node for node in module.graph.nodes if node.op not in ("get_attr", "output")]
-    position = {node: index for index, node in enumerate(nodes)}
-    names, furthest = [], 0
-    for index, node in enumerate(nodes):
-        readers = [user for user in node.users if user in position]
-        read_on = any(user.target in _READING_ON for user in readers)
-        if furthest <= index and node.op == "call_function" and read_on and not _is_convolution_before_join(node):
-            names.append(node.name)
-        furthest = max([furthest, *(position[user] for user in readers)])
-    return names
-
-
-def _is_convolution_before_join(node: Node) -> bool:
-    return node.target in WEIGHTED and all(user.target in JOINS for user in node.users)

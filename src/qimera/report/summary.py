@@ -3,10 +3,11 @@
 import platform
 import textwrap
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import torch
 
+from qimera import __version__
 from qimera.assessment.estimation import Estimate
 from qimera.config.base import Settings
 from qimera.config.bits import spell_layer_bits
@@ -123,7 +124,7 @@ class Summary(Settings):
             student_seconds=student_seconds,
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             machine=f"{platform.machine()}, {torch.get_num_threads()} threads",
-            versions={name: version(name) for name in ("torch", "torchao")} | {"qimera": _own_version()},
+            versions={name: version(name) for name in ("torch", "torchao")} | {"qimera": __version__},
         )
 
     def text(self) -> str:
@@ -162,10 +163,3 @@ def readable_bytes(num_bytes: int) -> str:
 
 def _readable_seconds(seconds: float | None) -> str:
     return "made earlier" if seconds is None else f"{seconds:.{0 if seconds >= 10 else 1}f} s"
-
-
-def _own_version() -> str:
-    try:
-        return version("qimera")
-    except PackageNotFoundError:
-        return "not installed"

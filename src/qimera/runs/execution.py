@@ -106,7 +106,7 @@ def _carry_out(
 def _finish(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleBank, settings: RunSettings) -> Summary:
     """Write the student and the summary."""
     with replacing(run.student_file) as temporary:
-        student.save(temporary)
+        student.save_state(temporary)
     diagnosis = diagnose(bank, teacher)
     is_told = bank.settings.num_held_out and not diagnosis.doubts
     summary = Summary.of_run(
@@ -142,7 +142,7 @@ def evaluate_run(
 def load_student(run: RunDirectory) -> tuple[Student, Teacher]:
     """Return the student of a finished run, and its teacher."""
     teacher = Teacher.load(run.teacher_file, run.settings.input)
-    return Student.load(run.student_file, teacher, run.settings.quantization), teacher
+    return Student.load_state(run.student_file, teacher, run.settings.quantization), teacher
 
 
 def load_bank(run: RunDirectory, teacher: Teacher) -> SampleBank:

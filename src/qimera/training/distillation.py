@@ -25,8 +25,8 @@ from qimera.machine.checkpoint import Checkpoint, State
 from qimera.machine.distributed import average_gradients_, own_share, pooled_variances, world_size
 from qimera.machine.divergence import check_finite
 from qimera.machine.progress import COMPILING, Progress, ProgressCallback, is_reported, silent
-from qimera.quantization.losses import feature_loss, kl_loss
-from qimera.quantization.student import Student, block_outputs
+from qimera.quantization.losses import block_outputs, feature_loss, kl_loss
+from qimera.quantization.student import Student
 from qimera.synthesis.augmentation import blend_at_random, flip_at_random, shift_each
 from qimera.synthesis.bank import SampleBank, Samples
 from qimera.synthesis.synthesizer import SynthesizerTraining
