@@ -66,8 +66,16 @@ def images(teacher: Teacher, settings: DirectSettings) -> list[float]:
 
 def generator(teacher: Teacher, mode: Compile) -> list[float]:
     """Return the losses of a generator in every step."""
+    return generator_with_gradients(teacher, mode)[0]
+
+
+def generator_with_gradients(teacher: Teacher, mode: Compile) -> tuple[list[float], dict[str, Tensor]]:
+    """Return the losses of a generator in every step, and the gradient of every parameter in the first."""
     training = _training(teacher, mode)
-    return [_sum(training.step()) for _ in range(NUM_STEPS)]
+    losses = [_sum(training.step())]
+    parameters = training.synthesizer.named_parameters()
+    gradients = {name: each.grad.clone() for name, each in parameters if each.grad is not None}
+    return losses + [_sum(training.step()) for _ in range(NUM_STEPS - 1)], gradients
 
 
 def _training(teacher: Teacher, mode: Compile) -> SynthesizerTraining:

@@ -32,10 +32,18 @@ def test_a_compiled_step_is_one_graph_with_the_losses_and_gradients_of_the_plain
     assert max(found["distances"].values()) < 0.05
 
 
+def test_every_resolution_of_a_compiled_generator_gets_its_gradient() -> None:
+    distances = result_of("tests.compiled_step", "inductor", "image")
+    assert {"to_pixels.0.weight", "last_conv.weight", "linear.weight"} <= distances.keys()
+    assert max(distances.values()) < 1e-4
+
+
 def test_a_compiled_generator_learns_as_the_plain_one(steps: dict[str, Any]) -> None:
     found = steps["generator"]
     assert found["graphs"] == 2  # the batch is shifted between them
     assert found["breaks"] == []
+    assert max(found["distances"].values()) < 1e-3  # the teacher's sums in another order
+    assert len(found["distances"]) > 10
     assert found["losses"]["compiled"] == pytest.approx(found["losses"]["plain"], rel=0.02)
     assert found["losses"]["plain"][-1] < 0.7 * found["losses"]["plain"][0]  # shifted batches are noisier ones
 

@@ -35,6 +35,11 @@ _STEPS_THAT_PAY = 2000
 a busy H100 ResNet-20's synthesis is compiled in 40 s and saves 16 ms a step, its student in 108 s and 51 ms."""
 
 
+_OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {"reorder_for_peak_memory": False}
+"""Of inductor. That pass of torch 2.13 moves the zeros, to which the gradients of two enlarged images are added, behind
+the additions: the generator's coarse resolutions got no gradient at all (``tests/compiled_step.py``)."""
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep back torch's own deprecation warnings, nothing that a user can act on."""
@@ -181,8 +186,7 @@ def compiled(function: Callable[_P, _R], wanted: bool, device: torch.device) -> 
     if not wanted:
         return function
     with _quiet():
-        graphs = "reduce-overhead" if device.type == "cuda" else None
-        fast = torch.compile(function, dynamic=False, mode=graphs)
+        fast = torch.compile(function, dynamic=False, options=_OPTIONS | {"triton.cudagraphs": device.type == "cuda"})
     working = True
 
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
