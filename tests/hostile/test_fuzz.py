@@ -116,7 +116,7 @@ def damage(path: Path, chance: random.Random) -> str:
     ways = ["cut", "flip", "insert", "zeros", "empty", "swap", "directory", "link", "missing"]
     ways += ["value", "value", "key", "nested"] if path.suffix == ".json" else []
     ways += ["length", "length"] if path.suffix == ".safetensors" else []
-    ways += ["member", "bomb"] if zipfile.is_zipfile(path) else []
+    ways += ["member", "bomb"] if path.suffix in (".npz", ".pt") else []
     way = chance.choice(ways)
     place = chance.randrange(len(content) + 1)
     match way:

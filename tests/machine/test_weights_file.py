@@ -243,6 +243,16 @@ def test_a_truncated_file_is_refused_and_leaves_the_model_untouched(
     assert same_state(model, network(seed=2))
 
 
+def test_an_archive_that_claims_to_span_disks_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(network(seed=1).state_dict(), path)
+    content = path.read_bytes()
+    number_of_disks = content.rindex(b"PK\x06\x07") + 16
+    path.write_bytes(content[:number_of_disks] + b"\x02" + content[number_of_disks + 1 : -8] + bytes(8))
+    with pytest.raises(ConfigError, match=r"weights\.pt: not a file of torch\.save, or damaged"):
+        load_weights_(network(seed=2), path)
+
+
 def test_a_missing_weights_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="weights: no such file"):
         load_weights_(network(), tmp_path / "weights.pt")

@@ -156,7 +156,7 @@ def _explain_refusal(file: BinaryIO, error: Exception) -> str:
     file.seek(0)
     start = file.read(64)
     damaged = f"not a file of torch.save, or damaged ({type(error).__name__}); save or copy it again, or {advice}"
-    is_archive = zipfile.is_zipfile(file)
+    is_archive = _is_archive(file)
     if is_archive or start.startswith(_LEGACY_START):
         # Without a table of contents at its end, a file can end inside the name of an object.
         if reason and (is_archive or not at_end):
@@ -183,6 +183,13 @@ def _refused_object(message: str) -> str | None:
     if operation and int(operation[1]) in known:
         return f"the pickle instruction {known[int(operation[1])]}"
     return None
+
+
+def _is_archive(file: BinaryIO) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # of an archive on several disks, of which this would be one
+        return True
 
 
 def _foreign_archive(file: BinaryIO) -> str | None:
