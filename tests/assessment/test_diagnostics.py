@@ -56,6 +56,17 @@ def test_too_few_steps_are_not_blamed_on_mean_and_std(teacher: Teacher) -> None:
     assert "More synthesis steps bring them closer" in warning
 
 
+def test_large_images_may_be_further_off_for_they_settle_slowly(teacher: Teacher) -> None:
+    settings = SynthesisSettings(num_optimized=64, direct=DirectSettings(num_steps=2, batch_size=64))
+    bank = synthesize(teacher, settings=settings)
+    small = diagnose(bank, teacher)
+    mean = sum(small.statistics_gap.values()) / len(small.statistics_gap)
+    assert 0.02 < mean < 0.2
+    assert "statistics" in small.doubts[0]
+    large = dataclasses.replace(bank, input_spec=bank.input_spec.replace(shape=(3, 96, 96)))
+    assert not [doubt for doubt in diagnose(large, teacher).doubts if "statistics" in doubt]
+
+
 def test_the_gap_of_all_norms_is_the_statistics_loss(good: tuple[SampleBank, Teacher], diagnosis: Diagnosis) -> None:
     bank, teacher = good
     with torch.no_grad():
