@@ -38,15 +38,14 @@ QUEUE = Path(__file__).parents[1] / "queue" / "results"
 
 def reached() -> str:
     """One row per network: the drop at each width, of ``ptq`` where training has little to win, else of ``fast``."""
-    widths = ["w8a8", "w4a8", "w5a5", "w4a4", "w3a3"]
+    widths = ["w8a8", "w4a8", "w4a4"]
     head = " | ".join(bits.upper() for bits in widths)
-    rows = [f"| network | full precision | {head} | minutes |\n", f"|---|---|{'---|' * len(widths)}---|\n"]
+    rows = [f"| network | full precision | {head} |\n", f"|---|---|{'---|' * len(widths)}\n"]
     groups = _recipes()
     for network in sorted({network for network, _, _ in groups}):
         found = [_chosen(groups, network, bits) for bits in widths]
         cells = " | ".join(_cell(each) if each else "" for each in found)
-        trained = [sum(_minutes(each)) for each in found if each and each[0]["recipe"] == "fast"]
-        rows.append(f"| {network} | {found[0][0]['full_precision']:.2f} | {cells} | {statistics.mean(trained):.0f} |\n")
+        rows.append(f"| {network} | {found[0][0]['full_precision']:.2f} | {cells} |\n")
     return "".join(rows)
 
 

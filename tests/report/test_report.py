@@ -225,7 +225,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(page: str) -> None:
 
 def test_an_estimate_is_called_one(page: str) -> None:
     assert "<em>estimated</em> without data" in page
-    assert "Nobody has measured this model" in page
+    assert "Not yet measured" in page
 
 
 def test_a_measurement_on_images_that_the_teacher_does_not_know_is_no_drop(run: RunDirectory, tmp_path: Path) -> None:

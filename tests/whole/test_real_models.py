@@ -36,7 +36,8 @@ def test_a_real_model_survives_eight_bits_without_training(name: str) -> None:
     bank = synthesize(teacher, settings=settings)
     student = quantize(teacher, bank, "w8a8", settings=DistillationSettings(num_steps=0))
     with torch.no_grad():
-        assert torch.equal(student.converted()(probe), student(probe))
+        assert torch.equal(student.converted()(probe), student.train()(probe))  # in floating point, both
+    student.eval()
     result = evaluate(student, some, teacher.input_spec, teacher=teacher)
     assert result.teacher_top1 is not None
     assert result.top1 > result.teacher_top1 - 2  # 400 images: 8 of them

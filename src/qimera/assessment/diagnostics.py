@@ -42,7 +42,7 @@ class Diagnosis(Settings):
     """Samples whose label has more than one class."""
 
     recognised: float
-    """Samples of one class that the teacher puts into it; 0 if there are none of one class."""
+    """Single-class samples that the teacher recognises; 0 if there are none."""
 
     confidence: float
     """Mean of the teacher's largest probability on samples of one class, in [0, 1]."""
@@ -145,7 +145,7 @@ def _doubts(found: Diagnosis, mean_limit: float) -> Iterator[str]:
         )
     if found.superposed < 100 and found.recognised < _RECOGNISED:
         yield (
-            f"classes: the teacher puts {found.recognised:.0f} % of the samples of one class into it; check mean, std "
+            f"classes: the model recognises only {found.recognised:.0f} % of the single-class samples; check mean, std "
             "and pixel range, or raise ce_weight"
         )
 

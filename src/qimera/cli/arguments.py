@@ -67,14 +67,11 @@ class ModelOptions:
         typer.Option(metavar="FILE", help="safetensors, or a state dict of torch.save; no code in it is executed."),
     ] = None
     input_shape: Annotated[str | None, typer.Option(metavar="C,H,W", help="One image, such as 3,224,224.")] = None
-    mean: Annotated[
-        str | None, typer.Option(metavar="A,B,C", help="Subtracted from pixels in training, per channel.")
-    ] = None
-    std: Annotated[
-        str | None, typer.Option(metavar="A,B,C", help="Pixels were divided by it in training, per channel.")
-    ] = None
+    mean: Annotated[str | None, typer.Option(metavar="A,B,C", help="Per-channel mean used in training.")] = None
+    std: Annotated[str | None, typer.Option(metavar="A,B,C", help="Per-channel std used in training.")] = None
     pixel_range: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="Of pixels before mean and std. Default: 0,1.")
+        str | None,
+        typer.Option(metavar="LOW,HIGH", help="Pixel values before normalisation, e.g. 0,255. Default: 0,1."),
     ] = None
     logits: Annotated[
         str | None,
@@ -108,7 +105,7 @@ class RunOptions:
     ] = None
     target: Annotated[
         Literal["onnxruntime", "openvino", "inductor", "xnnpack"] | None,
-        typer.Option(help="Round where its kernels do. Default: onnxruntime."),
+        typer.Option(help="Runtime whose rounding to match. Default: onnxruntime."),
     ] = None
     recipe: Recipe = None
     bank: Annotated[Path | None, typer.Option(metavar="BANK", help="Made earlier by qimera synthesize.")] = None

@@ -35,7 +35,7 @@ class Checkpoints:
 
     Args:
         directory: Where they are kept; None keeps none. It is made when there is something to keep.
-        belongs_to: All that decides the result. Checkpoints of another are not read.
+        belongs_to: Everything that determines the result; checkpoints of other runs are ignored.
     """
 
     def __init__(self, directory: Path | str | None = None, *belongs_to: object) -> None:

@@ -151,7 +151,7 @@ _FOREIGN_STARTS = {
 
 def _explain_refusal(file: BinaryIO, error: Exception) -> str:
     """Say what is wrong with ``file``, which was read up to the place that made ``error``."""
-    advice = f"{ADVICE}, where the model is at home"
+    advice = f"{ADVICE}, on a machine where you trust it"
     reason, at_end = _refused_object(str(error)), not file.read(1)
     file.seek(0)
     start = file.read(64)

@@ -139,7 +139,7 @@ def draw_margins(single: Tensor, superposed: Tensor) -> str:
                     alpha=0.6,
                     label=label,
                 )
-        axis.set(xlabel="probability of the first class less that of the second", ylabel="samples of the kind (%)")
+        axis.set(xlabel="margin: top-1 minus top-2 probability", ylabel="samples of the kind (%)")
         axis.legend(frameon=False)
     return drawn[0]
 

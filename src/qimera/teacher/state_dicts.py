@@ -88,7 +88,7 @@ def load_state_dict_(model: nn.Module, given: StateDicts, path: Path) -> None:
         where = f" (the weights under {nearest.where})" if nearest.where else ""
         raise ConfigError(
             f"{path}: does not fit {type(model).__name__}{where}; {'; '.join(nearest.problems)}. "
-            "Give the weights of this architecture, or the architecture of these weights"
+            "These weights belong to another architecture"
         )
     chosen = _choose(fitting, type(model).__name__, path)
     _tell(chosen, fitting, attempts, path)

@@ -1,4 +1,4 @@
-"""Batches whose steps fit into memory, from what a step writes, without making it."""
+"""Picks batch sizes that fit into memory, by simulating the allocations of one step."""
 
 import logging
 from collections.abc import Callable
