@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from qimera.cli.arguments import ModelOptions, RunOptions
 from qimera.cli.options import resolve
 from qimera.config.recipes import recipe
+from qimera.errors import ConfigError
 from tests.command_line import INPUT, qimera, said, tiny_settings, write_model_file
 
 
@@ -143,3 +145,33 @@ def test_where_to_make_a_bank_that_is_made_already_is_refused(tmp_path: Path, mo
     result = qimera("synthesize", f"{model_file}:build", *options)
     assert result.exit_code == 2
     assert "--bank: its samples are made already, so leave out --device" in said(result)
+
+
+def test_any_setting_can_be_set_by_its_dotted_name(model_file: Path) -> None:
+    model = ModelOptions(f"{model_file}:build", None, "1,8,8", "0.5", "0.25")
+    changes = [
+        "labels.superposition=false",
+        "quantization.edge_bits=6",
+        "generator.milestones=[2, 4]",
+    ]
+    settings = resolve(model, RunOptions(recipe="ptq", steps=7, set_=changes)).settings
+    assert not settings.synthesis.labels.superposition
+    assert settings.quantization.edge_bits == 6
+    assert settings.synthesis.generator.milestones == (2, 4)
+    assert settings.distillation.num_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"set_": ["labels.superposition"]}, "--set: expected NAME=VALUE such as .*, given 'labels.superposition'"),
+        ({"set_": ["seed=3"]}, "--set: expected NAME=VALUE"),
+        ({"set_": ["labels.superpositon=false"]}, "no such setting; did you mean superposition"),
+        ({"set_": ["direct.num_steps=-3"]}, "--set: DirectSettings: num_steps: .*given -3"),
+        ({"steps": 5, "recipe": "fast,ptq"}, "distillation.num_steps is for one recipe, given fast,ptq"),
+    ],
+)
+def test_a_setting_that_cannot_be_set_is_refused(model_file: Path, options: dict[str, Any], message: str) -> None:
+    model = ModelOptions(f"{model_file}:build", None, "1,8,8", "0.5", "0.25")
+    with pytest.raises(ConfigError, match=message):
+        resolve(model, RunOptions(**options))

@@ -80,6 +80,7 @@ def inspect(
         typer.echo(teacher_facts(options.model or "", teacher), nl=False)
         print_table(layer_table(teacher, every_layer))
         warn(filter(None, [untrained_because(teacher)]))
+        typer.echo("next: qimera quantize, with the same options and --output RUN", err=True)
 
 
 @app.command("synthesize")
@@ -117,7 +118,7 @@ def make_bank(
         unused = [name for name, value in given.items() if value is not None]
         if bank is not None and unused:
             raise ConfigError(f"--bank: its samples are made already, so leave out {', '.join(unused)}")
-        place = find_device(device or "cpu")
+        place = find_device(device or "auto")
         if output.exists():
             raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
         teacher = capture(options)
@@ -140,6 +141,10 @@ def make_bank(
                 typer.echo(bank_facts(output, options.model or "", made, teacher))
                 found = diagnose(made, teacher).warnings
                 warn(found)
+                if form == "bank":
+                    typer.echo(
+                        f"next: qimera quantize, with the same options and --bank {output} --output RUN", err=True
+                    )
                 Limits(strict).check(Result(str(output), found))
 
 
@@ -170,7 +175,7 @@ def quantize(
         from qimera.runs.limits import Limits, Result
         from qimera.runs.reporting import report_run
 
-        place = find_device(device or "cpu")
+        place = find_device(device or "auto")
         with joined():
             from_main(refuse_other_content, output)
             read = (
@@ -191,7 +196,7 @@ def quantize(
                     typer.echo("writing the report", err=True)
                     report_run(run)
                 typer.echo(summary.text(), nl=False)
-                typer.echo(f"report: {run.report_page_file}", err=True)
+                typer.echo(f"report: {run.report_page_file}\nnext: qimera export {output}", err=True)
                 Limits(strict, max_drop).check(Result(str(output), summary.warnings, summary.estimated_drop))
 
 

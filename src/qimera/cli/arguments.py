@@ -34,7 +34,8 @@ Threads = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Where to compute: cpu, or cuda (a GPU), or cuda:1 (the second one). Default: cpu."
+        metavar="NAME",
+        help="Where to compute: cpu, cuda or cuda:1 (the second GPU). Default: a GPU if there is one.",
     ),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="End with exit code 5 if there are warnings.")]
@@ -108,6 +109,17 @@ class RunOptions:
         typer.Option(help="Runtime whose rounding to match. Default: onnxruntime."),
     ] = None
     recipe: Recipe = None
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Training steps of the student, instead of the recipe's; 0 for none.")
+    ] = None
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any setting, such as labels.superposition=false; repeatable.",
+        ),
+    ] = None
     bank: Annotated[Path | None, typer.Option(metavar="BANK", help="Made earlier by qimera synthesize.")] = None
     seed: Seed = None
 

@@ -1,14 +1,16 @@
 """What a user typed -> the captured teacher and the settings of a run."""
 
+import json
 import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from qimera.cli.arguments import ModelOptions, RunOptions
+from qimera.config.base import Settings
 from qimera.config.bits import parse_bits, parse_layer_bits
 from qimera.config.input_spec import InputSpec
 from qimera.config.recipes import Recipe, recipe
@@ -18,6 +20,8 @@ from qimera.errors import ConfigError
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import absolute_source, known_input, load_model
 from qimera.teacher.teacher import Teacher
+
+_S = TypeVar("_S", bound=Settings)
 
 DEFAULT_RECIPE = "fast"
 DEFAULT_BITS = "w4a4"
@@ -107,7 +111,54 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
         distillation=row.distillation,
         alternatives=tuple(each.distillation for each in others),
     )
-    return Resolved(settings, teacher, bank)
+    return Resolved(_changed(settings, options), teacher, bank)
+
+
+_PLACES = {"labels": "synthesis", "generator": "synthesis", "direct": "synthesis"}
+"""Groups of settings that are named without the group that they are in."""
+
+
+def _changed(settings: RunSettings, options: RunOptions) -> RunSettings:
+    """Return the settings with what ``--set`` and ``--steps`` say.
+
+    Raises:
+        ConfigError: there is no such setting, its value is wrong, or a bank made earlier has another.
+    """
+    steps = [] if options.steps is None else [f"distillation.num_steps={options.steps}"]
+    for text in [*steps, *(options.set_ or [])]:
+        name, given, value = text.partition("=")
+        path = name.strip().split(".")
+        path = [_PLACES[path[0]], *path] if path[0] in _PLACES else path
+        if not given or len(path) < 2 or path[0] not in ("synthesis", "quantization", "distillation"):
+            raise ConfigError(
+                "--set: expected NAME=VALUE such as labels.superposition=false or distillation.temperature=2, "
+                f"given {text!r}"
+            )
+        if options.bank is not None and path[0] == "synthesis":
+            raise ConfigError(f"--set: {name} is decided by the bank; leave out --bank, or leave {name} out")
+        if settings.alternatives and path[0] == "distillation":
+            raise ConfigError(f"--set: {name} is for one recipe, given {settings.recipe}; choose one of them")
+        try:
+            settings = _with_value(settings, path, _value_of(value))
+        except ConfigError as error:
+            raise ConfigError(f"--set: {error}") from None
+    return settings
+
+
+def _value_of(text: str) -> object:
+    """Return a number, true, false, a list, or the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _with_value(settings: _S, path: list[str], value: object) -> _S:
+    first, *rest = path
+    inner = getattr(settings, first, None)
+    return settings.replace(
+        **{first: _with_value(inner, rest, value) if rest and isinstance(inner, Settings) else value}
+    )
 
 
 def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) -> Resolved:
@@ -121,10 +172,10 @@ def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) 
         field.name
         for part in (model_options, options)
         for field in fields(part)
-        if getattr(part, field.name) is not None
+        if getattr(part, field.name) not in (None, [])
     ]
     if typed:
-        names = ", ".join("MODEL" if name == "model" else f"--{name.replace('_', '-')}" for name in typed)
+        names = ", ".join("MODEL" if name == "model" else f"--{name.strip('_').replace('_', '-')}" for name in typed)
         raise ConfigError(f"--settings: says everything about a run, so leave out {names}, or edit {path}")
     if not path.is_file():
         raise ConfigError(f"--settings: no such file: {path}; give the settings.json of a run")

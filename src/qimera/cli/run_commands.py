@@ -32,7 +32,7 @@ def evaluate(
         from qimera.runs.limits import Limits, Result
         from qimera.runs.reporting import keep_evaluation
 
-        place = find_device(device or "cpu")
+        place = find_device(device or "auto")
         directory = RunDirectory.open(run)
         images = load_labelled_images(data, directory.settings.input, directory.summary().num_classes)
         with ProgressDisplay() as progress:

@@ -60,13 +60,15 @@ def has_fast_bfloat16(device_type: str) -> bool:
 
 
 def find_device(name: torch.device | str) -> torch.device:
-    """Return the device called ``name``, such as ``cpu``, ``cuda`` or ``cuda:1``.
+    """Return the device called ``name``: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for a GPU if there is one.
 
     Of several processes of a run that were started for ``cuda``, each takes the next one.
 
     Raises:
         ConfigError: there is no such device, or this PyTorch cannot use it.
     """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
