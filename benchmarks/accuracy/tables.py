@@ -180,7 +180,7 @@ def peers() -> str:
         result = json.loads(path.read_text())
         groups.setdefault((result["network"], result["description"]), {}).setdefault(result["bits"], []).append(result)
     widths = sorted({bits for found in groups.values() for bits in found}, reverse=True)
-    head = " | ".join(f"{bits.upper()} drop" for bits in widths)
+    head = " | ".join(f"{bits.upper()}, drop / agreement" for bits in widths)
     rows = [
         f"| network | samples | {head} | minutes, samples | seeds |\n",
         f"|---|---|{'---|' * len(widths)}---|---|\n",
@@ -191,12 +191,16 @@ def peers() -> str:
         return network, -statistics.mean(each["drop"] for each in found[widths[0]])
 
     for (network, description), found in sorted(groups.items(), key=worst_first):
-        drops = " | ".join(_mean(found[bits], "drop") if bits in found else "" for bits in widths)
+        drops = " | ".join(_drop_and_agreement(found.get(bits, [])) for bits in widths)
         every = [each for group in found.values() for each in group]
         minutes = statistics.mean(each["bank_seconds"] for each in every) / 60
         seeds = ", ".join(str(seed) for seed in sorted({each["seed"] for each in every}))
         rows.append(f"| {network} | {description} | {drops} | {minutes:.1f} | {seeds} |\n")
     return "".join(rows)
+
+
+def _drop_and_agreement(found: list[Result]) -> str:
+    return f"{_mean(found, 'drop')} / {_mean(found, 'agreement')}" if found else ""
 
 
 def pareto() -> str:
