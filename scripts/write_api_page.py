@@ -10,7 +10,7 @@ import qimera
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 OTHER_MODULES = (
-    "qimera.export.calibration",
+    "qimera.export.other_quantizers",
     "qimera.teacher.sources",
     "qimera.synthesis.formats",
     "qimera.runs.reporting",

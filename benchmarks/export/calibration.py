@@ -27,7 +27,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from benchmarks.zoo import load_subject
 from qimera import LabelledImages, SampleBank, Teacher, recipe, synthesize
-from qimera.export.calibration import calibration_batches
+from qimera.export.other_quantizers import calibration_batches
 from qimera.synthesis.direct import noise_images
 
 RESULTS = Path(__file__).parent / "results" / "calibration"

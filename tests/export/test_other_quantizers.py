@@ -12,7 +12,7 @@ from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from torch import Tensor
 
 from qimera.errors import ConfigError
-from qimera.export.calibration import calibration_batches, data_loader, nncf_dataset, onnxruntime_reader
+from qimera.export.other_quantizers import calibration_batches, data_loader, nncf_dataset, onnxruntime_reader
 from qimera.synthesis.bank import SampleBank
 from tests.networks import NUM_CLASSES, TinyNet
 
