@@ -11,6 +11,7 @@ from qimera.cli.arguments import ModelOptions, RunOptions
 from qimera.cli.options import resolve
 from qimera.config.recipes import recipe
 from qimera.errors import ConfigError
+from qimera.runs.directory import RunDirectory
 from tests.command_line import INPUT, qimera, said, tiny_settings, write_model_file
 
 
@@ -175,3 +176,22 @@ def test_a_setting_that_cannot_be_set_is_refused(model_file: Path, options: dict
     model = ModelOptions(f"{model_file}:build", None, "1,8,8", "0.5", "0.25")
     with pytest.raises(ConfigError, match=message):
         resolve(model, RunOptions(**options))
+
+
+def test_several_bits_make_several_runs_of_one_bank(tmp_path: Path) -> None:
+    tiny = ("--recipe", "ptq", "--set", "synthesis.num_optimized=16", "--set", "direct.num_steps=1")
+    command = ("quantize", "mnist_cnn", "--bits", "w8a8,w4a4", *tiny, "--output", tmp_path / "runs")
+    result = qimera(*command)
+    assert result.exit_code == 0, said(result)
+    runs = {bits: RunDirectory.open(tmp_path / "runs" / bits) for bits in ("w8a8", "w4a4")}
+    assert [run.summary().bits for run in runs.values()] == ["w8a8", "w4a4"]
+    assert runs["w8a8"].has_bank
+    assert not runs["w4a4"].has_bank
+    assert Path(runs["w4a4"].settings.bank) == tmp_path / "runs" / "w8a8" / "bank"
+    assert "finished already" in said(qimera(*command))
+
+
+def test_bits_that_are_named_twice_are_refused(tmp_path: Path) -> None:
+    result = qimera("quantize", "mnist_cnn", "--bits", "w4a4,w4a4", "--output", tmp_path / "runs")
+    assert result.exit_code == 2
+    assert "--bits: each can be named once" in said(result)

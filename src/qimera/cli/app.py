@@ -4,8 +4,9 @@ torch, and all that builds on it, is imported inside the commands, so that ``qim
 """
 
 import signal
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -25,6 +26,11 @@ from qimera.cli.arguments import (
 from qimera.cli.console import INTERRUPTED, ProgressDisplay, errors_as_messages, print_table, warn
 from qimera.cli.run_commands import compare, evaluate, export, report
 from qimera.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from qimera.runs.limits import Result
 
 app = typer.Typer(
     name="qimera",
@@ -164,40 +170,64 @@ def quantize(
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
-    """Quantize a model without data; the result is a run directory."""
+    """Quantize a model without data; the result is a run directory, or one for each of several bits."""
     with errors_as_messages(debug, f"the same command continues with what is in {output}"):
-        from qimera.assessment.diagnostics import untrained_because
-        from qimera.cli.options import read_settings, resolve
         from qimera.machine.acceleration import find_device
-        from qimera.machine.distributed import from_main, is_main, joined
-        from qimera.runs.directory import RunDirectory, refuse_other_content
-        from qimera.runs.execution import carry_out, check_run
-        from qimera.runs.limits import Limits, Result
-        from qimera.runs.reporting import report_run
+        from qimera.machine.distributed import is_main, joined
+        from qimera.runs.limits import Limits
 
         place = find_device(device or "auto")
         with joined():
-            from_main(refuse_other_content, output)
-            read = (
-                resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
-            )
-            check_run(read.settings, read.teacher, read.bank)
-            run = from_main(RunDirectory.start, output, read.settings)
-            if is_main() and run.is_finished:
-                typer.echo(f"{output}: finished already, this is its summary", err=True)
-            elif is_main():
-                if done := run.so_far():
-                    typer.echo(f"{output}: continues where it was interrupted; {done}", err=True)
-                warn(filter(None, [untrained_because(read.teacher)]))
-            with ProgressDisplay(is_main()) as progress:
-                summary = carry_out(run, read.teacher, read.bank, progress, place)
+            results = []
+            for path, each in _one_by_one(output, options):
+                results.append(_quantize(path, model_options, each, settings, place))
             if is_main():
-                if not run.report_page_file.exists():
-                    typer.echo("writing the report", err=True)
-                    report_run(run)
-                typer.echo(summary.text(), nl=False)
-                typer.echo(f"report: {run.report_page_file}\nnext: qimera export {output}", err=True)
-                Limits(strict, max_drop).check(Result(str(output), summary.warnings, summary.estimated_drop))
+                Limits(strict, max_drop).check(*results)
+
+
+def _one_by_one(output: Path, options: RunOptions) -> list[tuple[Path, RunOptions]]:
+    """Return where each of ``--bits W8A8,W4A4`` goes; the first of several makes the bank of all."""
+    widths = [each.strip() for each in (options.bits or "").split(",")]
+    if len(widths) == 1:
+        return [(output, options)]
+    if len(set(widths)) < len(widths):
+        raise ConfigError(f"--bits: each can be named once, given {options.bits}")
+    bank = options.bank or output / widths[0] / "bank"
+    banks = [options.bank, *[bank] * (len(widths) - 1)]
+    return [(output / bits, replace(options, bits=bits, bank=bank)) for bits, bank in zip(widths, banks, strict=True)]
+
+
+def _quantize(
+    output: Path, model_options: ModelOptions, options: RunOptions, settings: Path | None, place: "torch.device"
+) -> "Result":
+    """Make or continue one run, and return what it came to."""
+    from qimera.assessment.diagnostics import untrained_because
+    from qimera.cli.options import read_settings, resolve
+    from qimera.machine.distributed import from_main, is_main
+    from qimera.runs.directory import RunDirectory, refuse_other_content
+    from qimera.runs.execution import carry_out, check_run
+    from qimera.runs.limits import Result
+    from qimera.runs.reporting import report_run
+
+    from_main(refuse_other_content, output)
+    read = resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
+    check_run(read.settings, read.teacher, read.bank)
+    run = from_main(RunDirectory.start, output, read.settings)
+    if is_main() and run.is_finished:
+        typer.echo(f"{output}: finished already, this is its summary", err=True)
+    elif is_main():
+        if done := run.so_far():
+            typer.echo(f"{output}: continues where it was interrupted; {done}", err=True)
+        warn(filter(None, [untrained_because(read.teacher)]))
+    with ProgressDisplay(is_main()) as progress:
+        summary = carry_out(run, read.teacher, read.bank, progress, place)
+    if is_main():
+        if not run.report_page_file.exists():
+            typer.echo("writing the report", err=True)
+            report_run(run)
+        typer.echo(summary.text(), nl=False)
+        typer.echo(f"report: {run.report_page_file}\nnext: qimera export {output}", err=True)
+    return Result(str(output), summary.warnings, summary.estimated_drop)
 
 
 for command in (evaluate, report, compare, export):

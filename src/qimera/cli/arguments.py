@@ -92,7 +92,10 @@ class ModelOptions:
 class RunOptions:
     """How to quantize, as it was typed; None where an option was left out."""
 
-    bits: Annotated[str | None, typer.Option(help="Of weights and activations, 2 to 8. Default: w4a4.")] = None
+    bits: Annotated[
+        str | None,
+        typer.Option(help="Of weights and activations, 2 to 8; of several, as in w8a8,w4a4, each. Default: w4a4."),
+    ] = None
     layer_bits: Annotated[
         str | None, typer.Option(metavar="RULES", help="Exceptions by layer name, such as 'conv1=8,*fc*=w8a4'.")
     ] = None

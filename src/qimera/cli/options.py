@@ -134,14 +134,15 @@ def _changed(settings: RunSettings, options: RunOptions) -> RunSettings:
                 "--set: expected NAME=VALUE such as labels.superposition=false or distillation.temperature=2, "
                 f"given {text!r}"
             )
-        if options.bank is not None and path[0] == "synthesis":
-            raise ConfigError(f"--set: {name} is decided by the bank; leave out --bank, or leave {name} out")
         if settings.alternatives and path[0] == "distillation":
             raise ConfigError(f"--set: {name} is for one recipe, given {settings.recipe}; choose one of them")
         try:
-            settings = _with_value(settings, path, _value_of(value))
+            changed = _with_value(settings, path, _value_of(value))
         except ConfigError as error:
             raise ConfigError(f"--set: {error}") from None
+        if options.bank is not None and changed.synthesis != settings.synthesis:
+            raise ConfigError(f"--set: {name} is another in the bank; leave out --bank, or leave {name} out")
+        settings = changed
     return settings
 
 
