@@ -83,7 +83,7 @@ def _best(large: bool, num_classes: int) -> Recipe:
 def _qimera(large: bool, num_classes: int) -> Recipe:
     """The paper's generator, and what we learned since: its samples are refined directly before a student sees them."""
     generator = GeneratorSettings(num_steps=400, batch_size=32 if large else 64, learning_rate=2e-3)
-    synthesis = _optimized(large, *((128, 160) if large else (2048, 80)))
+    synthesis = _optimized(large, *((128, 160) if large else (2048, 40)))
     direct = synthesis.direct.replace(start="generator")
     return Recipe(
         "qimera",
