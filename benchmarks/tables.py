@@ -10,7 +10,6 @@ from pathlib import Path
 
 from benchmarks.accuracy.tables import (
     drops,
-    features,
     pareto,
     peers,
     published,
@@ -21,6 +20,7 @@ from benchmarks.accuracy.tables import (
 )
 from benchmarks.estimation.tables import estimation_tables
 from benchmarks.export.tables import agreement, inference
+from benchmarks.pictures.tables import features
 from benchmarks.speed.tables import speed_tables
 
 ROOT = Path(__file__).parents[1]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.accuracy.tables import DROPS
 from benchmarks.measurement import BANKS, device_name, keep, prepare, without_result
 from benchmarks.zoo import load_training_images
 from qimera import (
@@ -37,8 +38,6 @@ from qimera.config.bits import parse_bits
 from qimera.config.settings import SynthesisSettings
 from qimera.machine.progress import ProgressCallback
 from qimera.pipeline import quantize_with
-
-DROPS = Path(__file__).parent / "results" / "drops"
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.drops import noise_bank
+from benchmarks.accuracy.tables import INGREDIENTS
 from benchmarks.measurement import keep, prepare, without_result
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Teacher, evaluate, recipe, synthesize
 from qimera.cli.console import ProgressDisplay
@@ -31,7 +32,6 @@ from qimera.config.settings import (
 from qimera.machine.progress import ProgressCallback
 from qimera.pipeline import quantize_with
 
-RESULTS = Path(__file__).parent / "results" / "ingredients"
 NUM_SAMPLES = 1024
 PLAIN_LABELS = LabelSettings(superposition=False)
 
@@ -165,7 +165,7 @@ def _distillation(teacher: Teacher, peer: Peer, num_steps: int) -> DistillationS
 
 
 def _path(options: argparse.Namespace, name: str, bits: str, seed: int) -> Path:
-    return RESULTS / f"{options.network}-{bits}-{name}-{seed}.json"
+    return INGREDIENTS / f"{options.network}-{bits}-{name}-{seed}.json"
 
 
 def _options() -> argparse.Namespace:

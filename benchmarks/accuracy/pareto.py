@@ -12,7 +12,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.accuracy.drops import DROPS, kept_bank
+from benchmarks.accuracy.drops import kept_bank
+from benchmarks.accuracy.tables import DROPS, PARETO
 from benchmarks.measurement import BANKS, keep, prepare, without_result
 from qimera import (
     Allocation,
@@ -31,8 +32,6 @@ from qimera import (
 from qimera.cli.console import ProgressDisplay
 from qimera.config.bits import parse_bits
 from qimera.mixed_precision.budget import Budget, layer_choices
-
-PARETO = Path(__file__).parent / "results" / "pareto"
 
 
 def main() -> None:

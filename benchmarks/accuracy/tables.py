@@ -5,10 +5,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.drops import DROPS
-from benchmarks.accuracy.ingredients import RESULTS as INGREDIENTS
-from benchmarks.accuracy.pareto import PARETO
-from benchmarks.pictures.features import RESULTS as FEATURES
+RESULTS = Path(__file__).parent / "results"
+DROPS = RESULTS / "drops"
+INGREDIENTS = RESULTS / "ingredients"
+PARETO = RESULTS / "pareto"
+QUEUE = Path(__file__).parents[1] / "queue" / "results"
 
 Result = dict[str, Any]
 
@@ -32,8 +33,6 @@ _QIMERA = {
     ("resnet20_cifar100", "w4a4"): "5.23",
 }
 """Drops of Choi et al. 2021 that the benchmark queue repeats."""
-
-QUEUE = Path(__file__).parents[1] / "queue" / "results"
 
 
 def reached() -> str:
@@ -251,20 +250,3 @@ def _mean(found: list[Result], key: str) -> str:
 
 def _seeds(found: list[Result]) -> str:
     return ", ".join(str(each["seed"]) for each in sorted(found, key=lambda each: each["seed"]))
-
-
-def features() -> str:
-    """One row per kind of images: how far from real ones, and how near to a boundary."""
-    rows = [
-        "| images | kind | number | to the nearest real image | from real images to the nearest | margin below 0.1 "
-        "| below 0.3 | below 0.5 |\n",
-        "|---|---|---|---|---|---|---|---|\n",
-    ]
-    for path in sorted(FEATURES.glob("*.json")):
-        for each in json.loads(path.read_text())["rows"]:
-            margins = " | ".join(f"{share:.1f} %" for share in each["margins"].values())
-            rows.append(
-                f"| {each['way']} | {each['kind']} | {each['num_samples']} | {each['to_real']:.2f} "
-                f"| {each['from_real']:.2f} | {margins} |\n"
-            )
-    return "".join(rows)

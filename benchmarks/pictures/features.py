@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.measurement import keep, prepare
+from benchmarks.pictures.tables import FEATURES
 from qimera import LabelledImages, Teacher, recipe, synthesize
 from qimera.assessment.diagnostics import features_of, margins_of
 from qimera.cli.console import ProgressDisplay
 from qimera.config.settings import SynthesisSettings
 from qimera.synthesis.superposition import shows_one_class
 
-RESULTS = Path(__file__).parent / "results" / "features"
 NUM_REAL = 2000
 MARGINS = (0.1, 0.3, 0.5)
 """Of the most probable class over the second; the share of samples with less is reported."""
@@ -61,7 +61,7 @@ def main() -> None:
             ]
     rows = [_measure("real images", others, real)]
     rows += [_measure(name, seen, real) for name, found in ways.items() for seen in found]
-    path = RESULTS / f"{options.network}-{options.seed}.json"
+    path = FEATURES / f"{options.network}-{options.seed}.json"
     keep(path, {"network": options.network, "seed": options.seed, "rows": rows}, f"{len(rows)} rows")
     draw(ways, real, options.output)
 

@@ -5,8 +5,6 @@
 
 A run that is interrupted continues when the same command is given again, on any device. ``--folder`` holds all of it:
 results/NAME.json of finished runs, and states/NAME of the one that was begun, below 60 MB together.
-
-The folder has no __init__.py: with one it would hide the standard library's queue from the programs beside it.
 """
 
 import argparse
