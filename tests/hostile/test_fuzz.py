@@ -62,7 +62,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory, teacher: Teacher, bank: 
     measured = Measured(data="a", num_images=3, student_top1=50.0, teacher_top1=60.0, agreement=70.0)
     measured.save(folder / "evaluation.json")
     Checkpoints(folder, "fuzz").of("checkpoint").save({"step": 3, "state": {"a": torch.zeros(50)}})
-    quantize(teacher, bank, settings=DistillationSettings(num_steps=0)).save(folder / "student.safetensors")
+    student = quantize(teacher, bank, settings=DistillationSettings(num_steps=0))
+    student.save_state(folder / "student.safetensors")
+    student.save(folder / "whole_student.safetensors")
     teacher.save(folder / "teacher.safetensors")
     torch.save(TinyNet().state_dict(), folder / "weights.pt")
     save_file(TinyNet().state_dict(), folder / "weights.safetensors")
@@ -93,6 +95,9 @@ def subjects(teacher: Teacher) -> dict[str, Subject]:
             ["student.safetensors"],
             lambda folder: Student.load_state(folder / "student.safetensors", teacher, QuantizationSettings()),
             0.1,
+        ),
+        "whole student": Subject(
+            ["whole_student.safetensors"], lambda folder: Student.load(folder / "whole_student.safetensors"), 0.1
         ),
         "teacher": Subject(
             ["teacher.safetensors"], lambda folder: Teacher.load(folder / "teacher.safetensors", SPEC), 0.5
@@ -185,6 +190,16 @@ def _change_archive(path: Path, way: str, chance: random.Random) -> None:
 
 def listing(folder: Path) -> set[str]:
     return {str(path) for path in folder.rglob("*")}
+
+
+OF_ANOTHER_KIND = {"report", "allocation"}
+"""Subjects that are given whole files of another kind."""
+
+
+def test_whole_files_are_read(originals: Path, teacher: Teacher) -> None:
+    for name, subject in subjects(teacher).items():
+        if name not in OF_ANOTHER_KIND:
+            subject.read(originals)
 
 
 @pytest.mark.timeout(7200)
