@@ -136,7 +136,7 @@ def test_the_readme_is_short() -> None:
 def test_the_commands_for_a_torchvision_network_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    """By default on the embedded network, or else with random weights, which a run says are untrained."""
+    """By default on the embedded network and few samples, or else with random weights, which a run says are untrained."""
     monkeypatch.chdir(tmp_path)
     typed = block("sh", "torchvision:resnet18").replace("torchvision:resnet18 --weights resnet18.pth", model)
     side, channels, classes = (28, 1, 10) if model == "mnist_cnn" else (224, 3, 1000)
@@ -144,7 +144,8 @@ def test_the_commands_for_a_torchvision_network_run(
         torch.save(build("torchvision", "resnet18", None).state_dict(), "resnet18.pth")
     images = np.random.default_rng(0).integers(0, 256, (20, side, side, channels), dtype=np.uint8)
     np.savez("val.npz", images=images, labels=np.arange(20) % classes)
+    few = ("--set", "synthesis.num_optimized=16", "--set", "direct.num_steps=2") if model == "mnist_cnn" else ()
     for line in typed_in(typed):
-        result = CliRunner().invoke(app, line[1:])
+        result = CliRunner().invoke(app, [*line[1:], *(few if line[1] == "quantize" else ())])
         assert result.exit_code == 0, (line, result.output)
     assert (tmp_path / "runs/resnet18/student.onnx").is_file()
