@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qimera.config.bits import check_layer_bits, parse_bits, parse_layer_bits
 from qimera.config.input_spec import InputSpec
-from qimera.config.recipes import Recipe, recipe as recipe_called
+from qimera.config.recipes import DEFAULT_RECIPE, Recipe, recipe as recipe_called
 from qimera.config.settings import DistillationSettings, QuantizationSettings, SynthesisSettings, check_start
 from qimera.errors import ConfigError
 from qimera.machine.acceleration import exact_convolutions, find_device, is_compiled
@@ -127,8 +127,8 @@ def quantize(
         budget=budget,
     )
     teacher = as_teacher(model, bank.input_spec)
-    check_bank(bank, teacher)
     if budget:
+        check_bank(bank, teacher)
         allocation = allocate(teacher, bank, quantization, seed=seed, progress=progress)
         quantization = quantization.replace(layer_bits=allocation.all_rules)
     settings = settings or _recipe_for(teacher, recipe).distillation
@@ -197,7 +197,7 @@ def _refuse_both(settings: object, recipe: str | None) -> None:
 
 
 def _recipe_for(teacher: Teacher, name: str | None) -> Recipe:
-    return recipe_called(name or "fast", teacher.input_spec, teacher.num_classes)
+    return recipe_called(name or DEFAULT_RECIPE, teacher.input_spec, teacher.num_classes)
 
 
 NUM_RANGE_BATCHES = 4

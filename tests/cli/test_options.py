@@ -191,7 +191,9 @@ def test_several_bits_make_several_runs_of_one_bank(tmp_path: Path) -> None:
     assert "finished already" in said(qimera(*command))
 
 
-def test_bits_that_are_named_twice_are_refused(tmp_path: Path) -> None:
-    result = qimera("quantize", "mnist_cnn", "--bits", "w4a4,w4a4", "--output", tmp_path / "runs")
+@pytest.mark.parametrize("bits", ["w4a4,w4a4", "w8a8,", ","])
+def test_bits_that_are_named_twice_or_missing_are_refused(tmp_path: Path, bits: str) -> None:
+    result = qimera("quantize", "mnist_cnn", "--bits", bits, "--output", tmp_path / "runs")
     assert result.exit_code == 2
-    assert "--bits: each can be named once" in said(result)
+    assert f"--bits: expected each once, with commas between, such as w8a8,w4a4, given {bits}" in said(result)
+    assert not (tmp_path / "runs").exists()

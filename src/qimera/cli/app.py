@@ -178,9 +178,8 @@ def quantize(
 
         place = find_device(device or "auto")
         with joined():
-            results = []
-            for path, each in _one_by_one(output, options):
-                results.append(_quantize(path, model_options, each, settings, place))
+            runs = _one_by_one(output, options)
+            results = [_quantize(path, model_options, each, settings, place) for path, each in runs]
             if is_main():
                 Limits(strict, max_drop).check(*results)
 
@@ -190,8 +189,8 @@ def _one_by_one(output: Path, options: RunOptions) -> list[tuple[Path, RunOption
     widths = [each.strip() for each in (options.bits or "").split(",")]
     if len(widths) == 1:
         return [(output, options)]
-    if len(set(widths)) < len(widths):
-        raise ConfigError(f"--bits: each can be named once, given {options.bits}")
+    if len(set(widths)) < len(widths) or "" in widths:
+        raise ConfigError(f"--bits: expected each once, with commas between, such as w8a8,w4a4, given {options.bits}")
     bank = options.bank or output / widths[0] / "bank"
     banks = [options.bank, *[bank] * (len(widths) - 1)]
     return [(output / bits, replace(options, bits=bits, bank=bank)) for bits, bank in zip(widths, banks, strict=True)]

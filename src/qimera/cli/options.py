@@ -13,7 +13,7 @@ from qimera.cli.arguments import ModelOptions, RunOptions
 from qimera.config.base import Settings
 from qimera.config.bits import parse_bits, parse_layer_bits
 from qimera.config.input_spec import InputSpec
-from qimera.config.recipes import Recipe, recipe
+from qimera.config.recipes import DEFAULT_RECIPE, Recipe, recipe
 from qimera.config.run_settings import RunSettings
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError
@@ -23,7 +23,6 @@ from qimera.teacher.teacher import Teacher
 
 _S = TypeVar("_S", bound=Settings)
 
-DEFAULT_RECIPE = "fast"
 DEFAULT_BITS = "w4a4"
 
 
@@ -141,7 +140,7 @@ def _changed(settings: RunSettings, options: RunOptions) -> RunSettings:
         except ConfigError as error:
             raise ConfigError(f"--set: {error}") from None
         if options.bank is not None and changed.synthesis != settings.synthesis:
-            raise ConfigError(f"--set: {name} is another in the bank; leave out --bank, or leave {name} out")
+            raise ConfigError(f"--set: {name} differs from the bank; leave out --bank, or leave {name} out")
         settings = changed
     return settings
 

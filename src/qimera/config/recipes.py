@@ -13,6 +13,7 @@ from qimera.config.settings import (
 from qimera.errors import ConfigError
 
 RECIPE_NAMES = ("ptq", "fast", "best", "qimera", "paper", "gdfq")
+DEFAULT_RECIPE = "fast"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,4 @@
 from typing import Literal
 
 Precision = Literal["auto", "float32", "bfloat16"]
-
-
 Compile = Literal["auto", "never", "always"]

@@ -184,8 +184,8 @@ def _find_bits(run: RunDirectory, teacher: Teacher, bank: SampleBank, progress: 
     settings = run.settings
 
     def find() -> Allocation:
-        if run.allocation:
-            return run.allocation
+        if found := run.allocation:
+            return found
         with run.recording(ALLOCATION, progress) as record:
             return allocate(teacher, bank, settings.quantization, seed=settings.seed, progress=record)
 
