@@ -136,7 +136,7 @@ def test_the_readme_is_short() -> None:
 def test_the_commands_for_a_torchvision_network_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    """By default on the embedded network and few samples, or else with random weights, which a run says are untrained."""
+    """By default on the embedded network and few samples, else with random weights, of which a run warns."""
     monkeypatch.chdir(tmp_path)
     typed = block("sh", "torchvision:resnet18").replace("torchvision:resnet18 --weights resnet18.pth", model)
     side, channels, classes = (28, 1, 10) if model == "mnist_cnn" else (224, 3, 1000)
