@@ -1,6 +1,7 @@
 """Exact sums: what a student computes where no gradients are recorded."""
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -11,7 +12,8 @@ from qimera.config.input_spec import InputSpec
 from qimera.config.settings import QuantizationSettings
 from qimera.export.onnx_model import onnx_model
 from qimera.graph.nodes import WEIGHTED
-from qimera.quantization.exact import _ExactLayer, with_exact_sums
+from qimera.quantization.exact import _ExactAddition, _ExactLayer, with_exact_sums
+from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
@@ -135,6 +137,49 @@ def test_large_sums_are_those_of_onnx_runtime(kind: str) -> None:
     (expected,) = session.run(None, {"input": images.numpy()})
     with torch.no_grad():
         assert np.array_equal(student(images).numpy(), expected)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_additions_are_those_of_onnx_runtime(seed: int) -> None:
+    """All pairs of levels: now and then a sum lies within a rounding error of the middle between two levels."""
+    rng = torch.Generator().manual_seed(seed)
+    first, second, result = (_random_grid(rng) for _ in range(3))
+    a, b = (levels.flatten() for levels in torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij"))
+    with torch.no_grad():
+        on_grids = [_values(levels, grid) for levels, grid in ((a, first), (b, second))]
+        levels = _ExactAddition(first, second, result)(*on_grids) / result.scale + result.zero_point
+    expected = _qlinear_add(a, b, first, second, result)
+    assert np.array_equal(levels.round().clamp(0, 255).to(torch.uint8).numpy(), expected)
+
+
+def _random_grid(rng: torch.Generator) -> LearnedStepFakeQuantize:
+    grid = LearnedStepFakeQuantize(dtype=torch.uint8, quant_min=0, quant_max=255, qscheme=torch.per_tensor_affine)
+    grid.log_scale.data.copy_(torch.rand((), generator=rng) - 3)
+    grid.zero_point.copy_(torch.randint(60, 160, (), generator=rng))
+    return grid
+
+
+def _values(levels: Tensor, grid: LearnedStepFakeQuantize) -> Tensor:
+    return (levels - grid.zero_point) * grid.scale
+
+
+def _qlinear_add(a: Tensor, b: Tensor, *grids: LearnedStepFakeQuantize) -> np.ndarray:
+    """Return the levels that ONNX Runtime's kernel adds ``a`` and ``b`` to."""
+    names = ["a", "a_scale", "a_zero", "b", "b_scale", "b_zero", "c_scale", "c_zero"]
+    constants = {
+        f"{name}_{kind}": value
+        for name, grid in zip("abc", grids, strict=True)
+        for kind, value in (("scale", grid.scale.detach().numpy()), ("zero", grid.zero_point.numpy().astype(np.uint8)))
+    }
+    node = onnx.helper.make_node("QLinearAdd", names, ["c"], domain="com.microsoft")
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, [len(a)]) for name in "abc"]
+    initializers = [onnx.numpy_helper.from_array(np.array(value), name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph([node], "addition", values[:2], values[2:], initializers)
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {"a": a.numpy().astype(np.uint8), "b": b.numpy().astype(np.uint8)})
+    return np.asarray(result)
 
 
 def _in_double(bias: Tensor | None, rest: list[object]) -> list[object]:

@@ -65,7 +65,7 @@ def _quantizer_behind(module: GraphModule, node: fx.Node) -> LearnedStepFakeQuan
 class _ExactAddition(nn.Module):
     """The sum of two tensors on grids, rounded onto the grid of the result as ONNX Runtime's integer kernel does it.
 
-    That is round(fma(a, r_a, fma(b, r_b, z - (r_a z_a + r_b z_b)))) with levels a and b counted from 0, zero points
+    That is round(fma(a, r_a, fma(b, r_b, z - fma(r_a, z_a, r_b z_b)))) with levels a and b counted from 0, zero points
     z_a, z_b and z, and the rounded ratios r of each step to that of the result, all in float32 (measured; float64
     stands in for the fused products, in which no bit of theirs is lost).
     """
@@ -80,7 +80,7 @@ class _ExactAddition(nn.Module):
         first, second, result = self.quantizers
         step = result.scale.detach()
         ratio_a, ratio_b = (each.scale.detach() / step for each in (first, second))
-        fixed = result.zero_point - (ratio_a * first.zero_point + ratio_b * second.zero_point)
+        fixed = result.zero_point - _fused(first.zero_point, ratio_a, ratio_b * second.zero_point)
         levels = _fused(_levels_from_0(b, second), ratio_b, fixed)
         levels = _fused(_levels_from_0(a, first), ratio_a, levels)
         return levels.round_().sub_(result.zero_point).mul_(step)
