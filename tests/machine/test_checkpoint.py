@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qimera.errors import PeerError
 from qimera.machine import checkpoint
 from qimera.machine.checkpoint import Checkpoint, Checkpoints
 
@@ -128,3 +129,28 @@ def test_an_interruption_after_the_last_step_loses_nothing(kept: Checkpoint) -> 
     with pytest.raises(KeyboardInterrupt):
         kept.save({"step": 9})
     assert kept.load() == {"step": 9}
+
+
+def test_an_interrupted_process_goes_on_until_the_main_one_has_saved_and_left(
+    kept: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it left first, the main process would lack it in the step that ends with the state."""
+    monkeypatch.setattr(checkpoint, "is_main", lambda: False)
+    steps = []
+
+    def loop() -> None:
+        with kept.guarding():
+            os.kill(os.getpid(), signal.SIGINT)
+            for step in range(3):
+                kept.after_step(lambda: pytest.fail("asked for a state"))
+                steps.append(step)
+            raise PeerError("another process of this run has ended")
+
+    with pytest.raises(KeyboardInterrupt):
+        loop()
+    assert steps == [0, 1, 2]
+
+
+def test_a_lost_process_is_no_interruption(kept: Checkpoint) -> None:
+    with pytest.raises(PeerError), kept.guarding():
+        raise PeerError("another process of this run has ended")

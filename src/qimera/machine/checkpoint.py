@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from qimera.errors import PeerError
 from qimera.machine.distributed import from_main, is_main
 from qimera.machine.files import replacing
 from qimera.machine.weights_file import allowing_only, is_tape
@@ -91,14 +92,13 @@ class Checkpoint:
         Raises:
             KeyboardInterrupt: the loop was interrupted while ``guarding``; the state is safe now.
         """
-        if self._path is None:
+        if self._path is None or not self._is_kept_here():
             return
-        if is_main() or not self._is_shared:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self._path) as temporary:
-                content = io.BytesIO()  # for torch.save itself turns a full disk into an internal error
-                torch.save({"owner": self._owner, "state": state}, content)
-                temporary.write_bytes(content.getbuffer())
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self._path) as temporary:
+            content = io.BytesIO()  # for torch.save itself turns a full disk into an internal error
+            torch.save({"owner": self._owner, "state": state}, content)
+            temporary.write_bytes(content.getbuffer())
         self._saved_at = time.monotonic()
         if self._interrupted:
             raise KeyboardInterrupt
@@ -109,8 +109,13 @@ class Checkpoint:
         Raises:
             KeyboardInterrupt: as ``save``.
         """
+        if not self._is_kept_here():
+            return  # and goes on: the main process saves and ends, and then this one notices
         if self._path is not None and (self._interrupted or time.monotonic() - self._saved_at >= SECONDS_BETWEEN):
             self.save(state())
+
+    def _is_kept_here(self) -> bool:
+        return is_main() or not self._is_shared
 
     @contextmanager
     def guarding(self) -> Iterator[None]:
@@ -133,5 +138,9 @@ class Checkpoint:
             signal.signal(number, ask)
         try:
             yield
+        except PeerError as error:
+            if self._interrupted:
+                raise KeyboardInterrupt from error  # the others were interrupted too
+            raise
         finally:
             restore()
