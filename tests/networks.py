@@ -222,6 +222,26 @@ class ManyEdges(nn.Module):
         return self.classifier(F.avg_pool2d(x, 8)).flatten(1)
 
 
+class Transformer(nn.Module):
+    """One pre-norm block of two heads on four by four patches and a class token, as in ViT; no batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.randn(1, 1, 8))
+        self.positions = nn.Parameter(torch.randn(1, 17, 8))
+        self.first_norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.second_norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
+        q, k, v = self.qkv(self.first_norm(x)).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.down(F.gelu(self.up(self.second_norm(x))))
+        return self.head(self.norm(x)[:, 0])
+
+
 NETWORKS = {
     "residual": TinyNet,
     "convolution without bias": lambda: Plain(bias=False),
@@ -235,6 +255,7 @@ NETWORKS = {
     "norms before convolutions": PreActivation,
     "convolution read twice": ReadTwice,
     "many edges": ManyEdges,
+    "transformer": Transformer,
 }
 
 

@@ -60,7 +60,7 @@ def synthesize(
     Raises:
         ConfigError: the input spec is missing, the model refuses such images, the seed is out of range, there is no
             such recipe, or settings are given beside one.
-        UnsupportedModelError: the model cannot be captured, or has no batch norm.
+        UnsupportedModelError: the model cannot be captured.
         DivergenceError: a loss became NaN or infinite.
     """
     seed = check_seed(seed)

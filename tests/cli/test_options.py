@@ -23,7 +23,6 @@ def model_file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("function", "options", "exit_code", "message"),
     [
-        ("build_without_batch_norm", INPUT, 3, "no batch norm"),
         ("build_broken", INPUT, 3, r"4\.weight: 1536 of 1536 values are NaN or infinite"),
         ("build_overflowing", INPUT, 3, "returns NaN or infinite logits for random images"),
         ("build_until_interrupted", INPUT, 130, "interrupted; the same command continues"),
@@ -123,7 +122,7 @@ def test_a_wrong_settings_file_is_refused(tmp_path: Path, text: str, message: st
 
 
 def test_of_several_recipes_the_first_makes_the_bank_and_the_others_are_alternatives(model_file: Path) -> None:
-    model = ModelOptions(f"{model_file}:build", None, "1,8,8", "0.5", "0.25", None, None, None)
+    model = ModelOptions(f"{model_file}:build", None, "1,8,8", "0.5", "0.25", None, None)
     settings = resolve(model, RunOptions(recipe="fast, ptq")).settings
     fast, ptq = (recipe(name, settings.input, 3) for name in ("fast", "ptq"))
     assert settings.recipe == "fast,ptq"

@@ -61,7 +61,7 @@ def student() -> Student:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Tokens()
-    made = Student(Teacher.capture(model, SPEC, without_batch_norms=True), QuantizationSettings())
+    made = Student(Teacher.capture(model, SPEC), QuantizationSettings())
     made.initialize_ranges_([torch.randn(8, *SPEC.shape, generator=torch.Generator().manual_seed(0))])
     return made
 

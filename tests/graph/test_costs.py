@@ -155,7 +155,7 @@ def test_an_architecture_multiplies_as_much_as_pytorch_counts(name: str, size: i
 def assert_counts_as_pytorch(model: nn.Module, size: int) -> None:
     model.eval()
     spec = InputSpec(shape=(3, size, size), mean=(0.5,) * 3, std=(0.5,) * 3)
-    teacher = Teacher.capture(model, spec, without_batch_norms=True)
+    teacher = Teacher.capture(model, spec)
     # It does not know the CPU's kernel of attention, which computes both products in one.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, 3, size, size))

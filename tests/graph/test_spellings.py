@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import UnsupportedModelError
 from qimera.graph.nodes import aten
+from qimera.quantization.scheme import quantizer_of
 from qimera.quantization.student import Student
 from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, Head, Lambda, calibrated
@@ -34,6 +35,16 @@ INF = float("inf")
 TOKENS = Lambda(lambda x: x.flatten(2).transpose(1, 2))
 MEAN = Lambda(lambda x: x.mean((2, 3)))
 MAP = Lambda(lambda x: x[:, :, None, None])
+ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "scaled": lambda x: F.scaled_dot_product_attention(x, 2 * x, x, scale=0.7),
+    "causal": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+    "hiding tokens": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.eye(x.shape[1]) > 0),
+    "with a bias": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=torch.linspace(-1, 1, x.shape[1])),
+    "hiding some": lambda x: F.scaled_dot_product_attention(
+        x, x, x, attn_mask=x.mean(2)[:, None] > x.mean((1, 2))[:, None, None]
+    ),
+}
 SPELLINGS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "padding same": (lambda: between(nn.Conv2d(8, 8, 3, padding="same")), 3),
     "padding same, dilated and grouped": (lambda: between(nn.Conv2d(8, 8, 3, padding="same", dilation=2, groups=2)), 3),
@@ -90,6 +101,23 @@ def test_every_spelling_is_captured_and_quantized(name: str) -> None:
         student.initialize_ranges_([images])
         assert (student(images) - expected).abs().max() <= 0.1 * expected.abs().max()
     assert len(student.layer_names()) == num_layers
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_is_taken_apart_into_products_of_integers(name: str) -> None:
+    attention = Lambda(ATTENTION[name])
+    model = between(TOKENS, attention, Lambda(lambda x: x.transpose(1, 2)[..., None]))
+    teacher = Teacher.capture(model, SPEC)
+    targets = [node.target for node in teacher.module.graph.nodes]
+    assert (targets.count(aten.matmul.default), targets.count(aten.softmax.int)) == (2, 1)
+    assert aten.scaled_dot_product_attention.default not in targets
+    images = torch.randn(4, *SPEC.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images), model(images), rtol=1e-4, atol=1e-5)
+    student = Student(teacher, QuantizationSettings(weight_bits=8, activation_bits=5))
+    products = [node for node in student.module.graph.nodes if node.target is aten.matmul.default]
+    factors = [quantizer_of(student.module, factor) for node in products for factor in node.args]
+    assert [(each.quant_min, each.quant_max) for each in factors] == [(0, 31)] * 4
 
 
 def operations(name: str) -> set[object]:

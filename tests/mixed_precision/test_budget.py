@@ -83,7 +83,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize(("fused", "bits_of_products"), [(False, 5), (True, 32)])
 def test_products_of_activations_count_at_their_bits_beside_what_is_decided(fused: bool, bits_of_products: int) -> None:
     """An attention that is one operation is computed in floating point."""
-    teacher = Teacher.capture(Attention(fused=fused), TOY, without_batch_norms=True)
+    teacher = Teacher.capture(Attention(fused=fused), TOY)
     given = settings("bops=1", ("again", 7, 6), weight_bits=3, activation_bits=5, input_bits=8)
     stem, again, head, products = 16 * 6 * 4 * 3 * 8, 2 * 16 * 36 * 7 * 6, 18 * 3 * 5, 2 * 16 * 16 * 6
     assert bit_operations(teacher, given) == stem + again + head + products * bits_of_products**2
@@ -92,7 +92,7 @@ def test_products_of_activations_count_at_their_bits_beside_what_is_decided(fuse
 
 
 def test_inspect_tells_which_products_of_activations_are_in_integers() -> None:
-    integer, fused = (Teacher.capture(Attention(fused=each), TOY, without_batch_norms=True) for each in (False, True))
+    integer, fused = (Teacher.capture(Attention(fused=each), TOY) for each in (False, True))
     assert "all their weights and inputs; both factors of 2 products of activations;" in teacher_facts("m", integer)
     assert "products of activations" not in teacher_facts("m", fused).partition("quantized")[2]
     assert "1 scaled_dot_product_attention" in teacher_facts("m", fused).partition("in float")[2]

@@ -104,9 +104,7 @@ def large_sums(kind: str) -> tuple[Student, Tensor]:
         torch.manual_seed(0)
         model, images = LargeSums(kind), 0.7 + 0.3 * torch.rand(16, 3, 8, 8)
     spec = InputSpec(shape=(3, 8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
-    student = Student(
-        Teacher.capture(model, spec, without_batch_norms=True), QuantizationSettings(weight_bits=8, activation_bits=8)
-    )
+    student = Student(Teacher.capture(model, spec), QuantizationSettings(weight_bits=8, activation_bits=8))
     student.initialize_ranges_([images])
     return student, images
 

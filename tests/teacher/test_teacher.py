@@ -265,17 +265,21 @@ class DataDependent(nn.Module):
 
 
 UNSUPPORTED: dict[str, tuple[nn.Module, str]] = {
-    "no batch norm": (network(nn.ReLU()), r"no batch norm .* found in Sequential \(6 modules\).*before folding them"),
     "statistics of the batch": (
         network(nn.BatchNorm2d(4, track_running_stats=False)),
-        "no batch norm with running statistics",
+        "answers differently for an image when other images are in the batch",
     ),
-    "group norm": (network(nn.GroupNorm(2, 4)), "no batch norm with running statistics"),
     "two outputs": (Wrapped(lambda logits: (logits, logits)), "several tensors .* choose one of 0, 1 with --logits"),
     "a feature map": (Wrapped(lambda logits: logits[:, :, None, None].expand(-1, -1, 4, 4)), r"output \(2, 3, 4, 4\)"),
     "one class": (Wrapped(lambda logits: logits[:, :1]), r"output \(2, 1\).*at least 2 classes"),
     "data-dependent flow": (DataDependent(), "DataDependent cannot be captured by torch.export.*control flow"),
 }
+
+
+@pytest.mark.parametrize("norm", [nn.ReLU(), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)], ids=lambda norm: str(norm))
+def test_a_network_without_batch_norms_is_captured(norm: nn.Module) -> None:
+    model = network(norm).eval()
+    torch.testing.assert_close(Teacher.capture(model, SPEC)(images(3)), model(images(3)), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", UNSUPPORTED)

@@ -80,12 +80,6 @@ class ModelOptions:
             metavar="KEY", help="Which of several outputs the logits are, such as 0 or head.logits. Default: found."
         ),
     ] = None
-    without_batch_norms: Annotated[
-        bool | None,
-        typer.Option(
-            "--without-batch-norms", help="Take a model that has none; its samples are little better than noise."
-        ),
-    ] = None
 
 
 @dataclass(frozen=True)

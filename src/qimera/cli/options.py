@@ -31,14 +31,13 @@ def capture(options: ModelOptions, *, untrained: bool = False) -> Teacher:
 
     Raises:
         ConfigError: an option is missing or wrong, or the model and its weights do not fit.
-        UnsupportedModelError: the model cannot be captured, or has no batch norm.
+        UnsupportedModelError: the model cannot be captured.
     """
     if options.model is None:
         raise ConfigError("MODEL: missing; give file.py:function, or one of the others that `qimera --help` lists")
     model = load_model(options.model, options.weights, untrained=untrained)
     input_spec = _input_spec(options, options.model, model)
-    without = bool(options.without_batch_norms)
-    return Teacher.capture(model, input_spec, options.logits or "", without_batch_norms=without)
+    return Teacher.capture(model, input_spec, options.logits or "")
 
 
 def _input_spec(options: ModelOptions, source: str, model: nn.Module) -> InputSpec:
@@ -89,7 +88,7 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
 
     Raises:
         ConfigError: an option is missing or wrong.
-        UnsupportedModelError: the model cannot be captured, or has no batch norm.
+        UnsupportedModelError: the model cannot be captured.
     """
     quantization = _quantization(options)
     teacher = capture(model_options)
@@ -103,7 +102,6 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
         seed=options.seed or 0,
         bank=_absolute(options.bank),
         logits=model_options.logits or "",
-        without_batch_norms=bool(model_options.without_batch_norms),
         input=teacher.input_spec,
         synthesis=row.synthesis if bank is None else bank.settings,
         quantization=quantization,
@@ -166,7 +164,7 @@ def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) 
 
     Raises:
         ConfigError: no such file, something wrong in it, or another option beside it.
-        UnsupportedModelError: the model cannot be captured, or has no batch norm.
+        UnsupportedModelError: the model cannot be captured.
     """
     typed = [
         field.name
@@ -181,8 +179,7 @@ def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) 
         raise ConfigError(f"--settings: no such file: {path}; give the settings.json of a run")
     settings = RunSettings.load(path)
     model = load_model(settings.model, Path(settings.weights) if settings.weights else None)
-    without = settings.without_batch_norms
-    teacher = Teacher.capture(model, settings.input, settings.logits, without_batch_norms=without)
+    teacher = Teacher.capture(model, settings.input, settings.logits)
     bank = SampleBank.load(Path(settings.bank), teacher) if settings.bank else None
     return Resolved(settings, teacher, bank)
 

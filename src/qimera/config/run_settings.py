@@ -20,6 +20,10 @@ _WRITTEN_BY = "qimera"
 """Key of the version that wrote a file of settings; not one of the settings."""
 
 
+_RETIRED = ("without_batch_norms",)
+"""Settings of older versions that decide nothing any more."""
+
+
 class RunSettings(Settings):
     """Everything that decides a run; the file of it starts the same run again."""
 
@@ -38,9 +42,6 @@ class RunSettings(Settings):
 
     logits: str = ""
     """Which of several outputs of the model the logits are; empty where they were found."""
-
-    without_batch_norms: bool = False
-    """Take a model without batch norms, whose samples follow from its classes alone."""
 
     input: InputSpec
     synthesis: SynthesisSettings
@@ -81,6 +82,8 @@ class RunSettings(Settings):
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: not a file of settings, but {describe_value(values)}")
         writer = values.pop(_WRITTEN_BY, None)
+        for name in _RETIRED:
+            values.pop(name, None)
         try:
             settings = cls.model_validate(values)
         except ConfigError as error:

@@ -14,7 +14,10 @@ _MULTIPLYING = {*LAYERS, "Attention", "Einsum", "GRU", "LSTM", "RNN"}
 _EXPANDING = {"DequantizeLinear", "Transpose", "Cast", "Reshape", "Slice", "Sub", "Mod", "Div", "Add", "Gather"}
 """What lies between a layer and the integers of its weight."""
 
-_MOVES = {"Flatten", "MaxPool", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+_MOVES = {
+    *("DepthToSpace", "Expand", "Flatten", "Gather", "MaxPool", "Pad", "Reshape", "Slice", "SpaceToDepth", "Split"),
+    *("Squeeze", "Tile", "Transpose", "Unsqueeze"),
+}
 
 
 def deploy_(graph: ir.Graph) -> None:

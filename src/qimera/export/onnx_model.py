@@ -19,9 +19,17 @@ from qimera.errors import ConfigError, UnsupportedModelError, first_line
 from qimera.export.integer_graph import deploy_
 from qimera.export.packing import shared_constant
 from qimera.graph.nodes import aten
+from qimera.quantization.scheme import RELUS
 from qimera.quantization.student import Student
 
 OPSET = 21
+
+_IN_KERNEL = {
+    *RELUS,
+    torch.ops.quantized_decomposed.quantize_per_tensor.default,
+    torch.ops.quantized_decomposed.dequantize_per_tensor.default,
+}
+"""What an integer kernel of a layer does after its sums."""
 
 _SILENT = "torch.onnx._internal.exporter._registration"
 
@@ -77,9 +85,12 @@ def _translate(student: Student) -> ir.Model:
 def _with_windows(student: Student) -> GraphModule:
     """Return the integer graph with every average over positions written as a pooling with a window.
 
-    That has an integer kernel; a mean has none, and adaptive pooling becomes a gather of computed indices.
+    That has an integer kernel; a mean has none, and adaptive pooling becomes a gather of computed indices. Linear
+    layers on tokens read a matrix of all tokens, since only such a kernel adds the bias to its integers.
     """
     module = student.converted()
+    for node in list(module.graph.find_nodes(op="call_function", target=aten.linear.default)):
+        _read_matrix_(module, node)
     values = {node.name: node.meta.get("val") for node in module.graph.nodes}
     shapes = {name: value.shape for name, value in values.items() if isinstance(value, Tensor)}
     for node in list(module.graph.nodes):
@@ -93,6 +104,22 @@ def _with_windows(student: Student) -> GraphModule:
             module.graph.erase_node(node)
     module.recompile()
     return module
+
+
+def _read_matrix_(module: GraphModule, linear: Node) -> None:
+    """Let a linear layer read all tokens as rows of one matrix; they are told apart again behind its kernel."""
+    value = linear.meta.get("val")
+    if not isinstance(value, Tensor) or value.ndim < 3 or any(not isinstance(size, int) for size in value.shape[1:]):
+        return
+    end = linear
+    while len(end.users) == 1 and next(iter(end.users)).target in _IN_KERNEL:
+        end = next(iter(end.users))
+    with module.graph.inserting_before(linear):
+        rows = module.graph.call_function(aten.flatten.using_ints, (linear.args[0], 0, value.ndim - 2))
+    linear.args = (rows, *linear.args[1:])
+    with module.graph.inserting_after(end):
+        tokens = module.graph.call_function(aten.reshape.default, (end, [-1, *value.shape[1:]]))
+    end.replace_all_uses_with(tokens, delete_user_cb=lambda user: user is not tokens)
 
 
 def _window(node: Node, shapes: dict[str, torch.Size]) -> list[int] | None:

@@ -163,7 +163,7 @@ def _integers_of_layers(
     expected = student.integers(batch)
     for (name, _), integers in zip(in_file.items(), actual, strict=True):
         if name in expected:
-            yield name, expected[name].numpy(), integers
+            yield name, expected[name].numpy(), integers.reshape(expected[name].shape)  # tokens are rows in the file
 
 
 def _integers_behind(model: onnx.ModelProto, layer: str) -> str | None:

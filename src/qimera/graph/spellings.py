@@ -1,5 +1,6 @@
 """Operations that can be written in several ways -> the one spelling that the rest of the package reads."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -160,6 +161,47 @@ def _is_constant(node: Node) -> bool:
     return True
 
 
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def _attention(module: GraphModule, node: Node) -> None:
+    """Two products of matrices and a softmax between them: softmax(queries keys^T * scale + mask) values."""
+    if argument(node, "enable_gqa"):
+        return
+    queries, keys, values = (node_at(node, index) for index in range(3))
+    width = queries.meta["val"].shape[-1]
+    scale = argument(node, "scale")
+    scores = _called(node, aten.matmul.default, queries, _called(node, aten.transpose.int, keys, -2, -1))
+    scores = _called(node, aten.mul.Tensor, scores, width**-0.5 if scale is None else float(scale))
+    mask = _causal(node) if argument(node, "is_causal") else argument(node, "attn_mask")
+    if mask is not None:
+        scores = _called(node, aten.add.Tensor, scores, _added_mask(node, mask))
+    _replace(node, aten.matmul.default, _called(node, aten.softmax.int, scores, -1), values)
+
+
+def _causal(node: Node) -> Node:
+    """Which keys each query sees: those up to its own place."""
+    sizes = [node_at(node, index).meta["val"].shape[-2] for index in (0, 1)]
+    return _called(node, aten.tril.default, _called(node, aten.full.default, sizes, True, dtype=torch.bool))
+
+
+def _added_mask(node: Node, mask: Node) -> Node:
+    """Zero where a query sees a key and minus infinity where not; a mask of numbers is added as it is."""
+    if mask.meta["val"].dtype != torch.bool:
+        return mask
+    zeros = _called(node, aten.zeros_like.default, mask, dtype=torch.float32)
+    hidden = _called(node, aten.logical_not.default, mask)
+    return _called(node, aten.masked_fill.Scalar, zeros, hidden, -math.inf)
+
+
+def _called(place: Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+    """Return a new call of ``target`` before ``place``."""
+    new: Node = place.graph.call_function(target, args, kwargs)
+    of_values = [each.meta["val"] if isinstance(each, Node) else each for each in args]
+    new.meta["val"] = target(*of_values, **kwargs)
+    return new
+
+
 # --- poolings and clamps ----------------------------------------------------------------------------------------------
 
 
@@ -241,6 +283,7 @@ _REWRITES: dict[object, Callable[[GraphModule, Node], None]] = {
     aten.mm.default: _matrix_product,
     aten.matmul.default: _matrix_product,
     aten.addmm.default: _sum_and_product,
+    aten.scaled_dot_product_attention.default: _attention,
     aten.max_pool2d_with_indices.default: _max_pool2d,
     aten.adaptive_max_pool2d.default: _adaptive_max_pool2d,
     aten.avg_pool2d.default: _avg_pool2d,

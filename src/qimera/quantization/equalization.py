@@ -36,7 +36,7 @@ class Edge:
     """A tensor between two layers of which each channel can be scaled by the one and scaled back by the other."""
 
     producer: Node
-    """The layer whose weight's rows, and bias, are scaled."""
+    """The layer whose weight's rows, and bias, are scaled; or the layer norm whose scales and shifts are."""
 
     end: Node
     """The activation function behind it, or the layer itself where there is none."""
@@ -51,8 +51,12 @@ class Edge:
 def edge_into(module: GraphModule, reader: Node) -> Edge | None:
     """Return the edge that ends at ``reader``, a layer of the prepared graph ``module``, if its channels can be scaled.
 
-    What lies between may be ReLU, ReLU6 and what treats every channel alike and in proportion.
+    What lies between may be ReLU, ReLU6 and what treats every channel alike and in proportion. Channels of a layer norm
+    that one linear layer reads differ tenfold in many transformers, and are scaled in its affine part (as in RepQ-ViT,
+    Li et al. 2023).
     """
+    if reader.target is aten.linear.default and (edge := _edge_behind_layer_norm(module, reader)) is not None:
+        return edge
     end, between = node_at(reader, 0), []
     while len(end.users) == 1 and (end.op == "call_module" or _keeps_channels(end)):
         between.append(end)
@@ -66,6 +70,19 @@ def edge_into(module: GraphModule, reader: Node) -> Edge | None:
     if any(_shares_weight(module, layer) for layer in (producer, reader)):
         return None
     return Edge(producer, end, reader, limit)
+
+
+def _edge_behind_layer_norm(module: GraphModule, reader: Node) -> Edge | None:
+    end = node_at(reader, 0)
+    while len(end.users) == 1 and (end.op == "call_module" or end.target in _COPIES):
+        end = node_at(end, 0)
+    if end.target is not aten.layer_norm.default or len(end.users) != 1:
+        return None
+    shape, *affine = (*end.args[1:4], None, None)[:3]
+    is_of_channels = isinstance(shape, list) and len(shape) == 1
+    if not is_of_channels or any(_is_shared(module, each) for each in affine) or _shares_weight(module, reader):
+        return None
+    return Edge(end, end, reader, math.inf)
 
 
 def _keeps_channels(node: Node) -> bool:
@@ -107,9 +124,15 @@ def _shares_weight(module: GraphModule, layer: Node) -> bool:
     weight = layer.args[1]
     if isinstance(weight, Node) and weight.op == "call_module":
         weight = node_at(weight, 0)
-    if not isinstance(weight, Node) or weight.op != "get_attr":
+    return _is_shared(module, weight)
+
+
+def _is_shared(module: GraphModule, parameter: object) -> bool:
+    """Whether ``parameter`` is none, or one that others read too."""
+    if not isinstance(parameter, Node) or parameter.op != "get_attr":
         return True
-    return [each.target for each in module.graph.find_nodes(op="get_attr")].count(weight.target) > 1
+    readers = [each for each in module.graph.find_nodes(op="get_attr") if each.target == parameter.target]
+    return sum(len(each.users) for each in readers) > 1
 
 
 def parameter_of(layer: Node, index: int) -> Node:
@@ -119,7 +142,7 @@ def parameter_of(layer: Node, index: int) -> Node:
 
 
 def candidate_scales(
-    edge: Edge, values: Float[Tensor, "batch channel height width"], num_steps: int
+    edge: Edge, values: Float[Tensor, "batch ..."], num_steps: int
 ) -> Iterator[Float[Tensor, " channel"]]:
     """Yield scales worth trying, first of all ones.
 
@@ -132,7 +155,7 @@ def candidate_scales(
         values: What ``edge.end`` returns.
         num_steps: Steps of the tensor's grid, from its lowest to its highest level.
     """
-    rows = thinned(values.movedim(1, 0).flatten(1), _NUM_POSITIONS)
+    rows = thinned(values.movedim(_channel_axis(edge), 0).flatten(1), _NUM_POSITIONS)
     num_steps = num_steps // 2 if (rows < 0).any() else num_steps  # to either side of zero
     reach = search_affine_parameters(rows.abs(), 0, num_steps, symmetric=False, axis=0)[0] * num_steps
     top = reach.amax() if edge.limit == math.inf else torch.tensor(edge.limit, device=reach.device)
@@ -142,14 +165,25 @@ def candidate_scales(
         yield full**power
 
 
-def scaled(edge: Edge, values: Float[Tensor, "batch channel height width"], scale: Float[Tensor, " channel"]) -> Tensor:
+def scaled(edge: Edge, values: Float[Tensor, "batch ..."], scale: Float[Tensor, " channel"]) -> Tensor:
     """Return what ``edge.end`` returns once its channels are scaled; it still clamps all of them to ``edge.limit``."""
-    return (values * scale.view(-1, 1, 1)).clamp(max=edge.limit)
+    axes_behind = (1,) * (-1 - _channel_axis(edge))
+    return (values * scale.view(-1, *axes_behind)).clamp(max=edge.limit)
+
+
+def _channel_axis(edge: Edge) -> int:
+    """Return where channels are, counted from the end; those of a layer norm come last."""
+    return -1 if edge.end.target is aten.layer_norm.default else -3
 
 
 def scale_rows_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"]) -> None:
     """Scale what the producer of ``edge`` returns; where it is on grids, its integers stay as they are."""
     producer = _node_called(module, edge.producer.name)
+    if producer.target is aten.layer_norm.default:
+        for index in (2, 3):
+            affine = tensor_of(module, node_at(producer, index))
+            affine *= scale
+        return
     weight = tensor_of(module, parameter_of(producer, 1))
     weight *= scale.view(-1, 1, 1, 1)
     if len(producer.args) > 2 and producer.args[2] is not None:

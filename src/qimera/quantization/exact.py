@@ -9,21 +9,21 @@ from torch.fx import GraphModule
 
 from qimera.graph.nodes import WEIGHTED, aten, logits_node
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, PerChannelBiasFakeQuantize
-from qimera.quantization.scheme import ADDITIONS, end_of_kernel, quantizer_of
+from qimera.quantization.scheme import ADDITIONS, MATRIX_PRODUCTS, end_of_kernel, quantizer_of
 
 _WHOLE = 1 << 24
 """Up to here float32 holds every whole number."""
 
 
 def with_exact_sums(module: GraphModule) -> GraphModule:
-    """Return a graph in which layers and additions of tensors on grids compute on levels; all else is shared."""
+    """Return a graph whose layers, products and additions of tensors on grids compute on levels; the rest is shared."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(module.graph, mapping)
     graph.output(mapping[logits_node(module)])
     result = GraphModule(module, graph)
     for node in list(graph.nodes):
-        exact = _exact_layer(result, node) if node.target in WEIGHTED else _exact_addition(result, node)
+        exact = _exact_module(result, node)
         if exact is not None:
             name = f"exact_{node.name}"
             result.add_submodule(name, exact)
@@ -32,6 +32,19 @@ def with_exact_sums(module: GraphModule) -> GraphModule:
             graph.erase_node(node)
     result.recompile()
     return result
+
+
+def _exact_module(module: GraphModule, node: fx.Node) -> nn.Module | None:
+    if node.target in WEIGHTED:
+        return _exact_layer(module, node)
+    return _exact_product(module, node) if node.target in MATRIX_PRODUCTS else _exact_addition(module, node)
+
+
+def _exact_product(module: GraphModule, node: fx.Node) -> "_ExactProduct | None":
+    first, second = (quantizer_of(module, each) for each in node.args[:2])
+    if not isinstance(first, LearnedStepFakeQuantize) or not isinstance(second, LearnedStepFakeQuantize):
+        return None
+    return _ExactProduct(first, second, _quantizer_behind(module, node))
 
 
 def _exact_layer(module: GraphModule, layer: fx.Node) -> "_ExactLayer | None":
@@ -92,6 +105,32 @@ def _levels_from_0(x: Tensor, quantizer: LearnedStepFakeQuantize) -> Tensor:
 
 def _fused(x: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
     return torch.addcmul(addend.double(), x.double(), factor.double()).float()
+
+
+class _ExactProduct(nn.Module):
+    """The product of two tensors on grids: whole numbers, brought onto the grid of the result as in ``_ExactLayer``."""
+
+    def __init__(
+        self,
+        first: LearnedStepFakeQuantize,
+        second: LearnedStepFakeQuantize,
+        result: LearnedStepFakeQuantize | None,
+    ) -> None:
+        super().__init__()
+        self.quantizers = (first, second, result)  # a tuple: not submodules
+
+    def forward(
+        self, a: Float[Tensor, "... row inner"], b: Float[Tensor, "... inner column"]
+    ) -> Float[Tensor, "... row column"]:
+        first, second, result = self.quantizers
+        step_a, step_b = first.scale.detach(), second.scale.detach()
+        levels = _levels(a, step_a), _levels(b, step_b)
+        largest = a.shape[-1] * (first.quant_max - first.quant_min) * (second.quant_max - second.quant_min)
+        sums = torch.matmul(*(each if largest <= _WHOLE else each.double() for each in levels)).float()
+        if result is None:
+            return sums.mul_(step_a * step_b)
+        step = result.scale.detach()
+        return sums.mul_(step_a * step_b / step).round_().mul_(step)
 
 
 class _ExactLayer(nn.Module):

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from qimera.config.input_spec import InputSpec
 from qimera.errors import ConfigError, UnsupportedModelError, first_line
 from qimera.graph.files import rebuilt, unsupported_operation
-from qimera.graph.nodes import BATCH_NORM, aten, batch_norms, logits_node, node_at, to_channels_last_
+from qimera.graph.nodes import BATCH_NORM, aten, logits_node, node_at, to_channels_last_
 from qimera.graph.operations import operation_name
 from qimera.graph.shapes import propagate_shapes_
 from qimera.graph.simplification import inline_regions_, simplify_, writes_what_is_read_again
@@ -38,20 +38,19 @@ _SOFTMAXES = {aten.softmax.int, aten.log_softmax.int}
 _RANDOM = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 
 
-def capture(model: nn.Module, input_spec: InputSpec, logits: str, *, without_batch_norms: bool) -> GraphModule:
+def capture(model: nn.Module, input_spec: InputSpec, logits: str) -> GraphModule:
     """Return the graph of ``model`` in evaluation mode and float32, for batches of any size; the model is left alone.
 
     Args:
         model: A trained classifier, on any device and of any floating-point type.
         input_spec: What its images look like.
         logits: Which of several outputs the logits are; found if empty.
-        without_batch_norms: Take a model that has no batch norms.
 
     Raises:
         ConfigError: the model refuses images of ``input_spec.shape``, or has no output ``logits``.
-        UnsupportedModelError: it cannot be copied or exported, returns no logits or several, has no batch norm, holds
-            NaN, infinite values or negative variances, uses an operation that qimera does not know, or answers
-            differently when it is asked again.
+        UnsupportedModelError: it cannot be copied or exported, returns no logits or several, holds NaN, infinite
+            values or negative variances, uses an operation that qimera does not know, or answers differently when it
+            is asked again.
     """
     name = type(unwrapped(model)).__name__
     model = _private_copy(unwrapped(model), name)
@@ -71,13 +70,6 @@ def capture(model: nn.Module, input_spec: InputSpec, logits: str, *, without_bat
     module = rebuilt(module)
     propagate_shapes_(module, input_spec.shape)
     to_channels_last_(module)
-    if not without_batch_norms and not batch_norms(module):
-        raise UnsupportedModelError(
-            f"no batch norm with running statistics found in {name} ({len(list(model.modules()))} modules); samples "
-            "are synthesised from these statistics, so bring the model with its batch norms, before folding them. For "
-            "one that never had any, --without-batch-norms makes samples from its classes alone, which are little "
-            "better than noise"
-        )
     expected = check_answers(model, input_spec, name)
     if not check_graph(module, expected, is_narrow=is_narrow):
         raise_for_another_graph(module, _graph_of(program)[0], expected, name)
@@ -207,7 +199,7 @@ def _exported(model: nn.Module, images: Tensor, name: str) -> ExportedProgram:
             reason = "what it computes next depends on the values of a tensor"
         raise UnsupportedModelError(
             f"{name} cannot be captured by torch.export: {reason}{_place_of(error)}; "
-            "remove data-dependent control flow and operations that fix the batch size"
+            "remove data-dependent control flow and operations that fix the batch size, such as len(x) for x.shape[0]"
         ) from error
 
 

@@ -86,9 +86,7 @@ class Teacher(nn.Module):
         self._tapped = with_outputs(self.module, [tap.node for tap in self.batch_norms])
 
     @classmethod
-    def capture(
-        cls, model: nn.Module, input_spec: InputSpec, logits: str = "", *, without_batch_norms: bool = False
-    ) -> "Teacher":
+    def capture(cls, model: nn.Module, input_spec: InputSpec, logits: str = "") -> "Teacher":
         """Export a copy of ``model`` in evaluation mode and float32, for batches of any size, and compare the two.
 
         Args:
@@ -96,16 +94,14 @@ class Teacher(nn.Module):
                 ``nn.DataParallel`` and compiled modules are taken off.
             input_spec: What its images look like.
             logits: Which of several outputs the logits are, such as ``0`` or ``head.logits``; found if empty.
-            without_batch_norms: Take a model that has none. Its samples then follow from its classes alone, and teach
-                little more than noise does.
 
         Raises:
             ConfigError: the model refuses images of ``input_spec.shape``, or has no output ``logits``.
-            UnsupportedModelError: it cannot be copied or exported, returns no logits or several, has no batch norm,
-                holds NaN, infinite values or negative variances, uses an operation that qimera does not know, or
-                answers differently when it is asked again.
+            UnsupportedModelError: it cannot be copied or exported, returns no logits or several, holds NaN, infinite
+                values or negative variances, uses an operation that qimera does not know, or answers differently when
+                it is asked again.
         """
-        return cls(capture(model, input_spec, logits, without_batch_norms=without_batch_norms), input_spec)
+        return cls(capture(model, input_spec, logits), input_spec)
 
     @classmethod
     def load(cls, path: Path | str, input_spec: InputSpec) -> "Teacher":
