@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from qimera.config.base import Settings
@@ -23,6 +24,14 @@ _NEAR_BOUNDARY = 0.5
 
 _DUPLICATE = 0.999
 """Cosine of two samples' pixels, less the mean image, from which they are the same but for noise."""
+
+
+class Check(Settings):
+    """One property of a bank beside its limit. A bank beyond a limit has a doubt or a remark that says so."""
+
+    is_good: bool
+    limit: str
+    """What good banks keep, such as ``at least 80 %``."""
 
 
 class Diagnosis(Settings):
@@ -62,6 +71,10 @@ class Diagnosis(Settings):
 
     clipped: float
     """Pixels that are black or white, in percent."""
+
+    checks: dict[str, Check] = Field(default_factory=dict)
+    """By ``statistics``, ``classes``, ``recognised``, ``boundaries`` and ``variety``; those that do not apply to the
+    bank are absent."""
 
     doubts: tuple[str, ...] = ()
     """Why the samples do not resemble what the network was trained on, and what to do about it; empty where they do.
@@ -108,6 +121,7 @@ def diagnose(bank: SampleBank, teacher: Teacher) -> Diagnosis:
     found = Diagnosis(**values)
     untrained = untrained_because(teacher)
     mean_limit = _LARGE_MEAN_GAP if bank.input_spec.has_large_images else _MEAN_GAP
+    found = found.replace(checks=_checks(found, mean_limit))
     doubts = (untrained,) if untrained else tuple(_doubts(found, mean_limit))
     return found.replace(doubts=doubts, remarks=tuple(_remarks(found)))
 
@@ -123,27 +137,44 @@ def untrained_because(teacher: Teacher) -> str:
     )
 
 
+def _checks(found: Diagnosis, mean_limit: float) -> dict[str, Check]:
+    gaps, checks = list(found.statistics_gap.values()), {}
+    if gaps:
+        is_clipped = found.clipped > _CLIPPED
+        is_near = sum(gaps) / len(gaps) <= mean_limit and not (is_clipped and max(gaps) > LARGEST_GAP)
+        limit = f"at most {mean_limit} on average" + (f" and {LARGEST_GAP} for a layer" if is_clipped else "")
+        checks["statistics"] = Check(is_good=is_near, limit=limit)
+    if found.num_samples >= 2 * len(found.class_counts):
+        checks["classes"] = Check(is_good=0 not in found.class_counts, limit="a sample for every class")
+    if found.superposed < 100:
+        checks["recognised"] = Check(is_good=found.recognised >= _RECOGNISED, limit=f"at least {_RECOGNISED:.0f} %")
+    if found.superposed > 0:
+        is_near = found.near_boundary_superposed >= _NEAR
+        checks["boundaries"] = Check(is_good=is_near, limit=f"at least {_NEAR:.0f} %")
+    most = _DUPLICATES * min(found.num_samples, MAX_SAMPLES)
+    checks["variety"] = Check(is_good=found.near_duplicates <= most, limit=f"at most {most:.0f}")
+    return checks
+
+
 def _doubts(found: Diagnosis, mean_limit: float) -> Iterator[str]:
-    gaps = found.statistics_gap
+    gaps, failed = found.statistics_gap, _failed(found)
     if not gaps:
         yield (
             "statistics: the network has no batch norms, so nothing tells whether samples resemble what it was trained "
             "on; measure the student on labelled images"
         )
-    worst = max(gaps, key=lambda name: gaps[name], default="")
-    mean = sum(gaps.values()) / max(1, len(gaps))
-    is_clipped = found.clipped > _CLIPPED
-    if gaps and (mean > mean_limit or (is_clipped and gaps[worst] > LARGEST_GAP)):
+    if "statistics" in failed:
+        worst, mean = max(gaps, key=lambda name: gaps[name]), sum(gaps.values()) / len(gaps)
         reasons = (
             "Many pixels are black or white: a wrong mean, std or pixel range is the commonest reason; check them first"
-            if is_clipped
+            if found.clipped > _CLIPPED
             else "More synthesis steps bring them closer; if they do not, check mean, std and pixel range"
         )
         yield (
             f"statistics: samples differ from the training data, most before {worst} (gap {gaps[worst]:.2f}, "
             f"{mean:.3f} on average; good banks stay below {LARGEST_GAP} and {mean_limit}). {reasons}"
         )
-    if found.superposed < 100 and found.recognised < _RECOGNISED:
+    if "recognised" in failed:
         yield (
             f"classes: the model recognises only {found.recognised:.0f} % of the single-class samples; check mean, std "
             "and pixel range, or raise ce_weight"
@@ -151,19 +182,24 @@ def _doubts(found: Diagnosis, mean_limit: float) -> Iterator[str]:
 
 
 def _remarks(found: Diagnosis) -> Iterator[str]:
-    missing = found.class_counts.count(0)
-    if missing and found.num_samples >= 2 * len(found.class_counts):
+    failed = _failed(found)
+    if "classes" in failed:
+        missing = found.class_counts.count(0)
         yield f"classes: {missing} of {len(found.class_counts)} classes have no sample; synthesise the bank anew"
-    if found.superposed > 0 and found.near_boundary_superposed < _NEAR:
+    if "boundaries" in failed:
         yield (
-            f"boundaries: {found.near_boundary_superposed:.0f} % of the superposed samples lie near a boundary; "
+            f"boundaries: only {found.near_boundary_superposed:.0f} % of the superposed samples lie near a boundary; "
             "more synthesis steps bring them there"
         )
-    if found.near_duplicates > _DUPLICATES * min(found.num_samples, MAX_SAMPLES):
+    if "variety" in failed:
         yield (
             f"variety: {found.near_duplicates} samples nearly repeat an earlier one; raise noise_scale, or start from "
             "noise"
         )
+
+
+def _failed(found: Diagnosis) -> set[str]:
+    return {name for name, check in found.checks.items() if not check.is_good}
 
 
 LARGEST_GAP, _MEAN_GAP, _LARGE_MEAN_GAP = 0.1, 0.02, 0.2
@@ -178,7 +214,7 @@ _CLIPPED = 55.0
 21 to 55 (CIFAR, ImageNet), but for digits."""
 
 _RECOGNISED, _NEAR = 80.0, 10.0
-"""Percent below which something is wrong."""
+"""Percent of single-class samples that are recognised, and of superposed ones near a boundary; less is a fault."""
 
 _DUPLICATES = 0.05
 """Share of samples from which the rest would teach as much."""
