@@ -84,6 +84,11 @@ class Diagnosis(Settings):
     """What else could be better, what it does, and what to do about it; empty for a good bank."""
 
     @property
+    def mean_gap(self) -> float:
+        """Mean of ``statistics_gap`` over batch norms; 0 where there are none."""
+        return sum(self.statistics_gap.values()) / max(1, len(self.statistics_gap))
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """All doubts and remarks."""
         return self.doubts + self.remarks
@@ -141,7 +146,7 @@ def _checks(found: Diagnosis, mean_limit: float) -> dict[str, Check]:
     gaps, checks = list(found.statistics_gap.values()), {}
     if gaps:
         is_clipped = found.clipped > _CLIPPED
-        is_near = sum(gaps) / len(gaps) <= mean_limit and not (is_clipped and max(gaps) > LARGEST_GAP)
+        is_near = found.mean_gap <= mean_limit and not (is_clipped and max(gaps) > LARGEST_GAP)
         limit = f"at most {mean_limit} on average" + (f" and {LARGEST_GAP} for a layer" if is_clipped else "")
         checks["statistics"] = Check(is_good=is_near, limit=limit)
     if found.num_samples >= 2 * len(found.class_counts):
@@ -164,7 +169,7 @@ def _doubts(found: Diagnosis, mean_limit: float) -> Iterator[str]:
             "on; measure the student on labelled images"
         )
     if "statistics" in failed:
-        worst, mean = max(gaps, key=lambda name: gaps[name]), sum(gaps.values()) / len(gaps)
+        worst = max(gaps, key=lambda name: gaps[name])
         reasons = (
             "Many pixels are black or white: a wrong mean, std or pixel range is the commonest reason; check them first"
             if found.clipped > _CLIPPED
@@ -172,7 +177,7 @@ def _doubts(found: Diagnosis, mean_limit: float) -> Iterator[str]:
         )
         yield (
             f"statistics: samples differ from the training data, most before {worst} (gap {gaps[worst]:.2f}, "
-            f"{mean:.3f} on average; good banks stay below {LARGEST_GAP} and {mean_limit}). {reasons}"
+            f"{found.mean_gap:.3f} on average; good banks stay below {LARGEST_GAP} and {mean_limit}). {reasons}"
         )
     if "recognised" in failed:
         yield (

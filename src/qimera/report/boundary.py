@@ -34,11 +34,24 @@ class BoundaryWalk:
 
 def nearest_classes(bank: SampleBank) -> tuple[int, int]:
     """Return the two classes that the teacher takes for each other most."""
-    answer = bank.logits.softmax(1)
-    shared = answer.T @ answer
-    shared.fill_diagonal_(-1)
+    shared = _shared_probability(bank)
     first, second = divmod(int(shared.argmax()), len(shared))
     return min(first, second), max(first, second)
+
+
+def nearest_three(bank: SampleBank) -> list[int]:
+    """Return ``nearest_classes`` and the class that the teacher takes for either of them most, if there are three."""
+    first, second = nearest_classes(bank)
+    shared = _shared_probability(bank)
+    third = shared[first] + shared[second]
+    third[[first, second]] = -1
+    return sorted({first, second, int(third.argmax())})
+
+
+def _shared_probability(bank: SampleBank) -> Float[Tensor, "num_classes num_classes"]:
+    """Return how much probability each pair of classes has on the same samples; -1 for a class and itself."""
+    answer = bank.logits.softmax(1)
+    return (answer.T @ answer).fill_diagonal_(-1)
 
 
 def walk_between(first: int, second: int, teacher: Teacher, bank: SampleBank) -> BoundaryWalk:
