@@ -15,15 +15,15 @@ from qimera.synthesis.superposition import shows_one_class
 from qimera.teacher.teacher import Teacher
 
 MAX_SAMPLES = 512
-"""Samples that are looked at; class balance and clipped pixels are of all."""
+"""Samples that a diagnosis looks at; class balance and clipped pixels cover all samples."""
 
 _BATCH = 32
 
 _NEAR_BOUNDARY = 0.5
-"""Probability by which the first class is ahead of the second, below which a sample supports a boundary."""
+"""Margin (top-1 minus top-2 probability) below which a sample supports a boundary."""
 
 _DUPLICATE = 0.999
-"""Cosine of two samples' pixels, less the mean image, from which they are the same but for noise."""
+"""Cosine between the pixels of two samples, minus the mean image, above which they differ only by noise."""
 
 
 class Check(Settings):
@@ -45,22 +45,22 @@ class Diagnosis(Settings):
     of both variances, averaged over channels (deviation D7). 0 is perfect, 1 is another kind of data."""
 
     class_counts: tuple[int, ...]
-    """Samples whose label has most of this class."""
+    """By class: samples whose label gives that class the largest share."""
 
     superposed: float
-    """Samples whose label has more than one class."""
+    """Samples whose label mixes several classes."""
 
     recognised: float
     """Single-class samples that the teacher recognises; 0 if there are none."""
 
     confidence: float
-    """Mean of the teacher's largest probability on samples of one class, in [0, 1]."""
+    """Mean of the teacher's top-1 probability on single-class samples, in [0, 1]."""
 
     near_boundary_superposed: float
-    """Superposed samples on which the teacher's two first classes are less than 0.5 apart in probability."""
+    """Superposed samples with a margin below 0.5."""
 
     near_boundary_single: float
-    """The same of samples of one class."""
+    """Single-class samples with a margin below 0.5."""
 
     diversity: float | None
     """Mean distance between the features of two samples of the same first class, over that of any two: 0 where all of
@@ -171,7 +171,8 @@ def _doubts(found: Diagnosis, mean_limit: float) -> Iterator[str]:
     if "statistics" in failed:
         worst = max(gaps, key=lambda name: gaps[name])
         reasons = (
-            "Many pixels are black or white: a wrong mean, std or pixel range is the commonest reason; check them first"
+            "Many pixels are black or white: a wrong mean, std or pixel range is the most common reason; "
+            "check them first"
             if found.clipped > _CLIPPED
             else "More synthesis steps bring them closer; if they do not, check mean, std and pixel range"
         )

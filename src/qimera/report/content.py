@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 _NUM_IMAGES = 64
 _NUM_LARGE_IMAGES = 16
 _MAX_POINTS = 400
-"""Points of one curve; more cannot be told apart."""
+"""Points of one curve; an eye cannot tell more apart."""
 
 MOST_ROWS = 40
 """Rows of one drawing: what fits on a page."""
@@ -40,14 +40,14 @@ class Measured(Settings):
     agreement: float
     drop_low: float | None = None
     drop_high: float | None = None
-    """Ends of the interval that holds the drop on all such images in 90 percent of all cases, in points."""
+    """Ends of the 90 percent confidence interval of the drop, in points."""
 
     warnings: tuple[str, ...] = ()
     """Why these figures say nothing; empty where they do."""
 
     @property
     def drop(self) -> float:
-        """Of top-1, in points."""
+        """Top-1 of the teacher minus that of the student, in points."""
         return self.teacher_top1 - self.student_top1
 
 
@@ -78,13 +78,13 @@ class Report(Settings):
     format_version: int = FORMAT_VERSION
     summary: Summary
     settings: RunSettings
-    """Those of the run, without the directories of files."""
+    """Settings of the run; files are named without their directories."""
 
     measured: Measured | None
     """None until ``qimera evaluate`` is given labelled images."""
 
     multiply_adds: int
-    """Of all layers and products of activations, for one image."""
+    """Multiply-adds of all layers and products of activations, for one image."""
 
     bit_operations: int
     """Multiply-adds times weight bits times activation bits, for one image, as a budget counts them."""
@@ -137,7 +137,7 @@ def shown_images(bank: SampleBank) -> Tensor:
 
 
 def curves(lines: Sequence[Line]) -> list[Curve]:
-    """Return one curve for each loss of each stage, thinned out where it has many points."""
+    """Return one curve for each loss of each stage, with at most 400 points each."""
     found: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
     for line in lines:
         for name, value in line.items():

@@ -97,9 +97,9 @@ def _grid(bank: SampleBank, single: Tensor) -> tuple[str, list[int]]:
 
 
 def _plane(teacher: Teacher, bank: SampleBank, single: Tensor, real: Tensor | None) -> tuple[list[int], str]:
-    """Return the classes that the teacher takes for each other most, and a drawing of features of their samples.
+    """Return the classes that the teacher confuses most, and a drawing of features of their samples.
 
-    The drawing is empty where fewer than two samples, or fewer than two features, can be shown.
+    The drawing is empty if there are fewer than two samples or features to show.
     """
     classes = nearest_three(bank)
     others = [number for number in range(teacher.num_classes) if number not in classes]
