@@ -165,7 +165,7 @@ def test_a_pickle_in_an_archive_is_not_executed(tmp_path: Path, name: str) -> No
 
 def test_a_bare_pickle_is_not_executed(tmp_path: Path) -> None:
     (tmp_path / "test.npz").write_bytes(pickle.dumps(Payload(tmp_path / "executed")))
-    with pytest.raises(ConfigError, match="it is a pickle, which could execute code"):
+    with pytest.raises(ConfigError, match="is a pickle, which could execute code"):
         load_labelled_images(tmp_path / "test.npz", COLOUR, num_classes=10)
     assert not (tmp_path / "executed").exists()
 
@@ -215,7 +215,7 @@ def test_a_header_that_is_gigabytes_long_is_not_read(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "test.npz", "w") as archive:
         for name in ("images", "labels"):
             archive.writestr(f"{name}.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\xff")
-    with pytest.raises(ConfigError, match="images is no plain array"):
+    with pytest.raises(ConfigError, match="images is not a plain array"):
         load_labelled_images(tmp_path / "test.npz", COLOUR, num_classes=10)
 
 

@@ -40,13 +40,26 @@ def test_a_good_bank_has_no_warnings(diagnosis: Diagnosis) -> None:
     assert 0 < diagnosis.diversity < 1
 
 
+def test_every_failed_check_has_a_warning_and_no_other(good: tuple[SampleBank, Teacher], diagnosis: Diagnosis) -> None:
+    assert set(diagnosis.checks) == {"statistics", "classes", "recognised", "boundaries", "variety"}
+    assert all(check.is_good for check in diagnosis.checks.values())
+    bank, teacher = good
+    pixels = bank.pixels.clone()
+    pixels[: len(bank) // 2] = 255 - pixels[0]
+    repeated = dataclasses.replace(bank, pixels=pixels, logits=0 * bank.logits)
+    found = diagnose(repeated, teacher)
+    failed = {name for name, check in found.checks.items() if not check.is_good}
+    assert {"statistics", "recognised", "variety"} <= failed
+    assert len(found.warnings) == len(failed)
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "pixel_range"), [(0.0, 1.0, (0.0, 1.0)), (0.5, 0.5, (0.0, 1.0)), (0.0, 1.0, (0.0, 255.0))]
 )
 def test_wrong_mean_and_std_are_detected(mean: float, std: float, pixel_range: tuple[float, float]) -> None:
     wrong = InputSpec(shape=RIGHT.shape, mean=(mean,), std=(std,), pixel_range=pixel_range)
     warnings = diagnose(*digits(wrong, 32)).warnings
-    assert any("a wrong mean, std or pixel range is the commonest reason" in warning for warning in warnings)
+    assert any("a wrong mean, std or pixel range is the most common reason" in warning for warning in warnings)
 
 
 def test_too_few_steps_are_not_blamed_on_mean_and_std(teacher: Teacher) -> None:

@@ -107,6 +107,11 @@ def test_a_runtime_that_fails_is_named_with_what_it_said(
 
 
 def _compared_with_the_negative(
-    runtime: str, expected: np.ndarray, actual: np.ndarray, num_layers: int, float_layers: list[str], latency: float
+    runtime: str,
+    expected: np.ndarray,
+    actual: np.ndarray,
+    num_layers: int,
+    float_layers: list[str],
+    latencies: list[float],
 ) -> Comparison:
-    return compare(runtime, expected, -actual, num_layers, float_layers, latency)
+    return compare(runtime, expected, -actual, num_layers, float_layers, latencies)

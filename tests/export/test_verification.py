@@ -2,16 +2,19 @@ import time
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera.config.settings import QuantizationSettings
-from qimera.export.comparison import compare, latency_ms
+from qimera.export.comparison import compare, latencies_ms, sample_pixels
 from qimera.export.onnx import export_onnx
+from qimera.export.onnx_model import float_model
 from qimera.export.program import export_pt2
-from qimera.export.verification import _without
+from qimera.export.verification import _without, onnx_runtime
 from qimera.quantization.student import Student
 from qimera.teacher.teacher import Teacher
 from tests.networks import NUM_CLASSES, SPEC
@@ -37,7 +40,31 @@ def test_of_equal_logits_a_runtime_may_pick_either() -> None:
 def test_latency_is_the_median_without_the_first_call() -> None:
     """Here the first takes much longer than the others, of which two in five are quick."""
     pauses = iter([1.0, *[0.0, 0.0, 0.3, 0.3, 0.3]])
-    assert 300 <= latency_ms(lambda _: time.sleep(next(pauses)), None) < 900
+    (latency,) = latencies_ms([lambda: time.sleep(next(pauses))])
+    assert 300 <= latency < 900
+
+
+def test_times_of_two_models_are_taken_in_turns() -> None:
+    called: list[str] = []
+    first, second = latencies_ms([lambda: (called.append("file"), time.sleep(0.11)), lambda: called.append("model")])
+    assert called == 6 * ["file", "model"]
+    assert second < 50 < first
+
+
+@pytest.mark.parametrize("include_preprocessing", [False, True])
+def test_the_time_of_full_precision_is_of_the_teacher(
+    teacher: Teacher, tmp_path: Path, include_preprocessing: bool
+) -> None:
+    student = Student(teacher, QuantizationSettings())
+    pixels = sample_pixels(student, None)
+    onnx.save(ir.to_proto(float_model(student, include_preprocessing=include_preprocessing)), tmp_path / "float.onnx")
+    session, _ = onnx_runtime(tmp_path / "float.onnx", [])
+    images = teacher.input_spec.normalize(pixels)
+    given = pixels.permute(0, 2, 3, 1) if include_preprocessing else images
+    (logits,) = session.run(None, {session.get_inputs()[0].name: given.contiguous().numpy()})
+    with torch.no_grad():
+        # 1e-4: batch norms are folded into layers, and sums run in another order
+        np.testing.assert_allclose(logits, teacher(images).numpy(), rtol=1e-4, atol=1e-4)
 
 
 # --- which layers run in integer kernels ------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ from qimera.config.settings import DirectSettings, DistillationSettings, Quantiz
 from qimera.machine.progress import silent
 from qimera.pipeline import quantize, synthesize
 from qimera.quantization.student import Student
-from qimera.report.boundary import nearest_classes, walk_between
-from qimera.report.content import Report, curves, features_in_plane
+from qimera.report.boundary import nearest_classes, nearest_three, walk_between
+from qimera.report.content import Export, Measured, Report, curves, features_in_plane
 from qimera.report.layers import layer_reports
+from qimera.report.page import write_page
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import carry_out, load_bank, load_student
 from qimera.runs.reporting import collect, report_run
@@ -167,16 +168,29 @@ def test_long_curves_are_thinned_out() -> None:
     assert found.steps[0] == 0
 
 
-def test_the_plane_keeps_distances_and_names_the_nearest_class() -> None:
-    """Features that lie in a plane; a classifier that compares their first coordinate with 2."""
-    features = torch.tensor([[0.0, 0, 5], [4, 0, 5], [4, 1, 5], [0, 1, 5]])
-    weight, bias = torch.tensor([[-1.0, 0, 0], [1, 0, 0]]), torch.tensor([2.0, -2.0])
-    points, classes, (left, right, bottom, top) = features_in_plane(features, weight, bias, size=41)
-    torch.testing.assert_close(torch.cdist(points, points), torch.cdist(features, features))
-    for point, wanted in zip(points, (0, 1, 1, 0), strict=True):
-        column = round(float((point[0] - left) / (right - left)) * 40)
-        row = round(float((point[1] - bottom) / (top - bottom)) * 40)
-        assert int(classes[row, column]) == wanted
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_every_sample_lies_in_the_area_of_its_class(num_classes: int) -> None:
+    """Written out: the class of the highest logit, against the colour of the area at the point."""
+    rng = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 16, generator=rng)
+    weight, bias = torch.randn(num_classes, 16, generator=rng), torch.randn(num_classes, generator=rng)
+    points, areas, (left, right, bottom, top) = features_in_plane(features, weight, bias, size=1001)
+    logits = features @ weight.T + bias
+    for point, row in zip(points, logits, strict=True):
+        first, second = row.topk(2).values.tolist()
+        column = round(float((point[0] - left) / (right - left)) * 1000)
+        line = round(float((point[1] - bottom) / (top - bottom)) * 1000)
+        if first - second > 0.1:  # not within one of the thousand steps of the boundary
+            assert int(areas[line, column]) == int(row.argmax())
+
+
+def test_the_three_classes_are_the_nearest_two_and_the_next(bank: SampleBank) -> None:
+    logits = torch.full((96, 5), -9.0)
+    for row, pair in enumerate(16 * [(1, 3), (1, 3), (1, 3), (3, 4), (3, 4), (0, 2)]):
+        logits[row, list(pair)] = 9.0
+    confused = dataclasses.replace(bank, logits=logits)
+    assert nearest_classes(confused) == (1, 3)
+    assert nearest_three(confused) == [1, 3, 4]
 
 
 def test_the_walk_leads_from_one_class_to_the_other(teacher: Teacher, bank: SampleBank) -> None:
@@ -192,40 +206,126 @@ def test_the_walk_leads_from_one_class_to_the_other(teacher: Teacher, bank: Samp
 
 
 class Tags(HTMLParser):
-    """Collects what a page asks for from elsewhere, and whether every tag is closed."""
+    """Collects what a page asks for from elsewhere, its headings, pictures and identifiers; every tag must close."""
 
-    def __init__(self) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.addresses: list[str] = []
-        self.headings = 0
+        self.headings: list[str] = []
+        self.ids: list[str] = []
+        self.said: list[str | None] = []
+        """Of pictures and drawings, for people who do not see them."""
+        self.feed(page)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "data", "xlink:href")]
-        self.headings += tag == "h2"
+        self.handle_startendtag(tag, attributes)
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
+        self.addresses += [value or "" for name, value in attributes if name in ("src", "href", "data", "xlink:href")]
+        self.ids += [value or "" for name, value in attributes if name == "id"]
+        self.headings += [tag] * (tag in ("h1", "h2", "h3", "h4"))
+        if tag in ("img", "svg"):
+            self.said.append(dict(attributes).get("alt" if tag == "img" else "aria-label"))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
 
+def words(page: str) -> str:
+    """Return the page with single spaces, as a browser shows it."""
+    return " ".join(page.split())
+
+
 def test_the_page_is_whole_and_needs_nothing_from_elsewhere(page: str) -> None:
-    tags = Tags()
-    tags.feed(page)
+    tags = Tags(page)
     assert tags.open == []
-    assert tags.headings == 9
     assert all(address.startswith(("data:image/png", "#")) for address in tags.addresses)
+    assert len(set(tags.ids)) == len(tags.ids)
     assert "<script" not in page
+    assert "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in page
     assert "prefers-color-scheme: dark" in page
 
 
-def test_an_estimate_is_called_one(page: str) -> None:
-    assert "<em>estimated</em> without data" in page
-    assert "Not yet measured" in page
+def test_the_page_can_be_read_without_seeing_it(page: str) -> None:
+    tags = Tags(page)
+    assert tags.headings == ["h1", *9 * ["h2"], "h3"]
+    assert len(tags.said) == 1 + 7 + 6  # the grid, the walk, the drawings
+    assert all(tags.said)
+    assert page.startswith('<!doctype html>\n<html lang="en">')
+
+
+def test_the_first_line_is_of_real_images_alone(page: str, run: RunDirectory) -> None:
+    estimate = run.summary().estimate
+    first, _, rest = words(page).partition("</dl>")
+    assert "Top-1 points lost on real images, <em>estimated</em> without data" in first
+    assert "same class" not in first
+    assert f"comes from {estimate.num_samples} held-out synthetic samples" in rest
+    assert f"puts {estimate.agreement:.1f} % of these samples into the same class" in rest
+    assert "Not yet measured on real images" in rest
+
+
+def test_bit_operations_are_told_as_a_ratio_above_one(page: str, run: RunDirectory) -> None:
+    found = Report.load(run.report_data_file)
+    ratio = 1024 * found.multiply_adds / found.bit_operations
+    assert f"<b>{ratio:.0f} times fewer</b>than float32" in words(page)
+
+
+def test_every_limit_of_the_bank_has_a_verdict_in_words(page: str, run: RunDirectory) -> None:
+    checks = Report.load(run.report_data_file).bank.checks
+    assert len(checks) == 5
+    assert page.count("✓ good") == sum(check.is_good for check in checks.values())
+    assert page.count("✗ check") == sum(not check.is_good for check in checks.values())
+    assert all(check.limit in page for check in checks.values())
+
+
+def test_the_plane_is_said_to_show_what_it_shows(page: str, run: RunDirectory) -> None:
+    classes = nearest_three(load_bank(run, load_student(run)[1]))
+    assert f"for classes {', '.join(map(str, classes))}: the ones that the model confuses most" in words(page)
+    assert all(f">class {number}<" in page for number in classes)
+
+
+def test_no_curve_is_said_to_fall(page: str) -> None:
+    assert "a single curve may rise" in words(page)
+    assert "should fall" not in page
+
+
+def test_paper_shows_all_of_the_page(page: str) -> None:
+    printed = page[page.index("@media print") : page.index("</style>")]
+    assert re.search(r"figure, [^{]*tr[^{]*\{ break-inside: avoid; \}", printed)
+    assert "pre { max-height: none;" in printed
+    assert "<details" not in page  # a closed one stays closed on paper
+    assert page.count("<figcaption>") == page.count("<figure>") == 8
+
+
+def test_a_phone_scrolls_what_is_wide_and_says_so(page: str) -> None:
+    assert page.count('<p class="hint">Scroll sideways') == page.count('<div class="scroll" role="region"') == 7
+
+
+def rewritten(run: RunDirectory, **changes: object) -> str:
+    """Return the page of a run whose report says something else."""
+    _, teacher = load_student(run)
+    return write_page(Report.load(run.report_data_file).replace(**changes), teacher, load_bank(run, teacher))
+
+
+def test_layers_that_cost_nothing_are_not_drawn(run: RunDirectory, page: str) -> None:
+    layers = Report.load(run.report_data_file).layers
+    assert "Right: the divergence" in words(page)
+    without = rewritten(run, layers=tuple(layer.replace(cost=0.00009) for layer in layers))
+    assert "Right: the divergence" not in words(without)
+    assert f"below 0.0001 nats for each of the {len(layers)} layers" in words(without)
+
+
+def test_only_the_costliest_of_many_layers_are_drawn(run: RunDirectory) -> None:
+    layers = Report.load(run.report_data_file).layers
+    many = tuple(layers[0].replace(name=f"block{number}", cost=float(number)) for number in range(60))
+    found = words(rewritten(run, layers=many))
+    assert "The 40 costliest of 60 layers." in found
+    assert "block59 costs most, 3 % of the sum" in found  # 59 of 1770
+    assert ">block20 " in found
+    assert ">block19 " not in found
 
 
 def test_a_measurement_on_images_that_the_teacher_does_not_know_is_no_drop(run: RunDirectory, tmp_path: Path) -> None:
@@ -239,7 +339,7 @@ def test_a_measurement_on_images_that_the_teacher_does_not_know_is_no_drop(run: 
     values = json.loads(done.stdout)
     assert len(values["warnings"]) == 1
     measured = (copied / "report.html").read_text()
-    assert "points lost, measured" not in measured
+    assert "points lost, measured" not in measured.lower()
     assert f"{values['student_top1']:.2f} %" in measured
     assert "so the drop says nothing about quantization" in measured
     assert Report.load(copied / "report.json").measured.num_images == 40
@@ -260,8 +360,12 @@ def test_a_measurement_on_images_that_the_teacher_knows_is_called_one(run: RunDi
     assert done.exit_code == 0, done.stderr
     assert "drop in top-1, 90 % interval:" in done.stdout
     measured = (copied / "report.html").read_text()
-    assert "points lost, measured" in measured
-    assert "estimated" not in measured.partition("<h2>")[0]
+    first, _, rest = words(measured).partition("</dl>")
+    assert "Top-1 points lost, measured" in first
+    assert f"on {len(bank):,} images of <code>test.npz</code>" in first
+    assert f"of the same {len(bank):,} images, right or wrong" in first
+    assert "estimate" not in first + rest.partition("<h2>")[0]
+    assert "real (" in rest  # in the plane of features
     values = json.loads(qimera("compare", copied, "--json").stdout)[0]
     assert qimera("compare", copied, "--max-drop", max(0, values["measured_drop"])).exit_code == 0
     assert values["warnings"] == []
@@ -284,14 +388,21 @@ def test_the_report_does_not_tell_where_the_users_files_are(run: RunDirectory, t
 
 
 def test_names_of_the_user_cannot_change_the_page(run: RunDirectory) -> None:
-    from qimera.report.page import write_page
-
-    _, teacher = load_student(run)
     found = Report.load(run.report_data_file)
-    harmful = found.summary.model_copy(update={"model": "<script>alert(1)</script>"})
-    page = write_page(found.model_copy(update={"summary": harmful}), teacher, load_bank(run, teacher))
-    assert "<script>" not in page
+    harm = '"><script>alert(1)</script>$x^{$--'
+    compared = {"runtime": harm, "agreement": 100.0, "integer_layers": 1, "latency_ms": 1.0, "float_latency_ms": 2.0}
+    page = rewritten(
+        run,
+        summary=found.summary.replace(model=harm, warnings=(f"data: {harm}",), layer_bits=harm),
+        layers=tuple(layer.replace(name=f"{number}{harm}") for number, layer in enumerate(found.layers)),
+        bank=found.bank.replace(statistics_gap={harm: 0.5}),
+        curves=tuple(curve.replace(part=harm, name=harm) for curve in found.curves),
+        exports=(Export(file=harm, num_layers=1, num_bytes=1, num_samples=1, comparisons=(compared,)),),
+        measured=Measured(data=harm, num_images=1, student_top1=1, teacher_top1=1, agreement=1),
+    )
+    assert "<script" not in page
     assert "&lt;script&gt;" in page
+    assert Tags(page).open == []
 
 
 def test_a_bad_bank_is_warned_of_on_the_page_and_first_in_the_summary(tmp_path: Path, run: RunDirectory) -> None:
@@ -301,7 +412,10 @@ def test_a_bad_bank_is_warned_of_on_the_page_and_first_in_the_summary(tmp_path: 
     done = qimera(*command)
     assert done.exit_code == 0
     assert done.stdout.startswith("warning    statistics: samples differ from the training data")
-    assert "a wrong mean, std or pixel range is the" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "a wrong mean, std or pixel range is the" in page
+    checks = Report.load(tmp_path / "run" / "report.json").bank.checks
+    assert page.count("✗ check") == sum(not check.is_good for check in checks.values()) > 0
     strict = qimera(*command, "--strict", "--max-drop", 3)
     assert strict.exit_code == 5
     assert re.search(r"--strict: \S+ has \d warnings, shown above; --max-drop: \S+ has no estimated drop", said(strict))
@@ -324,7 +438,8 @@ def test_an_exported_file_is_listed(run: RunDirectory, tmp_path: Path) -> None:
     assert "student.onnx" in page
     assert f"{listed.comparisons[0]['integer_layers']} of {listed.num_layers}" in page
     assert listed.comparisons[0]["latency_ms"] > 0
-    assert f"{listed.comparisons[0]['latency_ms']:.3g} ms" in page
+    assert f"<b>{listed.comparisons[0]['latency_ms']:.3g} ms</b>full precision:" in page
+    assert page.count(f"{listed.comparisons[0]['float_latency_ms']:.3g} ms") >= 2  # in the first lines and the table
 
 
 def test_the_report_is_written_anew_when_asked_for(run: RunDirectory, tmp_path: Path) -> None:
@@ -338,7 +453,7 @@ def test_a_run_beside_a_python_call_can_be_reported(tmp_path: Path, small_teache
     run = RunDirectory.start(tmp_path / "run", tiny_settings())
     carry_out(run, small_teacher, None, silent)
     assert report_run(run).summary.estimate is None  # no held-out samples
-    assert "holds no samples to estimate" in run.report_page_file.read_text().replace("\n", " ")
+    assert "holds no samples to estimate from" in run.report_page_file.read_text().replace("\n", " ")
 
 
 def test_runs_are_put_side_by_side(run: RunDirectory, tmp_path: Path) -> None:

@@ -133,5 +133,5 @@ def test_samples_that_do_not_resemble_the_training_data_get_no_estimate_and_the_
     estimate = estimate_drop(student, small_teacher, bank)
     assert all(math.isnan(value) for value in (estimate.drop, estimate.low, estimate.high))
     assert estimate.doubts == summary.warnings[: len(estimate.doubts)]
-    assert estimate.text().startswith("none, for the samples say nothing about real images: statistics")
+    assert estimate.text().startswith("none, because the samples say nothing about real images: statistics")
     assert estimate_on_held_out(student, small_teacher, bank).num_samples > 0  # enough to compare students by

@@ -138,7 +138,7 @@ def _refuse_other_files(path: Path, start: bytes) -> None:
         raise ConfigError(f"{path}: holds one array without a name; write it with numpy.savez_compressed")
     if start[:1] == b"\x80":
         raise ConfigError(
-            f"{path}: cannot be read as an .npz file, for it is a pickle, which could execute code; "
+            f"{path}: is a pickle, which could execute code, and not an .npz file; "
             "write the arrays with numpy.savez_compressed"
         )
 
@@ -157,7 +157,7 @@ def _headers(path: Path, archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
         with archive.open(f"{name}.npy") as member:
             # Headers of later versions can be gigabytes long, and plain arrays never have them.
             if npy.read_magic(member) != (1, 0):
-                raise ValueError(f"{name} is no plain array")
+                raise ValueError(f"{name} is not a plain array")
             shape, _, dtype = npy.read_array_header_1_0(member)
         if dtype.hasobject:
             raise ConfigError(

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
 from qimera.config.base import Settings
@@ -14,15 +15,23 @@ from qimera.synthesis.superposition import shows_one_class
 from qimera.teacher.teacher import Teacher
 
 MAX_SAMPLES = 512
-"""Samples that are looked at; class balance and clipped pixels are of all."""
+"""Samples that a diagnosis looks at; class balance and clipped pixels cover all samples."""
 
 _BATCH = 32
 
 _NEAR_BOUNDARY = 0.5
-"""Probability by which the first class is ahead of the second, below which a sample supports a boundary."""
+"""Margin (top-1 minus top-2 probability) below which a sample supports a boundary."""
 
 _DUPLICATE = 0.999
-"""Cosine of two samples' pixels, less the mean image, from which they are the same but for noise."""
+"""Cosine between the pixels of two samples, minus the mean image, above which they differ only by noise."""
+
+
+class Check(Settings):
+    """One property of a bank beside its limit. A bank beyond a limit has a doubt or a remark that says so."""
+
+    is_good: bool
+    limit: str
+    """What good banks keep, such as ``at least 80 %``."""
 
 
 class Diagnosis(Settings):
@@ -36,22 +45,22 @@ class Diagnosis(Settings):
     of both variances, averaged over channels (deviation D7). 0 is perfect, 1 is another kind of data."""
 
     class_counts: tuple[int, ...]
-    """Samples whose label has most of this class."""
+    """By class: samples whose label gives that class the largest share."""
 
     superposed: float
-    """Samples whose label has more than one class."""
+    """Samples whose label mixes several classes."""
 
     recognised: float
     """Single-class samples that the teacher recognises; 0 if there are none."""
 
     confidence: float
-    """Mean of the teacher's largest probability on samples of one class, in [0, 1]."""
+    """Mean of the teacher's top-1 probability on single-class samples, in [0, 1]."""
 
     near_boundary_superposed: float
-    """Superposed samples on which the teacher's two first classes are less than 0.5 apart in probability."""
+    """Superposed samples with a margin below 0.5."""
 
     near_boundary_single: float
-    """The same of samples of one class."""
+    """Single-class samples with a margin below 0.5."""
 
     diversity: float | None
     """Mean distance between the features of two samples of the same first class, over that of any two: 0 where all of
@@ -63,12 +72,21 @@ class Diagnosis(Settings):
     clipped: float
     """Pixels that are black or white, in percent."""
 
+    checks: dict[str, Check] = Field(default_factory=dict)
+    """By ``statistics``, ``classes``, ``recognised``, ``boundaries`` and ``variety``; those that do not apply to the
+    bank are absent."""
+
     doubts: tuple[str, ...] = ()
     """Why the samples do not resemble what the network was trained on, and what to do about it; empty where they do.
     Nothing that is measured on samples with doubts tells what happens on real images."""
 
     remarks: tuple[str, ...] = ()
     """What else could be better, what it does, and what to do about it; empty for a good bank."""
+
+    @property
+    def mean_gap(self) -> float:
+        """Mean of ``statistics_gap`` over batch norms; 0 where there are none."""
+        return sum(self.statistics_gap.values()) / max(1, len(self.statistics_gap))
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -108,6 +126,7 @@ def diagnose(bank: SampleBank, teacher: Teacher) -> Diagnosis:
     found = Diagnosis(**values)
     untrained = untrained_because(teacher)
     mean_limit = _LARGE_MEAN_GAP if bank.input_spec.has_large_images else _MEAN_GAP
+    found = found.replace(checks=_checks(found, mean_limit))
     doubts = (untrained,) if untrained else tuple(_doubts(found, mean_limit))
     return found.replace(doubts=doubts, remarks=tuple(_remarks(found)))
 
@@ -123,27 +142,45 @@ def untrained_because(teacher: Teacher) -> str:
     )
 
 
+def _checks(found: Diagnosis, mean_limit: float) -> dict[str, Check]:
+    gaps, checks = list(found.statistics_gap.values()), {}
+    if gaps:
+        is_clipped = found.clipped > _CLIPPED
+        is_near = found.mean_gap <= mean_limit and not (is_clipped and max(gaps) > LARGEST_GAP)
+        limit = f"at most {mean_limit} on average" + (f" and {LARGEST_GAP} for a layer" if is_clipped else "")
+        checks["statistics"] = Check(is_good=is_near, limit=limit)
+    if found.num_samples >= 2 * len(found.class_counts):
+        checks["classes"] = Check(is_good=0 not in found.class_counts, limit="a sample for every class")
+    if found.superposed < 100:
+        checks["recognised"] = Check(is_good=found.recognised >= _RECOGNISED, limit=f"at least {_RECOGNISED:.0f} %")
+    if found.superposed > 0:
+        is_near = found.near_boundary_superposed >= _NEAR
+        checks["boundaries"] = Check(is_good=is_near, limit=f"at least {_NEAR:.0f} %")
+    most = _DUPLICATES * min(found.num_samples, MAX_SAMPLES)
+    checks["variety"] = Check(is_good=found.near_duplicates <= most, limit=f"at most {most:.0f}")
+    return checks
+
+
 def _doubts(found: Diagnosis, mean_limit: float) -> Iterator[str]:
-    gaps = found.statistics_gap
+    gaps, failed = found.statistics_gap, _failed(found)
     if not gaps:
         yield (
             "statistics: the network has no batch norms, so nothing tells whether samples resemble what it was trained "
             "on; measure the student on labelled images"
         )
-    worst = max(gaps, key=lambda name: gaps[name], default="")
-    mean = sum(gaps.values()) / max(1, len(gaps))
-    is_clipped = found.clipped > _CLIPPED
-    if gaps and (mean > mean_limit or (is_clipped and gaps[worst] > LARGEST_GAP)):
+    if "statistics" in failed:
+        worst = max(gaps, key=lambda name: gaps[name])
         reasons = (
-            "Many pixels are black or white: a wrong mean, std or pixel range is the commonest reason; check them first"
-            if is_clipped
+            "Many pixels are black or white: a wrong mean, std or pixel range is the most common reason; "
+            "check them first"
+            if found.clipped > _CLIPPED
             else "More synthesis steps bring them closer; if they do not, check mean, std and pixel range"
         )
         yield (
             f"statistics: samples differ from the training data, most before {worst} (gap {gaps[worst]:.2f}, "
-            f"{mean:.3f} on average; good banks stay below {LARGEST_GAP} and {mean_limit}). {reasons}"
+            f"{found.mean_gap:.3f} on average; good banks stay below {LARGEST_GAP} and {mean_limit}). {reasons}"
         )
-    if found.superposed < 100 and found.recognised < _RECOGNISED:
+    if "recognised" in failed:
         yield (
             f"classes: the model recognises only {found.recognised:.0f} % of the single-class samples; check mean, std "
             "and pixel range, or raise ce_weight"
@@ -151,19 +188,24 @@ def _doubts(found: Diagnosis, mean_limit: float) -> Iterator[str]:
 
 
 def _remarks(found: Diagnosis) -> Iterator[str]:
-    missing = found.class_counts.count(0)
-    if missing and found.num_samples >= 2 * len(found.class_counts):
+    failed = _failed(found)
+    if "classes" in failed:
+        missing = found.class_counts.count(0)
         yield f"classes: {missing} of {len(found.class_counts)} classes have no sample; synthesise the bank anew"
-    if found.superposed > 0 and found.near_boundary_superposed < _NEAR:
+    if "boundaries" in failed:
         yield (
-            f"boundaries: {found.near_boundary_superposed:.0f} % of the superposed samples lie near a boundary; "
+            f"boundaries: only {found.near_boundary_superposed:.0f} % of the superposed samples lie near a boundary; "
             "more synthesis steps bring them there"
         )
-    if found.near_duplicates > _DUPLICATES * min(found.num_samples, MAX_SAMPLES):
+    if "variety" in failed:
         yield (
             f"variety: {found.near_duplicates} samples nearly repeat an earlier one; raise noise_scale, or start from "
             "noise"
         )
+
+
+def _failed(found: Diagnosis) -> set[str]:
+    return {name for name, check in found.checks.items() if not check.is_good}
 
 
 LARGEST_GAP, _MEAN_GAP, _LARGE_MEAN_GAP = 0.1, 0.02, 0.2
@@ -178,7 +220,7 @@ _CLIPPED = 55.0
 21 to 55 (CIFAR, ImageNet), but for digits."""
 
 _RECOGNISED, _NEAR = 80.0, 10.0
-"""Percent below which something is wrong."""
+"""Percent of single-class samples that are recognised, and of superposed ones near a boundary; less is a fault."""
 
 _DUPLICATES = 0.05
 """Share of samples from which the rest would teach as much."""

@@ -74,7 +74,7 @@ class Estimate:
     def text(self) -> str:
         """Return the estimate in a sentence."""
         if self.doubts:
-            return f"none, for the samples say nothing about real images: {self.doubts[0]}"
+            return f"none, because the samples say nothing about real images: {self.doubts[0]}"
         return (
             f"a drop of {self.drop:.1f} points ({self.low:.1f} to {self.high:.1f}, {100 * CONFIDENCE:.0f} %), from "
             f"{self.num_samples} held-out synthetic samples"

@@ -2,9 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +51,10 @@ class Comparison:
     """Median wall time of one image alone, in milliseconds, on this machine as busy as it was; of ONNX Runtime,
     OpenVINO and PyTorch on one thread. None where it was not measured."""
 
+    float_latency_ms: float | None = None
+    """The same of the full-precision model, in the same runtime with the same settings, timed in turns with the file.
+    None where it was not measured."""
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -75,13 +78,19 @@ class Verification:
             lines.append(
                 f"{each.runtime}: same class {each.agreement:.2f} %, same logits {each.identical:.2f} %, "
                 f"largest difference {each.largest_difference:.2g}; "
-                f"{each.integer_layers} of {self.num_layers} layers in integer kernels"
-                + (f"; one image takes {each.latency_ms:.3g} ms here" if each.latency_ms is not None else "")
+                f"{each.integer_layers} of {self.num_layers} layers in integer kernels" + _time_text(each)
             )
             if each.float_layers:
                 lines.append(f"  in floating point: {', '.join(each.float_layers)}")
         lines += [f"{refusal}; the student is not for it" for refusal in self.refusals]
         return "\n".join(lines) + "\n"
+
+
+def _time_text(found: Comparison) -> str:
+    if found.latency_ms is None:
+        return ""
+    beside = f", {found.float_latency_ms:.3g} ms in full precision" if found.float_latency_ms is not None else ""
+    return f"; one image takes {found.latency_ms:.3g} ms here{beside}"
 
 
 def sample_pixels(student: Student, samples: SampleBank | None) -> UInt8[Tensor, "batch channel height width"]:
@@ -99,9 +108,9 @@ def compare(
     actual: Float[np.ndarray, "batch num_classes"],
     num_layers: int,
     float_layers: list[str],
-    latency: float | None = None,
+    latencies: Sequence[float] = (),
 ) -> Comparison:
-    """Return how the logits of a runtime compare with the student's."""
+    """Return how the logits of a runtime compare with the student's; ``latencies`` are of the file and of the model."""
     difference, rounding = np.abs(expected - actual).max(1), 1e-4 * expected.std()
     picked = np.take_along_axis(expected, actual.argmax(1, keepdims=True), 1)[:, 0]
     return Comparison(
@@ -111,19 +120,26 @@ def compare(
         identical=100 * float((difference <= rounding).mean()),
         integer_layers=num_layers - len(float_layers),
         float_layers=tuple(float_layers),
-        latency_ms=latency,
+        latency_ms=latencies[0] if latencies else None,
+        float_latency_ms=latencies[1] if len(latencies) > 1 else None,
     )
 
 
-def latency_ms(run: Callable[[Any], object], image: Any) -> float:
-    """Return the median wall time of ``run(image)`` in milliseconds: of at least 5 calls, and for half a second."""
-    run(image)  # what the first call alone has to set up
-    milliseconds: list[float] = []
-    while len(milliseconds) < _MIN_TIMED_CALLS or sum(milliseconds) < _TIMED_MILLISECONDS:
-        start = time.perf_counter()
-        run(image)
-        milliseconds.append(1000 * (time.perf_counter() - start))
-    return statistics.median(milliseconds)
+def latencies_ms(runs: Sequence[Callable[[], object]]) -> list[float]:
+    """Return the median wall time of each function in milliseconds.
+
+    They run in turns, so that a busy moment of the machine meets all of them: at least 5 times each, and until the
+    first has run for half a second.
+    """
+    for run in runs:
+        run()  # what the first call alone has to set up
+    milliseconds: list[list[float]] = [[] for _ in runs]
+    while len(milliseconds[0]) < _MIN_TIMED_CALLS or sum(milliseconds[0]) < _TIMED_MILLISECONDS:
+        for run, times in zip(runs, milliseconds, strict=True):
+            start = time.perf_counter()
+            run()
+            times.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(times) for times in milliseconds]
 
 
 def runtime_reason(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """A student -> an ONNX file, verified before it is there; what it takes is imported when it is called."""
 
+import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ def export_onnx(
     include_preprocessing: bool = False,
     labels: Sequence[str] = (),
     min_agreement: float = MIN_AGREEMENT,
+    time_full_precision: bool = False,
 ) -> Verification:
     """Write ``student`` to ``path`` and return how the file compares with it on ONNX Runtime, and on OpenVINO if there.
 
@@ -33,6 +35,7 @@ def export_onnx(
             and normalise them inside.
         labels: Names of the classes, for the metadata; empty or one for each.
         min_agreement: Percent of samples that student and file must put into the same class.
+        time_full_precision: Also take the time of the full-precision model, on the same runtimes and in turns.
 
     Raises:
         ConfigError: onnx, onnxruntime or onnxscript is not installed.
@@ -43,14 +46,18 @@ def export_onnx(
     import onnx
     import onnx_ir as ir
 
-    from qimera.export.onnx_model import onnx_model
+    from qimera.export.onnx_model import float_model, onnx_model
     from qimera.export.verification import verify_onnx
 
     path = Path(path)
     model = onnx_model(student, include_preprocessing=include_preprocessing, labels=labels)
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, tempfile.TemporaryDirectory() as folder:
         onnx.save(ir.to_proto(model), temporary)
-        return verify_onnx(student, temporary, samples, min_agreement=min_agreement)
+        float_path = None
+        if time_full_precision:
+            float_path = Path(folder) / "float.onnx"
+            onnx.save(ir.to_proto(float_model(student, include_preprocessing=include_preprocessing)), float_path)
+        return verify_onnx(student, temporary, samples, min_agreement=min_agreement, float_path=float_path)
 
 
 def _require_packages() -> None:

@@ -1,5 +1,6 @@
 """A student -> an ONNX model whose layers run in integer kernels."""
 
+import copy
 import json
 import logging
 import warnings
@@ -43,7 +44,7 @@ def onnx_model(student: Student, *, include_preprocessing: bool = False, labels:
             f"scheme {student.settings.scheme}: is for comparison only, integer kernels cannot run it; "
             "quantize with scheme hardware"
         )
-    model = _translate(student)
+    model = _translate(student.converted(), student)
     deploy_(model.graph)
     if include_preprocessing:
         _prepend_preprocessing_(model.graph, student)
@@ -54,14 +55,22 @@ def onnx_model(student: Student, *, include_preprocessing: bool = False, labels:
     return model
 
 
-def _translate(student: Student) -> ir.Model:
+def float_model(student: Student, *, include_preprocessing: bool = False) -> ir.Model:
+    """Return the full-precision model that a student was made from, its batch norms folded, to compare times with."""
+    model = _translate(copy.deepcopy(student.reference), student)
+    if include_preprocessing:
+        _prepend_preprocessing_(model.graph, student)
+    return model
+
+
+def _translate(module: GraphModule, student: Student) -> ir.Model:
     images = torch.zeros(2, *student.input_spec.shape)
     quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
     logging.getLogger(_SILENT).setLevel(logging.ERROR)  # says that torchvision is absent, four times
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(_with_windows(student), (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
+            program = torch.export.export(_with_windows_(module), (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
             exported = torch.onnx.export(
                 program,
                 (images,),
@@ -82,13 +91,12 @@ def _translate(student: Student) -> ir.Model:
     return exported.model
 
 
-def _with_windows(student: Student) -> GraphModule:
-    """Return the integer graph with every average over positions written as a pooling with a window.
+def _with_windows_(module: GraphModule) -> GraphModule:
+    """Return the graph with every average over positions written as a pooling with a window.
 
     That has an integer kernel; a mean has none, and adaptive pooling becomes a gather of computed indices. Linear
     layers on tokens read a matrix of all tokens, since only such a kernel adds the bias to its integers.
     """
-    module = student.converted()
     for node in list(module.graph.find_nodes(op="call_function", target=aten.linear.default)):
         _read_matrix_(module, node)
     values = {node.name: node.meta.get("val") for node in module.graph.nodes}

@@ -3,7 +3,8 @@
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from qimera.export.comparison import (
     MIN_AGREEMENT,
     Verification,
     compare,
-    latency_ms,
+    latencies_ms,
     multiplying,
     runtime_reason,
     sample_pixels,
@@ -70,7 +71,9 @@ def export_pt2(
         temporary.write_bytes(buffer.getvalue())
         program = torch.export.load(temporary).module()
         names = list(multiplying(student).values())
-        return verify_program(student, temporary, samples, min_agreement, f"PyTorch {_TORCH}", program, names)
+        return verify_program(
+            student, temporary, samples, min_agreement, f"PyTorch {_TORCH}", program, names, student.reference
+        )
 
 
 def export_aotinductor(
@@ -257,8 +260,12 @@ def verify_program(
     runtime: str,
     program: Program,
     float_layers: list[str],
+    reference: Program | None = None,
 ) -> Verification:
-    """Run student and program on ``samples``; raise VerificationError where too few come out the same."""
+    """Run student and program on ``samples``; raise VerificationError where too few come out the same.
+
+    ``reference`` is the full-precision model for the same runtime, whose time is taken beside that of the program.
+    """
     images = student.input_spec.normalize(sample_pixels(student, samples))
     with torch.no_grad():
         expected = torch.cat([student(batch) for batch in images.split(_BATCH)]).numpy()
@@ -269,7 +276,8 @@ def verify_program(
                 f"{runtime}: cannot run the file ({runtime_reason(error)}); no file was written"
             ) from error
     num_layers = len(multiplying(student))
-    comparison = compare(runtime, expected, actual, num_layers, float_layers, _latency_ms(program, images[:1]))
+    runs = [program] if reference is None else [program, reference]
+    comparison = compare(runtime, expected, actual, num_layers, float_layers, _latencies_ms(runs, images[:1]))
     if not comparison.agreement >= min_agreement:
         raise VerificationError(
             f"{comparison.runtime}: file and student agree on {comparison.agreement:.2f} % of {len(images)} samples, "
@@ -278,12 +286,12 @@ def verify_program(
     return Verification(num_layers, path.stat().st_size, len(images), (comparison,))
 
 
-def _latency_ms(program: Program, image: Tensor) -> float:
-    """Return the milliseconds of one image on one of PyTorch's threads."""
+def _latencies_ms(programs: Sequence[Program], image: Tensor) -> list[float]:
+    """Return the milliseconds of one image on one of PyTorch's threads, for each program."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
-            return latency_ms(program, image)
+            return latencies_ms([partial(program, image) for program in programs])
     finally:
         torch.set_num_threads(num_threads)

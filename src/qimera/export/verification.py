@@ -3,6 +3,7 @@
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qimera.errors import VerificationError
-from qimera.export.comparison import Verification, compare, latency_ms, runtime_reason, sample_pixels
+from qimera.export.comparison import Verification, compare, latencies_ms, runtime_reason, sample_pixels
 from qimera.export.integer_graph import layers_in
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
@@ -31,8 +32,17 @@ Runner = Callable[[np.ndarray], np.ndarray]
 """One batch of the file's input -> logits."""
 
 
-def verify_onnx(student: Student, path: Path, samples: SampleBank | None, *, min_agreement: float) -> Verification:
+def verify_onnx(
+    student: Student, path: Path, samples: SampleBank | None, *, min_agreement: float, float_path: Path | None = None
+) -> Verification:
     """Run the file on ONNX Runtime, and on OpenVINO if it is installed, and compare it with ``student``.
+
+    Args:
+        student: What the file was made from.
+        path: The file.
+        samples: What both are compared on; without them, on noise.
+        min_agreement: Percent of samples that both must put into the same class.
+        float_path: The full-precision model as a file with the same input, whose time is taken beside that of ``path``.
 
     Raises:
         VerificationError: agreement below ``min_agreement`` percent on one of them.
@@ -43,9 +53,9 @@ def verify_onnx(student: Student, path: Path, samples: SampleBank | None, *, min
         expected = torch.cat([student(batch) for batch in images.split(_BATCH)]).numpy()
     names = layers_in(onnx.load(path))
     comparisons, refusals = [], []
-    for runtime, start in _runtimes(path, names):
+    for runtime, start in _runtimes(names):
         try:
-            run, float_layers = start()
+            run, float_layers = start(path)
             inputs = list(_inputs(path, pixels, images))
             actual = np.concatenate([run(batch) for batch in inputs])
         except Exception as error:  # each runtime has errors of its own, ONNX Runtime no RuntimeErrors
@@ -54,7 +64,9 @@ def verify_onnx(student: Student, path: Path, samples: SampleBank | None, *, min
                 raise VerificationError(f"{refusal}; no file was written") from error
             refusals.append(refusal)
             continue
-        comparison = compare(runtime, expected, actual, len(names), float_layers, latency_ms(run, inputs[0][:1]))
+        runs = [run] if float_path is None else [run, start(float_path)[0]]
+        latencies = latencies_ms([partial(each, inputs[0][:1]) for each in runs])
+        comparison = compare(runtime, expected, actual, len(names), float_layers, latencies)
         rounds_elsewhere = runtime.startswith("OpenVINO") and student.settings.target != "openvino"
         required = min(min_agreement, OPENVINO_MIN_AGREEMENT) if rounds_elsewhere else min_agreement
         if not comparison.agreement >= required:
@@ -74,15 +86,15 @@ def _inputs(path: Path, pixels: Tensor, images: Tensor) -> Iterator[np.ndarray]:
     yield from (np.ascontiguousarray(batch.numpy()) for batch in source.split(_BATCH))
 
 
-def _runtimes(path: Path, names: list[str]) -> Iterator[tuple[str, Callable[[], tuple[Runner, list[str]]]]]:
-    """Yield each runtime with what starts it: a function that runs the file, and the layers in floating point."""
+def _runtimes(names: list[str]) -> Iterator[tuple[str, Callable[[Path], tuple[Runner, list[str]]]]]:
+    """Yield each runtime with what starts a file: a function that runs it, and the layers in floating point."""
 
-    def start_onnx_runtime() -> tuple[Runner, list[str]]:
+    def start_onnx_runtime(path: Path) -> tuple[Runner, list[str]]:
         session, float_layers = onnx_runtime(path, names)
         key = session.get_inputs()[0].name
         return lambda batch: session.run(None, {key: batch})[0], float_layers
 
-    def start_openvino() -> tuple[Runner, list[str]]:
+    def start_openvino(path: Path) -> tuple[Runner, list[str]]:
         compiled, float_layers = openvino_model(path, names)
         return lambda batch: compiled(batch)[0], float_layers
 

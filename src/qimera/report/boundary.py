@@ -13,7 +13,7 @@ from qimera.teacher.teacher import Teacher
 
 NUM_SHARES = 7
 _COPIES = 8
-"""Starts of each share: batch-norm statistics of a few samples say little."""
+"""Samples optimised together for each share, because batch-norm statistics of a few samples say little."""
 
 _FEW_COPIES = 2
 _MOST_STEPS = 80
@@ -26,23 +26,36 @@ class BoundaryWalk:
     first: int
     second: int
     shares: Float[Tensor, " step"]
-    """Wanted of the second class."""
+    """Share of the second class that each sample is made for."""
     pixels: UInt8[Tensor, "step channel height width"]
     probabilities: Float[Tensor, "step two"]
-    """The teacher's of both classes."""
+    """Probabilities of both classes, according to the teacher."""
 
 
 def nearest_classes(bank: SampleBank) -> tuple[int, int]:
-    """Return the two classes that the teacher takes for each other most."""
-    answer = bank.logits.softmax(1)
-    shared = answer.T @ answer
-    shared.fill_diagonal_(-1)
+    """Return the two classes that the teacher confuses most."""
+    shared = _shared_probability(bank)
     first, second = divmod(int(shared.argmax()), len(shared))
     return min(first, second), max(first, second)
 
 
+def nearest_three(bank: SampleBank) -> list[int]:
+    """Return ``nearest_classes`` and, if there is one, the class that the teacher confuses most with either of them."""
+    first, second = nearest_classes(bank)
+    shared = _shared_probability(bank)
+    third = shared[first] + shared[second]
+    third[[first, second]] = -1
+    return sorted({first, second, int(third.argmax())})
+
+
+def _shared_probability(bank: SampleBank) -> Float[Tensor, "num_classes num_classes"]:
+    """Return how much probability each pair of classes has on the same samples; -1 for a class and itself."""
+    answer = bank.logits.softmax(1)
+    return (answer.T @ answer).fill_diagonal_(-1)
+
+
 def walk_between(first: int, second: int, teacher: Teacher, bank: SampleBank) -> BoundaryWalk:
-    """Return optimised samples of the shares between both classes, all from the same noise, as the bank's are made."""
+    """Return samples optimised for shares between both classes, from one noise and with the settings of the bank."""
     copies = _FEW_COPIES if bank.input_spec.has_large_images else _COPIES
     rng = torch.Generator().manual_seed(0)
     shares = torch.linspace(0, 1, NUM_SHARES)

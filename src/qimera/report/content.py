@@ -18,7 +18,14 @@ FORMAT_VERSION = 1
 _NUM_IMAGES = 64
 _NUM_LARGE_IMAGES = 16
 _MAX_POINTS = 400
-"""Points of one curve; more cannot be told apart."""
+"""Points of one curve; an eye cannot tell more apart."""
+
+MOST_ROWS = 40
+"""Rows of one drawing: what fits on a page."""
+
+LEAST_COST = 1e-4
+"""Divergence due to one layer, in nats, that is worth a look. Less moves at most 0.7 % of the probability to other
+classes (Pinsker's inequality)."""
 
 
 class Measured(Settings):
@@ -33,14 +40,14 @@ class Measured(Settings):
     agreement: float
     drop_low: float | None = None
     drop_high: float | None = None
-    """Ends of the interval that holds the drop on all such images in 90 percent of all cases, in points."""
+    """Ends of the 90 percent confidence interval of the drop, in points."""
 
     warnings: tuple[str, ...] = ()
     """Why these figures say nothing; empty where they do."""
 
     @property
     def drop(self) -> float:
-        """Of top-1, in points."""
+        """Top-1 of the teacher minus that of the student, in points."""
         return self.teacher_top1 - self.student_top1
 
 
@@ -71,13 +78,13 @@ class Report(Settings):
     format_version: int = FORMAT_VERSION
     summary: Summary
     settings: RunSettings
-    """Those of the run, without the directories of files."""
+    """Settings of the run; files are named without their directories."""
 
     measured: Measured | None
     """None until ``qimera evaluate`` is given labelled images."""
 
     multiply_adds: int
-    """Of all layers and products of activations, for one image."""
+    """Multiply-adds of all layers and products of activations, for one image."""
 
     bit_operations: int
     """Multiply-adds times weight bits times activation bits, for one image, as a budget counts them."""
@@ -86,6 +93,35 @@ class Report(Settings):
     layers: tuple[LayerReport, ...]
     curves: tuple[Curve, ...]
     exports: tuple[Export, ...]
+
+    @property
+    def fewer_bit_operations(self) -> float:
+        """How many times fewer bit operations than float32 the student takes."""
+        return 32 * 32 * self.multiply_adds / self.bit_operations
+
+    @property
+    def costly_layers(self) -> tuple[LayerReport, ...]:
+        """The layers that cost most, in their order, at most 40; empty where none costs anything worth more bits."""
+        if max((layer.cost for layer in self.layers), default=0) < LEAST_COST:
+            return ()
+        kept = sorted(self.layers, key=lambda layer: -layer.cost)[:MOST_ROWS]
+        return tuple(layer for layer in self.layers if layer in kept)
+
+    @property
+    def costliest(self) -> LayerReport:
+        """The layer that costs most."""
+        return max(self.layers, key=lambda layer: layer.cost)
+
+    @property
+    def costliest_share(self) -> float:
+        """Percent of the cost of all layers that the costliest has."""
+        return 100 * self.costliest.cost / sum(max(0.0, layer.cost) for layer in self.layers)
+
+    @property
+    def timed(self) -> dict[str, Any] | None:
+        """The first comparison with integer kernels that has the time of the full-precision model too."""
+        compared = (each for export in self.exports for each in export.comparisons if each["integer_layers"])
+        return next((each for each in compared if each.get("latency_ms") and each.get("float_latency_ms")), None)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -101,7 +137,7 @@ def shown_images(bank: SampleBank) -> Tensor:
 
 
 def curves(lines: Sequence[Line]) -> list[Curve]:
-    """Return one curve for each loss of each stage, thinned out where it has many points."""
+    """Return one curve for each loss of each stage, with at most 400 points each."""
     found: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
     for line in lines:
         for name, value in line.items():
@@ -118,24 +154,31 @@ def curves(lines: Sequence[Line]) -> list[Curve]:
 def features_in_plane(
     features: Tensor, weight: Tensor, bias: Tensor, size: int = 160
 ) -> tuple[Tensor, Tensor, tuple[float, float, float, float]]:
-    """Return features in the plane of their two first principal components, and the teacher's classes there.
+    """Return features in the plane where the classifier tells two or three classes apart, and its classes there.
+
+    The plane holds the differences of the classes' weights. What is left out of it changes none of the differences
+    between their logits, so a point lies in the area of the class that the classifier prefers among them. With two
+    classes the second axis is the direction in which the features differ most besides.
 
     Args:
-        features: (sample, feature), what the classifier reads.
-        weight: (num_classes, feature) of the classifier.
-        bias: (num_classes,) of it.
+        features: (sample, feature), what the classifier reads; at least two of each.
+        weight: (two or three classes, feature) of the classifier.
+        bias: (two or three classes,) of it.
         size: Points of the plane to each side.
 
     Returns:
-        Points (sample, 2), classes (size, size), and the plane's left, right, bottom and top.
+        Points (sample, 2), places of classes in ``weight`` (size, size), and the plane's left, right, bottom and top.
     """
     mean = features.mean(0)
-    _, _, axes = torch.linalg.svd(features - mean, full_matrices=False)
-    plane = axes[:2]  # (2, feature)
+    plane = torch.linalg.qr((weight[1:] - weight[0]).T).Q.T  # (1 or 2, feature)
+    if len(plane) < 2:
+        rest = features - mean
+        rest = rest - rest @ plane.T @ plane
+        plane = torch.cat([plane, torch.linalg.svd(rest, full_matrices=False)[2][:1]])
     points = (features - mean) @ plane.T
     low, high = points.amin(0), points.amax(0)
     low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
     x, y = (torch.linspace(float(low[i]), float(high[i]), size) for i in range(2))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (size, size, 2)
-    classes = ((mean + grid @ plane) @ weight.T + bias).argmax(-1)
-    return points, classes, (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
+    areas = ((mean + grid @ plane) @ weight.T + bias).argmax(-1)
+    return points, areas, (float(low[0]), float(high[0]), float(low[1]), float(high[1]))

@@ -1,4 +1,4 @@
-"""A student and some samples -> what each of its layers loses, and how the ranges of its inputs lie."""
+"""A student and some samples -> the error and the cost of each layer, and the range of its inputs."""
 
 import copy
 
@@ -25,13 +25,13 @@ class LayerReport(Settings):
     weight_bits: int
     activation_bits: int
     error: float
-    """Squared error of what the layer returns, behind all quantized layers before it, over the teacher's variance."""
+    """Squared error of the layer's output in the student, divided by the variance of that output in the teacher."""
 
     cost: float
-    """Divergence from the teacher of a teacher with this layer and its input alone on the student's grids, in nats.
+    """Divergence of class probabilities, in nats, if only this layer and its input are quantized in the teacher.
 
-    The layer's weights are rounded to nearest. Those of the student make up for each other's errors and for those of
-    layers before, so that their own layer cannot be told from the rest."""
+    The layer's weights are rounded to nearest for this. The student's own weights also compensate for errors of other
+    layers, so they do not show what one layer costs."""
 
     low: float | None = None
     """Lowest value that the quantizer of the layer's input can hold; None where it has none of its own."""
@@ -40,7 +40,7 @@ class LayerReport(Settings):
     """Smallest value that arrives at it."""
     largest: float | None = None
     lower_tail: float | None = None
-    """One value in a thousand is smaller."""
+    """Value that one in a thousand is below."""
     upper_tail: float | None = None
     clipped: float | None = None
     """Values beyond the range, in percent."""
@@ -118,7 +118,7 @@ def _ranges(quantizer: LearnedStepFakeQuantize, values: Tensor) -> dict[str, flo
 
 
 def _quantized_alone(student: Student, layer: Node) -> GraphModule:
-    """Return a graph that computes (logits, []) as the reference does, but for this layer and its input."""
+    """Return the reference as a graph of (logits, []) in which only this layer and its input are quantized."""
     graph, end = with_outputs(student.reference, []), _end(student, layer)
     node = next(each for each in graph.graph.nodes if each.name == end)
     # Copies, for the range of some quantizers follows what they are called with.

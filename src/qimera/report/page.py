@@ -1,6 +1,5 @@
 """A report, its run's models and its bank -> one HTML file that needs nothing else."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +7,11 @@ import torch
 from jinja2 import Environment, PackageLoader
 from torch import Tensor
 
-from qimera.assessment.diagnostics import features_of, margins_of
+from qimera.assessment.diagnostics import LARGEST_GAP, features_of, margins_of
 from qimera.graph.nodes import classifier_node, has_bias, node_at, tensor_of
 from qimera.report import figures
-from qimera.report.boundary import nearest_classes, walk_between
-from qimera.report.content import Report, features_in_plane
+from qimera.report.boundary import nearest_classes, nearest_three, walk_between
+from qimera.report.content import LEAST_COST, MOST_ROWS, Report, features_in_plane
 from qimera.report.summary import readable_bytes
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.superposition import shows_one_class
@@ -23,7 +22,10 @@ _SAMPLES_A_CLASS = 8
 _MAX_POINTS = 400
 
 environment = Environment(loader=PackageLoader("qimera.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+environment.globals.update(most_rows=MOST_ROWS, least_cost=LEAST_COST, largest_gap=LARGEST_GAP)
 environment.filters["bytes"] = readable_bytes
+environment.filters["fixed"] = lambda value, digits=1: f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.0
+environment.filters["times"] = lambda ratio: f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class Pictures:
     statistics: str
     margins: str
     plane: str
+    plane_classes: list[int]
     grid: str
     grid_classes: list[int]
-    walk: str
     walk_steps: list[dict[str, Any]]
     walk_classes: tuple[int, int]
 
@@ -62,19 +64,22 @@ def _draw(report: Report, teacher: Teacher, bank: SampleBank, real: Tensor | Non
     grid, classes = _grid(bank, single)
     walk = walk_between(*nearest_classes(bank), teacher, bank)
     steps = [
-        {"share": f"{float(share):.2f}", "first": f"{float(answer[0]):.2f}", "second": f"{float(answer[1]):.2f}"}
-        for share, answer in zip(walk.shares, walk.probabilities, strict=True)
+        {"picture": figures.picture(pixels[None, None]), "share": share, "first": answer[0], "second": answer[1]}
+        for pixels, share, answer in zip(walk.pixels, walk.shares.tolist(), walk.probabilities.tolist(), strict=True)
     ]
+    plane_classes, plane = _plane(teacher, bank, single, real)
+    gaps = sorted(report.bank.statistics_gap.items(), key=lambda item: -item[1])[:MOST_ROWS]
+    in_order = {name: gap for name, gap in report.bank.statistics_gap.items() if name in dict(gaps)}
     return Pictures(
         curves=figures.draw_curves(report.curves) if report.curves else "",
-        layers=figures.draw_layers(report.layers),
-        ranges=figures.draw_ranges(report.layers),
-        statistics=figures.draw_statistics(report.bank.statistics_gap) if report.bank.statistics_gap else "",
+        layers=figures.draw_layers(report.costly_layers) if report.costly_layers else "",
+        ranges=figures.draw_ranges(report.costly_layers),
+        statistics=figures.draw_statistics(in_order) if in_order else "",
         margins=figures.draw_margins(margins[single], margins[~single]),
-        plane=_plane(teacher, bank, single, real),
+        plane=plane,
+        plane_classes=plane_classes,
         grid=grid,
         grid_classes=classes,
-        walk=figures.picture(walk.pixels[None]),
         walk_steps=steps,
         walk_classes=(walk.first, walk.second),
     )
@@ -91,18 +96,29 @@ def _grid(bank: SampleBank, single: Tensor) -> tuple[str, list[int]]:
     return figures.picture(torch.stack([bank.pixels[places[number][:columns]] for number in enough])), enough
 
 
-def _plane(teacher: Teacher, bank: SampleBank, single: Tensor, real: Tensor | None) -> str:
-    chosen = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))[:_MAX_POINTS]
-    images: list[Tensor] = [bank.take(chosen).images]
-    of_one = single[chosen]
-    kinds: Sequence[tuple[str, Tensor]] = [("one class", of_one), ("superposed", ~of_one)]
-    if real is not None:
-        images.append(real[:_MAX_POINTS])
-        added = torch.zeros(len(images[1]), dtype=torch.bool)
-        kinds = [(name, torch.cat([found, added])) for name, found in kinds]
-        kinds = [*kinds, ("real", torch.cat([torch.zeros_like(of_one), ~added]))]
+def _plane(teacher: Teacher, bank: SampleBank, single: Tensor, real: Tensor | None) -> tuple[list[int], str]:
+    """Return the classes that the teacher confuses most, and a drawing of features of their samples.
+
+    The drawing is empty if there are fewer than two samples or features to show.
+    """
+    classes = nearest_three(bank)
+    others = [number for number in range(teacher.num_classes) if number not in classes]
+    # A superposed sample of another class lies anywhere in this plane.
+    fitting = (bank.soft_labels[:, others] == 0).all(1) & torch.isin(bank.logits.argmax(1), torch.tensor(classes))
+    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))
+    chosen = order[fitting[order]][:_MAX_POINTS]
+    if len(chosen) < 2 or teacher.classifier.weight.shape[1] < 2:
+        return classes, ""
+    images = [bank.take(chosen).images, *([] if real is None else [real[:_MAX_POINTS]])]
+    kind = torch.cat([torch.where(single[chosen], 0, 1), *(torch.full((len(part),), 2) for part in images[1:])])
     features = torch.cat([features_of(part, teacher) for part in images])
     layer = classifier_node(teacher.module, teacher.classifier.name)
     bias = tensor_of(teacher.module, node_at(layer, 2)) if has_bias(layer) else torch.zeros(teacher.num_classes)
-    points, classes, extent = features_in_plane(features, teacher.classifier.weight, bias)
-    return figures.draw_plane(points, classes, extent, kinds)
+    answers = (features @ teacher.classifier.weight.T + bias).argmax(1)
+    kept = torch.isin(answers, torch.tensor(classes))
+    features, kind, answers = features[kept], kind[kept], answers[kept]
+    points, areas, extent = features_in_plane(features, teacher.classifier.weight[classes], bias[classes])
+    places = torch.searchsorted(torch.tensor(classes), answers)
+    kinds = [(name, kind == i) for i, name in enumerate(("one class", "superposed", "real"))]
+    shown = [(name, found) for name, found in kinds if bool(found.any())]
+    return classes, figures.draw_plane(figures.Plane(points, areas, extent, classes, places, shown))

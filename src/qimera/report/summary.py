@@ -19,7 +19,7 @@ from qimera.teacher.teacher import Teacher
 
 
 class Summary(Settings):
-    """What a run came to."""
+    """Result of a run."""
 
     model: str
     """Where the model came from, without directories."""
@@ -34,16 +34,16 @@ class Summary(Settings):
 
     scheme: str
     target: str = "onnxruntime"
-    """Runtime whose kernels decided where tensors are rounded."""
+    """Runtime whose rounding the student matches."""
 
     layer_bits: str
-    """Exceptions by layer name, as ``--layer-bits`` takes them; those that a budget came to, too."""
+    """Exceptions by layer name, as ``--layer-bits`` takes them, including those that a budget chose."""
 
     budget: str = ""
     """Such as ``size=0.14``; empty where there was none."""
 
     allocation: tuple[str, ...] = ()
-    """What the budget came to, in lines for a person."""
+    """What the budget chose, in lines for a person."""
 
     recipe: str
     seed: int
@@ -57,19 +57,18 @@ class Summary(Settings):
     """Training steps of the student."""
 
     estimate: Estimate | None = None
-    """Accuracy that the student loses, as the held-out samples tell; None where the bank has none, or where a warning
-    says that its samples do not resemble what the network was trained on."""
+    """Accuracy that the student loses, estimated from held-out samples. None if the bank has no such samples, or if a
+    warning says that samples do not resemble what the network was trained on."""
 
     bank_agreement: float | None = None
-    """Percent of synthetic samples, most of them trained on, that student and teacher put into the same class; in runs
-    from before there were held-out samples."""
+    """Percent of synthetic samples that student and teacher put into the same class. Only old runs without held-out
+    samples have it; the student was trained on most of these samples."""
 
     teacher_bytes: int
     """Parameters and buffers in float32."""
 
     student_bytes: int
-    """What the student's ONNX file holds beside its operations: weights packed at their bits, scales, biases, and in
-    float32 what stays as it is."""
+    """Tensors in the student's ONNX file: packed weights, scales, biases, and what stays in float32."""
 
     bank_seconds: float | None
     """None for a bank made earlier."""

@@ -56,6 +56,7 @@ def export_run(
             include_preprocessing=include_preprocessing,
             labels=labels,
             min_agreement=min_agreement,
+            time_full_precision=True,
         )
     else:
         export = {"pt2": export_pt2, "aotinductor": export_aotinductor, "executorch": export_executorch}[form]
