@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qimera.cli.results import inspection
 from qimera.cli.tables import teacher_facts
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import LayerBits, QuantizationSettings
@@ -92,12 +93,13 @@ def test_products_of_activations_count_at_their_bits_beside_what_is_decided(fuse
 
 
 def test_inspect_tells_which_products_of_activations_are_in_integers() -> None:
-    integer, fused = (Teacher.capture(Attention(fused=each), TOY, without_batch_norms=True) for each in (False, True))
-    assert "all their weights and inputs; both factors of 2 products of activations;" in teacher_facts("m", integer)
-    assert "products of activations" not in teacher_facts("m", fused).partition("quantized")[2]
-    assert "1 scaled_dot_product_attention" in teacher_facts("m", fused).partition("in float")[2]
-    for teacher in (integer, fused):
-        assert "million multiply-adds (0.0 in products of activations) per image" in teacher_facts("m", teacher)
+    teachers = (Teacher.capture(Attention(fused=each), TOY, without_batch_norms=True) for each in (False, True))
+    integer, fused = (" ".join(teacher_facts(inspection("m", each)).split()) for each in teachers)
+    assert "all their weights and inputs; both factors of 2 products of activations;" in integer
+    assert "products of activations" not in fused.partition("quantized")[2]
+    assert "1 scaled_dot_product_attention" in fused.partition("in float")[2]
+    for facts in (integer, fused):
+        assert "million multiply-adds (0.0 in products of activations) per image" in facts
 
 
 @pytest.mark.parametrize("name", NETWORKS)

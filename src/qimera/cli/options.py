@@ -13,7 +13,8 @@ from qimera.cli.arguments import ModelOptions, RunOptions
 from qimera.config.base import Settings
 from qimera.config.bits import parse_bits, parse_layer_bits
 from qimera.config.input_spec import InputSpec
-from qimera.config.recipes import DEFAULT_RECIPE, Recipe, recipe
+from qimera.config.recipe_names import DEFAULT_RECIPE
+from qimera.config.recipes import Recipe, recipe
 from qimera.config.run_settings import RunSettings
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError
