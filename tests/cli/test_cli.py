@@ -13,8 +13,8 @@ from torch import nn
 
 from qimera.cli.arguments import ModelOptions, RunOptions
 from qimera.cli.console import ProgressDisplay
+from qimera.cli.facts import inspection
 from qimera.cli.options import read_settings
-from qimera.cli.results import inspection
 from qimera.cli.tables import layer_table
 from qimera.config.input_spec import InputSpec
 from qimera.config.run_settings import RunSettings

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera.cli.results import inspection
+from qimera.cli.facts import inspection
 from qimera.cli.tables import teacher_facts
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import LayerBits, QuantizationSettings

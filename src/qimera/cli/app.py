@@ -80,8 +80,8 @@ def inspect(
     """Show which parts of a model are quantized, and what samples are synthesised from."""
     with speaking(output) as out:
         from qimera.assessment.diagnostics import untrained_because
+        from qimera.cli.facts import inspection
         from qimera.cli.options import capture
-        from qimera.cli.results import inspection
         from qimera.cli.tables import layer_table, teacher_facts
 
         teacher = capture(options, untrained=True)
@@ -116,8 +116,8 @@ def make_bank(
     unfinished = path.with_name(f"{path.name}.unfinished")
     with speaking(output, f"the same command continues with what is in {unfinished}") as out:
         from qimera.assessment.diagnostics import diagnose, untrained_because
+        from qimera.cli.facts import synthesis
         from qimera.cli.options import capture, recipe_of_bank
-        from qimera.cli.results import synthesis
         from qimera.cli.tables import bank_facts
         from qimera.machine.acceleration import find_device
         from qimera.machine.checkpoint import Checkpoints

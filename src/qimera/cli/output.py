@@ -9,10 +9,9 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
-from pydantic import BaseModel
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
@@ -20,6 +19,9 @@ from rich.table import Table
 from qimera.cli.arguments import OutputOptions
 from qimera.cli.console import ProgressDisplay, terminal_width, timestamp
 from qimera.errors import QimeraError
+
+if TYPE_CHECKING:
+    import pydantic
 
 INTERRUPTED = 130
 USAGE = 2
@@ -35,9 +37,9 @@ class Output:
         self._values: dict[str, object] = {}
         self._console = Console(stderr=True)
 
-    def result(self, values: BaseModel, *shown: str | Table) -> None:
+    def result(self, values: "pydantic.BaseModel", *shown: str | Table) -> None:
         """Print what was found; with ``--json``, keep ``values`` in place of earlier ones until the command ends."""
-        self._values = values.model_dump(mode="json")
+        self._values = values.model_dump(mode="json", exclude={"error"})
         if self._options.as_json:
             return
         for each in shown:

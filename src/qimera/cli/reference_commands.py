@@ -18,8 +18,8 @@ def recipes(
 ) -> None:
     """List the recipes, what they do and what they cost."""
     with speaking(output) as out:
+        from qimera.cli.facts import recipes_of
         from qimera.cli.options import shape_of
-        from qimera.cli.results import recipes_of
         from qimera.cli.tables import recipe_table
 
         found = recipes_of(shape_of(input_shape), num_classes)

@@ -1,4 +1,4 @@
-"""What each command prints with ``--json``: the models of those objects, and how they are filled."""
+"""The objects that commands print with ``--json``."""
 
 from pathlib import Path
 from typing import Any
@@ -8,19 +8,9 @@ from pydantic import TypeAdapter
 from qimera.assessment.evaluation import Evaluation
 from qimera.config.base import Settings
 from qimera.config.input_spec import InputSpec
-from qimera.config.recipe_names import RECIPE_NAMES
-from qimera.config.recipes import recipe
-from qimera.config.settings import QuantizationSettings
 from qimera.export.comparison import Comparison
-from qimera.graph.costs import total_multiply_adds
-from qimera.graph.folding import fold_batch_norms
-from qimera.graph.nodes import batch_norms
-from qimera.quantization.scheme import float_operations, is_integer_product
-from qimera.quantization.sizes import float_bytes, packed_bytes
 from qimera.report.summary import Summary
 from qimera.runs.comparison import ComparedRun
-from qimera.synthesis.bank import SampleBank
-from qimera.teacher.teacher import Teacher
 
 
 class CommandError(Settings):
@@ -34,12 +24,15 @@ class CommandError(Settings):
     """What is wrong and what to do, as stderr says it."""
 
     exit_code: int
+    """2 wrong usage, 3 unsupported model, 4 diverged, 5 a check failed, 6 another process of the run ended, 130
+    interrupted."""
 
 
 class Failure(Settings):
     """A command that ended before it had a result."""
 
     error: CommandError
+    """What was wrong."""
 
 
 class Found(Settings):
@@ -54,8 +47,14 @@ class LayerFacts(Settings):
     """One layer with a weight."""
 
     name: str
+    """Dotted name of the module."""
+
     kind: str
+    """Such as ``conv2d`` or ``linear``."""
+
     weight_shape: tuple[int, ...]
+    """Output channels first."""
+
     multiply_adds: int
     """For one image."""
 
@@ -64,11 +63,17 @@ class Inspection(Found):
     """``qimera inspect``: what of a model is quantized, and what samples are synthesised from."""
 
     model: str
+    """The model as it was given."""
+
     teacher: str
     """Hash of the graph and all weights."""
 
     input: InputSpec
+    """What one image looks like."""
+
     num_classes: int
+    """Classes of the model."""
+
     classifier: str
     """Name of the layer that returns the logits."""
 
@@ -76,6 +81,8 @@ class Inspection(Found):
     """Values that the classifier reads."""
 
     num_parameters: int
+    """Values of all weights, biases and other parameters."""
+
     multiply_adds: int
     """Of all layers and products of activations, for one image."""
 
@@ -83,6 +90,8 @@ class Inspection(Found):
     """Batch norms whose statistics samples are made from."""
 
     num_batch_norm_channels: int
+    """Channels of all those batch norms."""
+
     num_exact_batch_norms: int
     """Batch norms that could not be folded into a layer, and stay in float32."""
 
@@ -99,7 +108,10 @@ class Inspection(Found):
     """The student's parameters at common bits."""
 
     layers: tuple[LayerFacts, ...]
+    """Every layer with a weight, in the order of the graph."""
+
     warnings: tuple[str, ...] = ()
+    """What a person should know before going on."""
 
 
 class Synthesis(Found):
@@ -109,7 +121,11 @@ class Synthesis(Found):
     """Path of it."""
 
     format: str
+    """``bank``, ``npz``, ``imagefolder`` or ``safetensors``."""
+
     model: str
+    """The model as it was given."""
+
     teacher: str
     """Hash of the graph and all weights."""
 
@@ -120,12 +136,15 @@ class Synthesis(Found):
     """Samples that no student learns from."""
 
     warnings: tuple[str, ...] = ()
+    """Why the samples may be of little use; empty for a good bank."""
 
 
 class FinishedRun(Settings):
     """A run directory, and the summary in it."""
 
     run: str
+    """Path of the run directory."""
+
     report: str
     """Path of the page."""
 
@@ -137,26 +156,41 @@ class Quantization(Found):
     """``qimera quantize``: the runs that were made or found finished, one for each of ``--bits``."""
 
     runs: tuple[FinishedRun, ...]
+    """Finished runs, in the order of ``--bits``."""
 
 
 class Measurement(Found):
     """``qimera evaluate``: accuracy on labelled images, in percent."""
 
     run: str
+    """Path of the run directory."""
+
     data: str
+    """The images as they were given."""
+
     num_images: int
+    """Labelled images."""
+
     student_top1: float
+    """Images whose class the student ranks first."""
+
     student_top5: float | None
-    """Null if there are fewer than six classes."""
+    """Images whose class the student ranks among its first five; null with fewer than six classes."""
 
     teacher_top1: float
+    """The same for the full-precision model."""
+
     teacher_top5: float | None
+    """The same for the full-precision model."""
+
     drop: float
     """Top-1 of the teacher minus that of the student, in points."""
 
     drop_low: float | None
+    """Lower end of the 90 percent interval of the drop on all images of which these are a sample, in points."""
+
     drop_high: float | None
-    """Ends of the 90 percent interval of the drop on all images of which these are a sample, in points."""
+    """Upper end of the same interval."""
 
     agreement: float | None
     """Images that student and teacher put into the same class."""
@@ -188,17 +222,24 @@ class ComparedRuns(Found):
     """``qimera compare``: the runs in the order they were given."""
 
     runs: tuple[ComparedRun, ...]
+    """The runs in the order they were given."""
 
 
 class ExportedFile(Found):
     """``qimera export``: the file that was written, and how it compares with the student."""
 
     run: str
+    """Path of the run directory."""
+
     file: str
     """Path of it."""
 
     format: str
+    """``onnx``, ``pt2``, ``aotinductor`` or ``executorch``."""
+
     num_layers: int
+    """Layers and products of activations."""
+
     num_bytes: int
     """Size of the file."""
 
@@ -216,6 +257,8 @@ class WrittenReport(Found):
     """``qimera report``: the files that were written."""
 
     run: str
+    """Path of the run directory."""
+
     report: str
     """Path of the page."""
 
@@ -223,13 +266,18 @@ class WrittenReport(Found):
     """Path of the same for programs."""
 
     warnings: tuple[str, ...] = ()
+    """What a person should know before trusting the run; empty for a good one."""
 
 
 class RecipeFacts(Settings):
     """One recipe."""
 
     name: str
+    """What ``--recipe`` takes."""
+
     description: str
+    """What the recipe does."""
+
     num_generated: int
     """Samples drawn from a trained generator."""
 
@@ -244,8 +292,13 @@ class Recipes(Found):
     """``qimera recipes``: every recipe, for such images and so many classes."""
 
     input_shape: tuple[int, int, int]
+    """Channels, height and width of an image."""
+
     num_classes: int
+    """Classes of the model."""
+
     recipes: tuple[RecipeFacts, ...]
+    """All recipes."""
 
 
 PRINTED: dict[str, TypeAdapter[Any]] = {
@@ -259,61 +312,3 @@ PRINTED: dict[str, TypeAdapter[Any]] = {
     "recipes": TypeAdapter(Recipes | Failure),
 }
 """What each command prints."""
-
-
-def inspection(model: str, teacher: Teacher, warnings: tuple[str, ...] = ()) -> Inspection:
-    """Return what there is to quantize in ``teacher``, which ``model`` names, and to synthesise from."""
-    classifier, taps, module = teacher.classifier, teacher.batch_norms, teacher.module
-    sizes = {name: QuantizationSettings(weight_bits=bits) for name, bits in {"w8a8": 8, "w4a8": 4, "w4a4": 4}.items()}
-    return Inspection(
-        model=model,
-        teacher=teacher.hash,
-        input=teacher.input_spec,
-        num_classes=teacher.num_classes,
-        classifier=classifier.name,
-        num_features=classifier.weight.shape[1],
-        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
-        multiply_adds=total_multiply_adds(module),
-        num_batch_norms=len(taps),
-        num_batch_norm_channels=sum(len(tap.mean) for tap in taps),
-        num_exact_batch_norms=len(batch_norms(fold_batch_norms(module))),
-        num_products=sum(is_integer_product(node) for node in module.graph.nodes),
-        float_operations=dict(float_operations(module).most_common()),
-        float_bytes=float_bytes(teacher),
-        packed_bytes={name: packed_bytes(teacher, each) for name, each in sizes.items()},
-        layers=tuple(
-            LayerFacts(name=each.name, kind=each.kind, weight_shape=tuple(each.weight_shape), multiply_adds=each.macs)
-            for each in teacher.layers
-        ),
-        warnings=warnings,
-    )
-
-
-def synthesis(path: Path, form: str, model: str, bank: SampleBank, warnings: tuple[str, ...]) -> Synthesis:
-    """Return what is known of ``bank``, written to ``path`` in the format ``form``."""
-    return Synthesis(
-        bank=str(path),
-        format=form,
-        model=model,
-        teacher=bank.teacher_hash,
-        num_samples=bank.num_training,
-        num_held_out=bank.settings.num_held_out,
-        warnings=warnings,
-    )
-
-
-def recipes_of(shape: tuple[int, int, int], num_classes: int) -> Recipes:
-    """Return every recipe as it would be for images of ``shape`` and so many classes."""
-    any_pixels = InputSpec(shape=shape, mean=(0.0,) * shape[0], std=(1.0,) * shape[0])
-    rows = (recipe(name, any_pixels, num_classes) for name in RECIPE_NAMES)
-    facts = tuple(
-        RecipeFacts(
-            name=row.name,
-            description=row.description,
-            num_generated=row.synthesis.num_generated,
-            num_optimized=row.synthesis.num_optimized,
-            num_steps=row.distillation.num_steps,
-        )
-        for row in rows
-    )
-    return Recipes(input_shape=shape, num_classes=num_classes, recipes=facts)

@@ -15,7 +15,11 @@ class ComparedRun(Settings):
     """What tells one run from the others."""
 
     run: str
+    """Path of the run directory."""
+
     model: str
+    """Where the model came from, without directories."""
+
     teacher: str
     """Hash of the graph and all weights."""
 
@@ -29,7 +33,11 @@ class ComparedRun(Settings):
     """Such as ``size=0.14``; empty if there was none."""
 
     recipe: str
+    """Name of the recipe."""
+
     seed: int
+    """Start of all random numbers."""
+
     bytes: int
     """The student's parameters, packed at their bits."""
 
@@ -37,8 +45,10 @@ class ComparedRun(Settings):
     """Top-1 that the student loses, in points; null if there is no estimate."""
 
     estimated_low: float | None
+    """Lower end of the 90 percent interval of the estimate, in points."""
+
     estimated_high: float | None
-    """Ends of the 90 percent interval of the estimate, in points."""
+    """Upper end of the same interval."""
 
     measured_drop: float | None
     """Top-1 that the student loses on labelled images, in points; null if there were none."""
@@ -53,6 +63,7 @@ class ComparedRun(Settings):
     """Time that bank and student took."""
 
     warnings: tuple[str, ...]
+    """What a person should know before trusting the figures; empty for a good run."""
 
 
 def compared(run: RunDirectory) -> ComparedRun:
