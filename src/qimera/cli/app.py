@@ -73,9 +73,10 @@ def _before_any_command(
 @spread
 def inspect(
     options: ModelOptions,
-    output: OutputOptions,
+    *,
     every_layer: Annotated[bool, typer.Option("--all", help="List every layer.")] = False,
     threads: Threads = None,
+    output: OutputOptions,
 ) -> None:
     """Show which parts of a model are quantized, and what samples are synthesised from."""
     with speaking(output) as out:
@@ -95,13 +96,15 @@ def inspect(
 @spread
 def make_bank(
     options: ModelOptions,
-    output: OutputOptions,
+    *,
     path: Annotated[
         Path, typer.Option("--output", metavar="BANK", help="Where the bank goes: a new directory or file.")
     ],
     form: Annotated[
         Literal["bank", "npz", "imagefolder", "safetensors"],
-        typer.Option("--format", help="bank is for qimera, the others for other tools."),
+        typer.Option(
+            "--format", metavar="NAME", help="bank for qimera; npz, imagefolder or safetensors for other tools."
+        ),
     ] = "bank",
     bank: Annotated[
         Path | None, typer.Option(metavar="BANK", help="Convert a bank that was made earlier to another --format.")
@@ -111,6 +114,7 @@ def make_bank(
     strict: Strict = False,
     device: Device = None,
     threads: Threads = None,
+    output: OutputOptions,
 ) -> None:
     """Make a bank of synthetic samples: once per model, for every bit width."""
     unfinished = path.with_name(f"{path.name}.unfinished")
@@ -167,7 +171,7 @@ def quantize(
     ],
     model_options: ModelOptions,
     options: RunOptions,
-    output: OutputOptions,
+    *,
     settings: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Start the same run again from its settings.json, instead of MODEL."),
@@ -176,6 +180,7 @@ def quantize(
     max_drop: MaxDrop = None,
     device: Device = None,
     threads: Threads = None,
+    output: OutputOptions,
 ) -> None:
     """Quantize a model without data; the result is a run directory, or one for each of several bits."""
     with speaking(output, f"the same command continues with what is in {path}") as out:

@@ -35,7 +35,10 @@ def capture(options: ModelOptions, *, untrained: bool = False) -> Teacher:
         UnsupportedModelError: the model cannot be captured, or has no batch norm.
     """
     if options.model is None:
-        raise ConfigError("MODEL: missing; give file.py:function, or one of the others that `qimera --help` lists")
+        raise ConfigError(
+            "MODEL: missing; give file.py:function, module.path:function, timm:NAME, torchvision:NAME, hf-hub:REPO, "
+            "program.pt2 or mnist_cnn"
+        )
     model = load_model(options.model, options.weights, untrained=untrained)
     input_spec = _input_spec(options, options.model, model)
     without = bool(options.without_batch_norms)
@@ -43,7 +46,7 @@ def capture(options: ModelOptions, *, untrained: bool = False) -> Teacher:
 
 
 def _input_spec(options: ModelOptions, source: str, model: nn.Module) -> InputSpec:
-    """Return what the options say; what they leave open, the model may know."""
+    """Return what the options say, completed by what the model knows of its input."""
     given: dict[str, Any] = {}
     if options.input_shape is not None:
         given["shape"] = shape_of(options.input_shape)
@@ -115,7 +118,7 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
 
 
 _PLACES = {"labels": "synthesis", "generator": "synthesis", "direct": "synthesis"}
-"""Groups of settings that are named without the group that they are in."""
+"""Groups of settings that may be named without the group that contains them."""
 
 
 def _changed(settings: RunSettings, options: RunOptions) -> RunSettings:
@@ -163,10 +166,10 @@ def _with_value(settings: _S, path: list[str], value: object) -> _S:
 
 
 def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) -> Resolved:
-    """Return the settings in ``path``, beside which no option may say anything, and what they name.
+    """Return the settings in ``path``, to which no option may be added, and what they name.
 
     Raises:
-        ConfigError: no such file, something wrong in it, or another option beside it.
+        ConfigError: there is no such file, something in it is wrong, or another option was given too.
         UnsupportedModelError: the model cannot be captured, or has no batch norm.
     """
     typed = [
@@ -177,7 +180,7 @@ def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) 
     ]
     if typed:
         names = ", ".join("MODEL" if name == "model" else f"--{name.strip('_').replace('_', '-')}" for name in typed)
-        raise ConfigError(f"--settings: says everything about a run, so leave out {names}, or edit {path}")
+        raise ConfigError(f"--settings: {path} holds every setting of a run; leave out {names}, or edit the file")
     if not path.is_file():
         raise ConfigError(f"--settings: no such file: {path}; give the settings.json of a run")
     settings = RunSettings.load(path)

@@ -10,20 +10,21 @@ from qimera.cli.output import speaking
 
 
 def recipes(
-    output: OutputOptions,
+    *,
     input_shape: Annotated[
         str, typer.Option(metavar="C,H,W", help="Channels, height and width of an image.")
     ] = "3,32,32",
-    num_classes: Annotated[int, typer.Option(min=2, help="Number of classes of the model.")] = 10,
+    num_classes: Annotated[int, typer.Option(metavar="N", min=2, help="Number of classes of the model.")] = 10,
+    output: OutputOptions,
 ) -> None:
     """List the recipes, what they do and what they cost."""
     with speaking(output) as out:
         from qimera.cli.facts import recipes_of
         from qimera.cli.options import shape_of
-        from qimera.cli.tables import recipe_table
+        from qimera.cli.tables import recipe_facts, recipe_table
 
         found = recipes_of(shape_of(input_shape), num_classes)
-        out.result(found, recipe_table(found))
+        out.result(found, recipe_facts(found), recipe_table(found))
 
 
 def schema(

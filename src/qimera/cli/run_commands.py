@@ -18,11 +18,12 @@ def evaluate(
         Path,
         typer.Option(metavar="PATH", help=".npz with uint8 images (NHWC) and labels, or a folder for each class."),
     ],
-    output: OutputOptions,
+    *,
     strict: Strict = False,
     max_drop: MaxDrop = None,
     device: Device = None,
     threads: Threads = None,
+    output: OutputOptions,
 ) -> None:
     """Measure the accuracy of a run's student and of its teacher on labelled images."""
     with speaking(output) as out:
@@ -49,7 +50,7 @@ def evaluate(
         Limits(strict, max_drop).check(Result(str(run), result.warnings, drop, "measured"))
 
 
-def report(run: Run, output: OutputOptions, threads: Threads = None) -> None:
+def report(run: Run, *, threads: Threads = None, output: OutputOptions) -> None:
     """Write the report of a run again: report.html and report.json."""
     with speaking(output) as out:
         from qimera.cli.results import WrittenReport
@@ -67,34 +68,40 @@ def compare(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...",
+            metavar="RUNS",
             help="Run directories, each the --output of `qimera quantize`.",
             autocompletion=completion.runs,
         ),
     ],
-    output: OutputOptions,
+    *,
     strict: Strict = False,
     max_drop: MaxDrop = None,
+    output: OutputOptions,
 ) -> None:
     """Show runs side by side, the best first: bits, size, accuracy and time."""
     with speaking(output) as out:
         from qimera.cli.results import ComparedRuns
-        from qimera.runs.comparison import compared, comparison_table, result_of
+        from qimera.runs.comparison import compared, comparison_table, result_of, warning_lines
         from qimera.runs.directory import RunDirectory
         from qimera.runs.limits import Limits
 
         directories = [RunDirectory.open(run) for run in runs]
         found = ComparedRuns(runs=tuple(map(compared, directories)))
-        out.result(found, comparison_table(directories, terminal_width()))
+        width = terminal_width()
+        out.result(found, comparison_table(directories, width), warning_lines(directories, width))
         Limits(strict, max_drop).check(*map(result_of, directories))
 
 
 def export(
     run: Run,
-    output: OutputOptions,
+    *,
     form: Annotated[
         Literal["onnx", "pt2", "aotinductor", "executorch"],
-        typer.Option("--format", help="ONNX, torch.export program, AOTInductor package, or ExecuTorch for XNNPACK."),
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="onnx, pt2 (torch.export program), aotinductor (compiled package) or executorch (for phones).",
+        ),
     ] = "onnx",
     file: Annotated[
         Path | None,
@@ -110,9 +117,15 @@ def export(
     ] = None,
     min_agreement: Annotated[
         float,
-        typer.Option(min=0, max=100, help="Percent of samples on which file and student must give the same class."),
+        typer.Option(
+            metavar="PERCENT",
+            min=0,
+            max=100,
+            help="Percent of samples on which file and student must give the same class.",
+        ),
     ] = 99.0,
     threads: Threads = None,
+    output: OutputOptions,
 ) -> None:
     """Write the student of a run as a file for other runtimes, and compare the file with the student."""
     with speaking(output, "no file was written") as out:

@@ -69,6 +69,7 @@ def bank_facts(found: Synthesis) -> str:
 def layer_table(layers: Sequence[LayerFacts], every_layer: bool) -> Table:
     """Return the layers with a weight; the middle of a long network is left out unless ``every_layer``."""
     table = _table("layer", "kind", right=("weight", "multiply-adds"))
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     is_whole = every_layer or len(layers) <= _LISTED_WHOLE
     num_hidden = 0 if is_whole else len(layers) - _LISTED_AT_START - _LISTED_AT_END
     for layer in layers[:_LISTED_AT_START] if num_hidden else layers:
@@ -96,18 +97,21 @@ def evaluation_table(result: Evaluation) -> Table:
 
 
 def recipe_table(found: Recipes) -> Table:
-    """Return every recipe, what it costs and what it does."""
+    """Return every recipe and what it costs."""
     table = _table("recipe", right=("generated", "optimized", "steps"))
-    table.add_column("what", ratio=1)
     for each in found.recipes:
-        counts = (each.num_generated, each.num_optimized, each.num_steps)
-        table.add_row(each.name, *(f"{count:,}" for count in counts), each.description)
+        table.add_row(each.name, *(f"{count:,}" for count in (each.num_generated, each.num_optimized, each.num_steps)))
     table.caption = f"for {found.num_classes} classes and images of {_times(found.input_shape)}"
     return table
 
 
+def recipe_facts(found: Recipes) -> str:
+    """Return what every recipe does."""
+    return "".join(f"{each.name:<13}{_indented(each.description)}\n" for each in found.recipes)
+
+
 def _table(left: str, *more: str, right: tuple[str, ...]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption_style="")
     for name in (left, *more):
         table.add_column(name, no_wrap=True)
     for name in right:

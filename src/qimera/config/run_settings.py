@@ -21,7 +21,7 @@ _WRITTEN_BY = "qimera"
 
 
 class RunSettings(Settings):
-    """Everything that decides a run; the file of it starts the same run again."""
+    """Everything that determines a run; its file starts the same run again."""
 
     model: str
     """``file.py:function``, or another source that ``load_model`` takes."""
@@ -37,10 +37,10 @@ class RunSettings(Settings):
     """Path of a bank made earlier; empty for one of the run's own."""
 
     logits: str = ""
-    """Which of several outputs of the model the logits are; empty where they were found."""
+    """Which of several outputs of the model holds the logits; empty if detected."""
 
     without_batch_norms: bool = False
-    """Take a model without batch norms, whose samples follow from its classes alone."""
+    """Accept a model without batch norms; samples then follow from its classes alone."""
 
     input: InputSpec
     synthesis: SynthesisSettings

@@ -167,7 +167,7 @@ class Summary(Settings):
         )
 
 
-_WIDTH = 88
+_WIDTH = 69
 """Characters of a line of a warning."""
 
 

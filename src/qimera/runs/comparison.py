@@ -1,11 +1,13 @@
 """Finished runs -> a table that puts them side by side."""
 
 from collections.abc import Sequence
+from textwrap import fill
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from qimera.config.base import Settings
+from qimera.errors import enumerate_names
 from qimera.report.summary import readable_bytes
 from qimera.runs.directory import RunDirectory
 from qimera.runs.limits import Result
@@ -51,7 +53,7 @@ class ComparedRun(Settings):
     """Upper end of the same interval."""
 
     measured_drop: float | None
-    """Top-1 that the student loses on labelled images, in points; null if there were none."""
+    """Top-1 that the student loses on labelled images, in points; null without any, or if a warning doubts them."""
 
     measured_on: int | None
     """Number of labelled images."""
@@ -83,7 +85,7 @@ def compared(run: RunDirectory) -> ComparedRun:
         estimated_drop=estimate and round(estimate.drop, 3),
         estimated_low=estimate and round(estimate.low, 3),
         estimated_high=estimate and round(estimate.high, 3),
-        measured_drop=measured and round(measured.drop, 3),
+        measured_drop=round(measured.drop, 3) if measured and not measured.warnings else None,
         measured_on=measured and measured.num_images,
         agreement=measured.agreement if measured else estimate and estimate.agreement,
         seconds=(summary.bank_seconds or 0) + (summary.student_seconds or 0),
@@ -92,7 +94,7 @@ def compared(run: RunDirectory) -> ComparedRun:
 
 
 def result_of(run: RunDirectory) -> Result:
-    """Return the drop of a run that can be trusted most, and all warnings: measured, else estimated."""
+    """Return the drop of a run, measured if possible and estimated otherwise, and all warnings."""
     summary, measured = run.summary(), run.measured
     warnings = (*(measured.warnings if measured else ()), *summary.warnings)
     if measured and not measured.warnings:
@@ -101,16 +103,16 @@ def result_of(run: RunDirectory) -> Result:
 
 
 def comparison_table(runs: Sequence[RunDirectory], width: int) -> Table:
-    """Return the same for a person, the smallest drop first; runs without a known drop come last.
+    """Return a table of the runs for a person, the smallest drop first; runs without a known drop come last.
 
     Args:
-        runs: Finished ones.
+        runs: Finished runs.
         width: Characters of a line; the least important columns are left out if they do not fit.
     """
     ranked = [compared(run) for run in sorted(runs, key=_drop_or_infinity)]
     rows = [_cells(each) for each in ranked]
     shown = _that_fit(rows, width)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left", caption_style="")
     for name in shown:
         if name in _LEFT:
             table.add_column(name, overflow="fold", min_width=len(name))
@@ -122,15 +124,26 @@ def comparison_table(runs: Sequence[RunDirectory], width: int) -> Table:
     return table
 
 
+def warning_lines(runs: Sequence[RunDirectory], width: int) -> str:
+    """Return every warning once, with the runs that it is about, in lines of at most ``width`` characters."""
+    about: dict[str, list[str]] = {}
+    for found in map(compared, runs):
+        for warning in found.warnings:
+            about.setdefault(warning, []).append(found.run)
+    paragraphs = [f"warning: {enumerate_names(names)}: {warning}" for warning, names in about.items()]
+    lines = [fill(each, width, subsequent_indent="  ", break_on_hyphens=False) for each in paragraphs]
+    return "".join(f"{each}\n" for each in lines)
+
+
 _LEFT = ("run", "bits", "recipe")
 _DISPENSABLE = ("time", "agree (%)", "seed", "size")
-"""Columns that narrow terminals do without, the first ones first."""
+"""Columns that narrow terminals leave out, in this order."""
 
 _BETWEEN = 3
 """Characters between two columns."""
 
 _RUN_WIDTH, _LEFT_WIDTH = 24, 10
-"""Characters to which a column at the left may be folded."""
+"""Least width of a column at the left, in characters."""
 
 
 def _drop_or_infinity(run: RunDirectory) -> float:
@@ -170,7 +183,7 @@ def _that_fit(rows: Sequence[dict[str, str]], width: int) -> list[str]:
 
 
 def _notes(runs: Sequence[ComparedRun], hidden: Sequence[str]) -> list[str]:
-    notes = [f"warning: {each.run}: {warning}" for each in runs for warning in each.warnings]
+    notes = []
     if len({each.teacher for each in runs}) > 1:
         notes.append("These runs are of several models; each drop is from that model's own full precision.")
     if hidden:
