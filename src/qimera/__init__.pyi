@@ -20,11 +20,8 @@ from .assessment.evaluation import (
 )
 from .assessment.selection import choose as choose
 from .config.input_spec import InputSpec as InputSpec
-from .config.recipes import (
-    RECIPE_NAMES as RECIPE_NAMES,
-    Recipe as Recipe,
-    recipe as recipe,
-)
+from .config.recipe_names import RECIPE_NAMES as RECIPE_NAMES
+from .config.recipes import Recipe as Recipe, recipe as recipe
 from .config.run_settings import RunSettings as RunSettings
 from .config.settings import (
     DirectSettings as DirectSettings,

@@ -1,4 +1,4 @@
-"""The errors that a user can cause, each with the exit code that the command line returns for it."""
+"""Errors that a user can cause, each with its exit code."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -7,11 +7,11 @@ _MAX_LISTED = 5
 
 
 class QimeraError(Exception):
-    """Something that the user can mend; the message names the setting or layer, what was given and what to do."""
+    """An error that the user can fix; its message names the setting or layer, the value and the remedy."""
 
     exit_code = 2
     is_told = False
-    """Whether the user has been told already, by another process."""
+    """Whether another process has already shown this error."""
 
 
 class ConfigError(QimeraError):
@@ -37,20 +37,20 @@ class VerificationError(QimeraError):
 
 
 class PeerError(QimeraError):
-    """Another process that works at the same result has ended (exit code 6)."""
+    """Another process of the same run has ended (exit code 6)."""
 
     exit_code = 6
 
 
 def enumerate_names(names: Sequence[str], nearest_in: Sequence[str] = ()) -> str:
-    """Return the first few names and how many more there are, each with its nearest in ``nearest_in``."""
+    """Return the first few names, each with the closest one in ``nearest_in``, and how many more there are."""
     listed = [name + suggest(name, nearest_in, " (nearest: {})") for name in names[:_MAX_LISTED]]
     rest = len(names) - len(listed)
     return ", ".join(listed) + (f" and {rest} more" if rest else "")
 
 
 def suggest(name: str, valid: Iterable[str], form: str = "; did you mean {}?") -> str:
-    """Return ``form`` with the valid name that ``name`` was probably meant to be; empty if none is near."""
+    """Return ``form`` with the valid name closest to ``name``; empty if none is close."""
     nearest = difflib.get_close_matches(name, list(valid), n=1)
     return form.format(nearest[0]) if nearest else ""
 
@@ -61,5 +61,5 @@ def describe_value(value: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what ``error`` says, or its type where it says nothing."""
+    """Return the first line of the message of ``error``, or its type if there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

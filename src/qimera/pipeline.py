@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from qimera.config.bits import check_layer_bits, parse_bits, parse_layer_bits
 from qimera.config.input_spec import InputSpec
-from qimera.config.recipes import DEFAULT_RECIPE, Recipe, recipe as recipe_called
+from qimera.config.recipe_names import DEFAULT_RECIPE
+from qimera.config.recipes import Recipe, recipe as recipe_called
 from qimera.config.settings import DistillationSettings, QuantizationSettings, SynthesisSettings, check_start
 from qimera.errors import ConfigError
 from qimera.machine.acceleration import exact_convolutions, find_device, is_compiled

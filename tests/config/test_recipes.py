@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from qimera.config.input_spec import InputSpec
-from qimera.config.recipes import RECIPE_NAMES, recipe
+from qimera.config.recipe_names import RECIPE_NAMES
+from qimera.config.recipes import recipe
 from qimera.config.settings import LabelSettings
 from qimera.errors import ConfigError
 from qimera.pipeline import quantize, synthesize

@@ -3,8 +3,8 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from qimera.cli.facts import inspection
 from qimera.cli.tables import teacher_facts
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import LayerBits, QuantizationSettings
@@ -68,22 +68,25 @@ def test_bit_operations_count_weights_times_activations_and_the_input_at_its_own
 class Attention(nn.Module):
     """Sixteen tokens of six numbers, whose products of activations have two forms, behind a layer called twice."""
 
-    def __init__(self, *, fused: bool) -> None:
+    def __init__(self, *, summed: bool) -> None:
         super().__init__()
         self.stem, self.again, self.head = nn.Conv2d(1, 6, 2, stride=2), nn.Conv2d(6, 6, 1), nn.Linear(6, 3)
-        self.fused = fused
+        self.summed = summed
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.again(self.again(self.stem(x)).relu()).flatten(2).transpose(1, 2)
-        if self.fused:
-            return self.head(F.scaled_dot_product_attention(x, x, x).mean(1))
+        if self.summed:
+            shares = torch.einsum("bqc,bkc->bqk", x, x).softmax(-1)
+            return self.head(torch.einsum("bqk,bkc->bqc", shares, x).mean(1))
         return self.head(torch.bmm((x @ x.transpose(1, 2)).softmax(-1), x).mean(1))
 
 
-@pytest.mark.parametrize(("fused", "bits_of_products"), [(False, 5), (True, 32)])
-def test_products_of_activations_count_at_their_bits_beside_what_is_decided(fused: bool, bits_of_products: int) -> None:
-    """An attention that is one operation is computed in floating point."""
-    teacher = Teacher.capture(Attention(fused=fused), TOY)
+@pytest.mark.parametrize(("summed", "bits_of_products"), [(False, 5), (True, 32)])
+def test_products_of_activations_count_at_their_bits_beside_what_is_decided(
+    summed: bool, bits_of_products: int
+) -> None:
+    """An Einstein sum is computed in floating point."""
+    teacher = Teacher.capture(Attention(summed=summed), TOY)
     given = settings("bops=1", ("again", 7, 6), weight_bits=3, activation_bits=5, input_bits=8)
     stem, again, head, products = 16 * 6 * 4 * 3 * 8, 2 * 16 * 36 * 7 * 6, 18 * 3 * 5, 2 * 16 * 16 * 6
     assert bit_operations(teacher, given) == stem + again + head + products * bits_of_products**2
@@ -92,12 +95,13 @@ def test_products_of_activations_count_at_their_bits_beside_what_is_decided(fuse
 
 
 def test_inspect_tells_which_products_of_activations_are_in_integers() -> None:
-    integer, fused = (Teacher.capture(Attention(fused=each), TOY) for each in (False, True))
-    assert "all their weights and inputs; both factors of 2 products of activations;" in teacher_facts("m", integer)
-    assert "products of activations" not in teacher_facts("m", fused).partition("quantized")[2]
-    assert "1 scaled_dot_product_attention" in teacher_facts("m", fused).partition("in float")[2]
-    for teacher in (integer, fused):
-        assert "million multiply-adds (0.0 in products of activations) per image" in teacher_facts("m", teacher)
+    teachers = (Teacher.capture(Attention(summed=each), TOY) for each in (False, True))
+    integer, summed = (" ".join(teacher_facts(inspection("m", each)).split()) for each in teachers)
+    assert "all their weights and inputs; both factors of 2 products of activations;" in integer
+    assert "products of activations" not in summed.partition("quantized")[2]
+    assert "2 einsum" in summed.partition("in float")[2]
+    for facts in (integer, summed):
+        assert "million multiply-adds (0.0 in products of activations) per image" in facts
 
 
 @pytest.mark.parametrize("name", NETWORKS)

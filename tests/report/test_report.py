@@ -366,7 +366,7 @@ def test_a_measurement_on_images_that_the_teacher_knows_is_called_one(run: RunDi
     assert f"of the same {len(bank):,} images, right or wrong" in first
     assert "estimate" not in first + rest.partition("<h2>")[0]
     assert "real (" in rest  # in the plane of features
-    values = json.loads(qimera("compare", copied, "--json").stdout)[0]
+    values = json.loads(qimera("compare", copied, "--json").stdout)["runs"][0]
     assert qimera("compare", copied, "--max-drop", max(0, values["measured_drop"])).exit_code == 0
     assert values["warnings"] == []
 
@@ -420,7 +420,7 @@ def test_a_bad_bank_is_warned_of_on_the_page_and_first_in_the_summary(tmp_path: 
     assert strict.exit_code == 5
     assert re.search(r"--strict: \S+ has \d warnings, shown above; --max-drop: \S+ has no estimated drop", said(strict))
     both = qimera("compare", tmp_path / "run", run.path, "--json")
-    assert [bool(each["warnings"]) for each in json.loads(both.stdout)] == [True, False]
+    assert [bool(each["warnings"]) for each in json.loads(both.stdout)["runs"]] == [True, False]
     ranked = qimera("compare", tmp_path / "run", run.path, "--strict")
     assert ranked.exit_code == 5
     lines = [line for line in ranked.stdout.splitlines() if "w4a4" in line]
@@ -463,7 +463,7 @@ def test_runs_are_put_side_by_side(run: RunDirectory, tmp_path: Path) -> None:
     (other / "summary.json").write_text(json.dumps(summary))
     lines = qimera("compare", run.path, other).stdout.splitlines()
     assert ["-50.00" in line for line in lines if "w4a4" in line] == [True, False]  # the best first
-    values = json.loads(qimera("compare", run.path, other, "--json").stdout)
+    values = json.loads(qimera("compare", run.path, other, "--json").stdout)["runs"]
     assert [each["run"] for each in values] == [str(run.path), str(other)]
     assert values[1]["estimated_drop"] == -50.0
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import ConfigDict
 from torch import Tensor
 
 from qimera.assessment.diagnostics import diagnose
@@ -55,12 +56,16 @@ CALIBRATION = Calibration(factor=0.326, fixed_error=0.05, relative_error=0.47)
 class Estimate:
     """Accuracy that a student loses on real images, as held-out synthetic samples tell."""
 
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)  # a schema says them too
+
     drop: float
     """Top-1 of the teacher minus that of the student, in points."""
 
     low: float
+    """Lower end of the interval that should hold the real drop in 90 percent of all runs, in points."""
+
     high: float
-    """Ends of the interval that should hold the real drop in ``CONFIDENCE`` of all runs, in points."""
+    """Upper end of the same interval."""
 
     agreement: float
     """Percent of these samples that student and teacher put into the same class."""

@@ -12,10 +12,10 @@ import typer
 
 from qimera import __version__
 from qimera.cli.arguments import (
-    Debug,
     Device,
     MaxDrop,
     ModelOptions,
+    OutputOptions,
     Recipe,
     RunOptions,
     Seed,
@@ -23,14 +23,16 @@ from qimera.cli.arguments import (
     Threads,
     spread,
 )
-from qimera.cli.console import INTERRUPTED, ProgressDisplay, errors_as_messages, print_table, warn
+from qimera.cli.output import INTERRUPTED, Output, speaking
+from qimera.cli.reference_commands import recipes, schema
 from qimera.cli.run_commands import compare, evaluate, export, report
 from qimera.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-    from qimera.runs.limits import Result
+    from qimera.report.summary import Summary
+    from qimera.runs.directory import RunDirectory
 
 app = typer.Typer(
     name="qimera",
@@ -38,7 +40,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 2 wrong usage, 3 unsupported model, 4 diverged, 5 a check failed, "
     "6 another process of the run ended, 130 interrupted.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -72,44 +73,54 @@ def _before_any_command(
 @spread
 def inspect(
     options: ModelOptions,
+    *,
     every_layer: Annotated[bool, typer.Option("--all", help="List every layer.")] = False,
     threads: Threads = None,
-    debug: Debug = False,
+    output: OutputOptions,
 ) -> None:
-    """Show what of a model is quantized, and what samples are synthesised from."""
-    with errors_as_messages(debug):
+    """Show which parts of a model are quantized, and what samples are synthesised from."""
+    with speaking(output) as out:
         from qimera.assessment.diagnostics import untrained_because
+        from qimera.cli.facts import inspection
         from qimera.cli.options import capture
         from qimera.cli.tables import layer_table, teacher_facts
 
         teacher = capture(options, untrained=True)
-        typer.echo(teacher_facts(options.model or "", teacher), nl=False)
-        print_table(layer_table(teacher, every_layer))
-        warn(filter(None, [untrained_because(teacher)]))
-        typer.echo("next: qimera quantize, with the same options and --output RUN", err=True)
+        found = inspection(options.model or "", teacher, tuple(filter(None, [untrained_because(teacher)])))
+        out.result(found, teacher_facts(found), layer_table(found.layers, every_layer))
+        out.warn(found.warnings)
+        out.hint("next: qimera quantize, with the same options and --output RUN")
 
 
 @app.command("synthesize")
 @spread
 def make_bank(
     options: ModelOptions,
-    output: Annotated[Path, typer.Option(metavar="BANK", help="Directory that becomes the bank, or the file.")],
+    *,
+    path: Annotated[
+        Path, typer.Option("--output", metavar="BANK", help="Where the bank goes: a new directory or file.")
+    ],
     form: Annotated[
         Literal["bank", "npz", "imagefolder", "safetensors"],
-        typer.Option("--format", help="For qimera, or for other tools."),
+        typer.Option(
+            "--format", metavar="NAME", help="bank for qimera; npz, imagefolder or safetensors for other tools."
+        ),
     ] = "bank",
-    bank: Annotated[Path | None, typer.Option(metavar="BANK", help="Write one that was made earlier.")] = None,
+    bank: Annotated[
+        Path | None, typer.Option(metavar="BANK", help="Convert a bank that was made earlier to another --format.")
+    ] = None,
     recipe: Recipe = None,
     seed: Seed = None,
     strict: Strict = False,
     device: Device = None,
     threads: Threads = None,
-    debug: Debug = False,
+    output: OutputOptions,
 ) -> None:
     """Make a bank of synthetic samples: once per model, for every bit width."""
-    unfinished = output.with_name(f"{output.name}.unfinished")
-    with errors_as_messages(debug, f"the same command continues with what is in {unfinished}"):
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with speaking(output, f"the same command continues with what is in {unfinished}") as out:
         from qimera.assessment.diagnostics import diagnose, untrained_because
+        from qimera.cli.facts import synthesis
         from qimera.cli.options import capture, recipe_of_bank
         from qimera.cli.tables import bank_facts
         from qimera.machine.acceleration import find_device
@@ -125,63 +136,71 @@ def make_bank(
         if bank is not None and unused:
             raise ConfigError(f"--bank: its samples are made already, so leave out {', '.join(unused)}")
         place = find_device(device or "auto")
-        if output.exists():
-            raise ConfigError(f"{output}: exists already; choose another --output, or pass it to quantize as --bank")
+        if path.exists():
+            raise ConfigError(f"{path}: exists already; choose another --output, or pass it to quantize as --bank")
         teacher = capture(options)
-        warn(filter(None, [untrained_because(teacher)]))
+        out.warn(filter(None, [untrained_because(teacher)]))
         chosen = recipe_of_bank(teacher, recipe).synthesis
         made = None if bank is None else SampleBank.load(bank, teacher)
         if made is None:
             if any(unfinished.glob("*")):
-                typer.echo(f"{output}: continues with what is in {unfinished}", err=True)
+                out.note(f"{path}: continues with what is in {unfinished}")
             # A place that cannot be written to is refused before the work.
             unfinished.mkdir(parents=True, exist_ok=True)
-        with joined(), ProgressDisplay(is_main()) as progress:
+        with joined(), out.progress(is_main()) as progress:
             if made is None:
                 made = synthesize(
                     teacher, None, chosen, seed=seed or 0, device=place, checkpoints=unfinished, progress=progress
                 )
             if is_main():
-                write_bank(made, output, form)
+                write_bank(made, path, form)
                 Checkpoints(unfinished).forget()
-                typer.echo(bank_facts(output, options.model or "", made, teacher))
-                found = diagnose(made, teacher).warnings
-                warn(found)
+                found = synthesis(path, form, options.model or "", made, diagnose(made, teacher).warnings)
+                out.result(found, bank_facts(found))
+                out.warn(found.warnings)
                 if form == "bank":
-                    typer.echo(
-                        f"next: qimera quantize, with the same options and --bank {output} --output RUN", err=True
-                    )
-                Limits(strict).check(Result(str(output), found))
+                    out.hint(f"next: qimera quantize, with the same options and --bank {path} --output RUN")
+                Limits(strict).check(Result(str(path), found.warnings))
 
 
 @app.command()
 @spread
 def quantize(
-    output: Annotated[Path, typer.Option(metavar="RUN", help="Directory of the run; made, or continued.")],
+    path: Annotated[
+        Path, typer.Option("--output", metavar="RUN", help="Run directory: a new one, or one to continue.")
+    ],
     model_options: ModelOptions,
     options: RunOptions,
+    *,
     settings: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="settings.json of a run: starts the same again, instead of MODEL."),
+        typer.Option(metavar="FILE", help="Start the same run again from its settings.json, instead of MODEL."),
     ] = None,
     strict: Strict = False,
     max_drop: MaxDrop = None,
     device: Device = None,
     threads: Threads = None,
-    debug: Debug = False,
+    output: OutputOptions,
 ) -> None:
     """Quantize a model without data; the result is a run directory, or one for each of several bits."""
-    with errors_as_messages(debug, f"the same command continues with what is in {output}"):
+    with speaking(output, f"the same command continues with what is in {path}") as out:
+        from qimera.cli.results import FinishedRun, Quantization
         from qimera.machine.acceleration import find_device
         from qimera.machine.distributed import is_main, joined
-        from qimera.runs.limits import Limits
+        from qimera.runs.limits import Limits, Result
 
         place = find_device(device or "auto")
         with joined():
-            runs = _one_by_one(output, options)
-            results = [_quantize(path, model_options, each, settings, place) for path, each in runs]
+            done: list[FinishedRun] = []
+            for each, run_options in _one_by_one(path, options):
+                run, summary = _quantize(each, model_options, run_options, settings, place, out)
+                done.append(FinishedRun(run=str(each), report=str(run.report_page_file), summary=summary))
+                if is_main():
+                    out.result(Quantization(runs=tuple(done)), summary.text())
+                    out.hint(f"report: {run.report_page_file}\nnext: qimera export {each}")
             if is_main():
-                Limits(strict, max_drop).check(*results)
+                found = (Result(each.run, each.summary.warnings, each.summary.estimated_drop) for each in done)
+                Limits(strict, max_drop).check(*found)
 
 
 def _one_by_one(output: Path, options: RunOptions) -> list[tuple[Path, RunOptions]]:
@@ -197,51 +216,39 @@ def _one_by_one(output: Path, options: RunOptions) -> list[tuple[Path, RunOption
 
 
 def _quantize(
-    output: Path, model_options: ModelOptions, options: RunOptions, settings: Path | None, place: "torch.device"
-) -> "Result":
-    """Make or continue one run, and return what it came to."""
+    path: Path,
+    model_options: ModelOptions,
+    options: RunOptions,
+    settings: Path | None,
+    place: "torch.device",
+    out: Output,
+) -> "tuple[RunDirectory, Summary]":
+    """Make or continue one run in the directory ``path``."""
     from qimera.assessment.diagnostics import untrained_because
     from qimera.cli.options import read_settings, resolve
     from qimera.machine.distributed import from_main, is_main
     from qimera.runs.directory import RunDirectory, refuse_other_content
     from qimera.runs.execution import carry_out, check_run
-    from qimera.runs.limits import Result
     from qimera.runs.reporting import report_run
 
-    from_main(refuse_other_content, output)
+    from_main(refuse_other_content, path)
     read = resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
     check_run(read.settings, read.teacher, read.bank)
-    run = from_main(RunDirectory.start, output, read.settings)
+    run = from_main(RunDirectory.start, path, read.settings)
     if is_main() and run.is_finished:
-        typer.echo(f"{output}: finished already, this is its summary", err=True)
+        out.note(f"{path}: finished already, this is its summary")
     elif is_main():
         if done := run.so_far():
-            typer.echo(f"{output}: continues where it was interrupted; {done}", err=True)
-        warn(filter(None, [untrained_because(read.teacher)]))
-    with ProgressDisplay(is_main()) as progress:
+            out.note(f"{path}: continues where it was interrupted; {done}")
+        out.warn(filter(None, [untrained_because(read.teacher)]))
+    with out.progress(is_main()) as progress:
         summary = carry_out(run, read.teacher, read.bank, progress, place)
-    if is_main():
-        if not run.report_page_file.exists():
-            typer.echo("writing the report", err=True)
-            report_run(run)
-        typer.echo(summary.text(), nl=False)
-        typer.echo(f"report: {run.report_page_file}\nnext: qimera export {output}", err=True)
-    return Result(str(output), summary.warnings, summary.estimated_drop)
+    if is_main() and not run.report_page_file.exists():
+        out.note("writing the report")
+        report_run(run)
+    return run, summary
 
 
-for command in (evaluate, report, compare, export):
-    app.command()(command)
-
-
-@app.command()
-def recipes(
-    input_shape: Annotated[str, typer.Option(metavar="C,H,W", help="One image.")] = "3,32,32",
-    num_classes: Annotated[int, typer.Option(min=2, help="Classes of the model.")] = 10,
-    debug: Debug = False,
-) -> None:
-    """List the recipes and what they cost."""
-    with errors_as_messages(debug):
-        from qimera.cli.options import shape_of
-        from qimera.cli.tables import recipe_table
-
-        print_table(recipe_table(shape_of(input_shape), num_classes))
+for command in (evaluate, report, compare, export, recipes):
+    app.command()(spread(command))
+app.command()(schema)

@@ -9,14 +9,34 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from qimera.cli import completion
+
+_MODEL, _QUANTIZATION, _CHECKS, _OUTPUT = "Model", "Quantization", "Checks", "Computing and output"
+"""Groups of options in the help of a command."""
+
 Recipe = Annotated[
     str | None,
     typer.Option(
-        metavar="NAMES", help="See qimera recipes; of several, such as ptq,fast, the best is kept. Default: fast."
+        metavar="NAMES",
+        rich_help_panel=_QUANTIZATION,
+        help="Recipe, see `qimera recipes`. Of several, such as ptq,fast, the best result is kept. Default: fast.",
+        autocompletion=completion.recipes,
     ),
 ]
 Seed = Annotated[
-    int | None, typer.Option(min=0, max=(1 << 63) - 1, help="Same seed, same machine, same result. Default: 0.")
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        rich_help_panel=_QUANTIZATION,
+        help="The same seed gives the same result on the same machine. Default: 0.",
+    ),
+]
+Run = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", help="Run directory, the --output of `qimera quantize`.", autocompletion=completion.runs
+    ),
 ]
 
 
@@ -29,26 +49,58 @@ def _use_threads(threads: int | None) -> int | None:
 
 
 Threads = Annotated[
-    int | None, typer.Option(min=1, callback=_use_threads, help="CPU threads. Default: what torch chooses.")
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        callback=_use_threads,
+        rich_help_panel=_OUTPUT,
+        help="CPU threads. Default: PyTorch's choice.",
+    ),
 ]
 Device = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
+        rich_help_panel=_OUTPUT,
         help="Where to compute: cpu, cuda or cuda:1 (the second GPU). Default: a GPU if there is one.",
+        autocompletion=completion.devices,
     ),
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="End with exit code 5 if there are warnings.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", rich_help_panel=_CHECKS, help="Exit with code 5 if there are warnings.")
+]
 MaxDrop = Annotated[
     float | None,
     typer.Option(
         "--max-drop",
         metavar="POINTS",
         min=0,
-        help="End with exit code 5 if more top-1 accuracy is lost, or nobody knows how much.",
+        rich_help_panel=_CHECKS,
+        help="Exit with code 5 if the drop in top-1 accuracy is larger or unknown.",
     ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log.")]
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How a command talks, as it was typed."""
+
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            rich_help_panel=_OUTPUT,
+            help="Print one JSON object on stdout; `qimera schema` describes its keys.",
+        ),
+    ] = False
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", rich_help_panel=_OUTPUT, help="Show only results and warnings, no progress."),
+    ] = False
+    debug: Annotated[
+        bool, typer.Option("--debug", rich_help_panel=_OUTPUT, help="Show the log, and the traceback of an error.")
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -61,23 +113,43 @@ class ModelOptions:
             metavar="MODEL",
             help="file.py:function, module.path:function, timm:NAME, torchvision:NAME, hf-hub:REPO, program.pt2, "
             "or the embedded mnist_cnn.",
+            autocompletion=completion.models,
         ),
     ] = None
     weights: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="safetensors, or a state dict of torch.save; no code in it is executed."),
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_MODEL,
+            help="Weights: safetensors, or a state dict of torch.save. No code in the file is executed.",
+        ),
     ] = None
-    input_shape: Annotated[str | None, typer.Option(metavar="C,H,W", help="One image, such as 3,224,224.")] = None
-    mean: Annotated[str | None, typer.Option(metavar="A,B,C", help="Per-channel mean used in training.")] = None
-    std: Annotated[str | None, typer.Option(metavar="A,B,C", help="Per-channel std used in training.")] = None
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="C,H,W", rich_help_panel=_MODEL, help="Channels, height and width of an image, such as 3,224,224."
+        ),
+    ] = None
+    mean: Annotated[
+        str | None, typer.Option(metavar="A,B,C", rich_help_panel=_MODEL, help="Per-channel mean used in training.")
+    ] = None
+    std: Annotated[
+        str | None, typer.Option(metavar="A,B,C", rich_help_panel=_MODEL, help="Per-channel std used in training.")
+    ] = None
     pixel_range: Annotated[
         str | None,
-        typer.Option(metavar="LOW,HIGH", help="Pixel values before normalisation, e.g. 0,255. Default: 0,1."),
+        typer.Option(
+            metavar="LOW,HIGH",
+            rich_help_panel=_MODEL,
+            help="Pixel values before normalisation, e.g. 0,255. Default: 0,1.",
+        ),
     ] = None
     logits: Annotated[
         str | None,
         typer.Option(
-            metavar="KEY", help="Which of several outputs the logits are, such as 0 or head.logits. Default: found."
+            metavar="KEY",
+            rich_help_panel=_MODEL,
+            help="Which of several outputs holds the logits, such as 0 or head.logits. Default: detected.",
         ),
     ] = None
 
@@ -88,36 +160,71 @@ class RunOptions:
 
     bits: Annotated[
         str | None,
-        typer.Option(help="Of weights and activations, 2 to 8; of several, as in w8a8,w4a4, each. Default: w4a4."),
+        typer.Option(
+            metavar="WxAy",
+            rich_help_panel=_QUANTIZATION,
+            help="Bits of weights and activations, 2 to 8. w8a8,w4a4 makes a student of each. Default: w4a4.",
+            autocompletion=completion.bits,
+        ),
     ] = None
     layer_bits: Annotated[
-        str | None, typer.Option(metavar="RULES", help="Exceptions by layer name, such as 'conv1=8,*fc*=w8a4'.")
+        str | None,
+        typer.Option(
+            metavar="RULES",
+            rich_help_panel=_QUANTIZATION,
+            help="Exceptions by layer name, such as 'conv1=8,*fc*=w8a4'.",
+        ),
     ] = None
     budget: Annotated[
         str | None,
-        typer.Option(metavar="size=SHARE|bops=SHARE", help="Find bits per layer for this share of full precision."),
+        typer.Option(
+            metavar="LIMIT",
+            rich_help_panel=_QUANTIZATION,
+            help="Choose bits per layer for a share of full precision: size=0.14, or bops=0.016 for bit operations.",
+            autocompletion=completion.budgets,
+        ),
     ] = None
     scheme: Annotated[
         Literal["hardware", "paper"] | None,
-        typer.Option(help="What integer kernels need, or as published. Default: hardware."),
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_QUANTIZATION,
+            help="hardware, as integer kernels need it, or paper, as GDFQ and Qimera quantize. Default: hardware.",
+        ),
     ] = None
     target: Annotated[
         Literal["onnxruntime", "openvino", "inductor", "xnnpack"] | None,
-        typer.Option(help="Runtime whose rounding to match. Default: onnxruntime."),
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_QUANTIZATION,
+            help="Runtime to match: onnxruntime, openvino, inductor or xnnpack. Default: onnxruntime.",
+        ),
     ] = None
     recipe: Recipe = None
     steps: Annotated[
-        int | None, typer.Option(min=0, help="Training steps of the student, instead of the recipe's; 0 for none.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            rich_help_panel=_QUANTIZATION,
+            help="Training steps of the student. 0 means no training. Default: the recipe's.",
+        ),
     ] = None
     set_: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Any setting, such as labels.superposition=false; repeatable.",
+            rich_help_panel=_QUANTIZATION,
+            help="Change any setting, such as labels.superposition=false. Can be repeated.",
         ),
     ] = None
-    bank: Annotated[Path | None, typer.Option(metavar="BANK", help="Made earlier by qimera synthesize.")] = None
+    bank: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BANK", rich_help_panel=_QUANTIZATION, help="Use a bank that `qimera synthesize` has made."
+        ),
+    ] = None
     seed: Seed = None
 
 

@@ -1,19 +1,11 @@
-"""What the command line shows a person: progress with the time left, tables, and errors as one message."""
+"""Progress of a long stage -> a live bar in a terminal, lines with the time anywhere else."""
 
-import errno
-import logging
-import signal
 import time
-import traceback
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from datetime import UTC, datetime
 from types import TracebackType
-from typing import NoReturn
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,13 +16,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
-from qimera.errors import QimeraError
 from qimera.machine.progress import Progress
 
-INTERRUPTED = 130
-USAGE = 2
 _SECONDS_BETWEEN_LINES = 5.0
 _WIDTH_WITHOUT_TERMINAL = 120
 _STAGES = {
@@ -45,12 +33,12 @@ _STAGES = {
 
 
 class ProgressDisplay:
-    """Shows each stage on stderr: a live bar in a terminal, a line every few seconds anywhere else.
+    """Shows each stage on stderr: a live bar in a terminal, a line with the time every few seconds anywhere else.
 
     An instance is the ``ProgressCallback`` to pass on; use it as a context manager.
 
     Args:
-        shown: Whether to show anything; of several processes one does.
+        shown: Whether to show anything; of several processes only one does.
     """
 
     def __init__(self, shown: bool = True) -> None:
@@ -107,7 +95,7 @@ class ProgressDisplay:
         if not is_last and progress.step > self._first_step:
             per_step = (now - self._start) / (progress.step - self._first_step)
             facts.append(f"{per_step * (progress.total - progress.step):.0f} s left")
-        typer.echo("  ".join(filter(None, (*facts, _metrics(progress)))), err=True)
+        typer.echo("  ".join(filter(None, (f"{timestamp()} {facts[0]}", *facts[1:], _metrics(progress)))), err=True)
 
 
 _WIDTH_WITH_METRICS, _WIDTH_WITH_ELAPSED = 110, 72
@@ -129,82 +117,15 @@ def _columns(width: int) -> list[ProgressColumn]:
     return columns
 
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""The disk is full, or the user's share of it, or a file has reached the size that is allowed."""
-
-
-@contextmanager
-def errors_as_messages(debug: bool, if_interrupted: str = "") -> Iterator[None]:
-    """Turn an error that the user can mend into one message on stderr and its exit code.
-
-    Args:
-        debug: Show the traceback too.
-        if_interrupted: What to do after Ctrl-C.
-    """
-    try:
-        with _log_to_stderr(logging.DEBUG if debug else logging.WARNING), warnings.catch_warnings():
-            if not debug:
-                warnings.simplefilter("ignore")  # what torch and torchao say to developers
-            yield
-    except QimeraError as error:
-        if error.is_told:
-            raise typer.Exit(error.exit_code) from None
-        _fail(str(error), error.exit_code, debug)
-    except OSError as error:
-        message = ": ".join(filter(None, (str(error.filename or ""), error.strerror or str(error))))
-        advice = "; make room, then give the same command again" if error.errno in _NO_ROOM else ""
-        _fail(message + advice, USAGE, debug)
-    except KeyboardInterrupt:
-        with without_interrupts():
-            _fail("; ".join(filter(None, ("interrupted", if_interrupted))), INTERRUPTED, debug)
-
-
-@contextmanager
-def without_interrupts() -> Iterator[None]:
-    """Ignore Ctrl-C, which an impatient user presses more than once while the process is already ending."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _fail(message: str, exit_code: int, debug: bool) -> NoReturn:
-    if debug:
-        traceback.print_exc()
-    typer.echo(f"qimera: {message}", err=True)
-    raise typer.Exit(exit_code) from None
-
-
-@contextmanager
-def _log_to_stderr(level: int) -> Iterator[None]:
-    """Show the library's log on stderr."""
-    logger, handler = logging.getLogger("qimera"), RichHandler(console=Console(stderr=True), show_path=False)
-    level_before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level_before)
-
-
-def warn(warnings: Iterable[str]) -> None:
-    """Print warnings on stderr, one a line."""
-    for warning in warnings:
-        typer.echo(f"warning: {warning}", err=True)
-
-
-def print_table(table: Table) -> None:
-    """Print a table on stdout, wide enough for pipes and files too."""
-    Console(width=terminal_width()).print(table)
-
-
 def terminal_width() -> int:
     """Return how many characters a line of stdout holds."""
     console = Console()
     return console.width if console.is_terminal else _WIDTH_WITHOUT_TERMINAL
+
+
+def timestamp() -> str:
+    """Return the time in ISO 8601 to the second, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _title(progress: Progress) -> str:

@@ -13,7 +13,8 @@ from qimera.cli.arguments import ModelOptions, RunOptions
 from qimera.config.base import Settings
 from qimera.config.bits import parse_bits, parse_layer_bits
 from qimera.config.input_spec import InputSpec
-from qimera.config.recipes import DEFAULT_RECIPE, Recipe, recipe
+from qimera.config.recipe_names import DEFAULT_RECIPE
+from qimera.config.recipes import Recipe, recipe
 from qimera.config.run_settings import RunSettings
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError
@@ -34,14 +35,17 @@ def capture(options: ModelOptions, *, untrained: bool = False) -> Teacher:
         UnsupportedModelError: the model cannot be captured.
     """
     if options.model is None:
-        raise ConfigError("MODEL: missing; give file.py:function, or one of the others that `qimera --help` lists")
+        raise ConfigError(
+            "MODEL: missing; give file.py:function, module.path:function, timm:NAME, torchvision:NAME, hf-hub:REPO, "
+            "program.pt2 or mnist_cnn"
+        )
     model = load_model(options.model, options.weights, untrained=untrained)
     input_spec = _input_spec(options, options.model, model)
     return Teacher.capture(model, input_spec, options.logits or "")
 
 
 def _input_spec(options: ModelOptions, source: str, model: nn.Module) -> InputSpec:
-    """Return what the options say; what they leave open, the model may know."""
+    """Return what the options say, completed by what the model knows of its input."""
     given: dict[str, Any] = {}
     if options.input_shape is not None:
         given["shape"] = shape_of(options.input_shape)
@@ -112,7 +116,7 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
 
 
 _PLACES = {"labels": "synthesis", "generator": "synthesis", "direct": "synthesis"}
-"""Groups of settings that are named without the group that they are in."""
+"""Groups of settings that may be named without the group that contains them."""
 
 
 def _changed(settings: RunSettings, options: RunOptions) -> RunSettings:
@@ -160,10 +164,10 @@ def _with_value(settings: _S, path: list[str], value: object) -> _S:
 
 
 def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) -> Resolved:
-    """Return the settings in ``path``, beside which no option may say anything, and what they name.
+    """Return the settings in ``path``, to which no option may be added, and what they name.
 
     Raises:
-        ConfigError: no such file, something wrong in it, or another option beside it.
+        ConfigError: there is no such file, something in it is wrong, or another option was given too.
         UnsupportedModelError: the model cannot be captured.
     """
     typed = [
@@ -174,7 +178,7 @@ def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) 
     ]
     if typed:
         names = ", ".join("MODEL" if name == "model" else f"--{name.strip('_').replace('_', '-')}" for name in typed)
-        raise ConfigError(f"--settings: says everything about a run, so leave out {names}, or edit {path}")
+        raise ConfigError(f"--settings: {path} holds every setting of a run; leave out {names}, or edit the file")
     if not path.is_file():
         raise ConfigError(f"--settings: no such file: {path}; give the settings.json of a run")
     settings = RunSettings.load(path)

@@ -1,31 +1,35 @@
 """The commands on finished runs: ``qimera evaluate``, ``report``, ``compare`` and ``export``."""
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from qimera.cli.arguments import Debug, Device, MaxDrop, Strict, Threads
-from qimera.cli.console import ProgressDisplay, errors_as_messages, print_table, terminal_width, warn
+from qimera.cli import completion
+from qimera.cli.arguments import Device, MaxDrop, OutputOptions, Run, Strict, Threads
+from qimera.cli.console import terminal_width
+from qimera.cli.output import speaking
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The --output of qimera quantize.")],
+    run: Run,
     data: Annotated[
-        Path, typer.Option(metavar="PATH", help=".npz with uint8 images (NHWC) and labels, or a folder per class.")
+        Path,
+        typer.Option(metavar="PATH", help=".npz with uint8 images (NHWC) and labels, or a folder for each class."),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    *,
     strict: Strict = False,
     max_drop: MaxDrop = None,
     device: Device = None,
     threads: Threads = None,
-    debug: Debug = False,
+    output: OutputOptions,
 ) -> None:
-    """Compare the student of a run with its teacher on labelled images."""
-    with errors_as_messages(debug):
+    """Measure the accuracy of a run's student and of its teacher on labelled images."""
+    with speaking(output) as out:
         from qimera.assessment.data import load_labelled_images
-        from qimera.cli.tables import evaluation_table, evaluation_values
+        from qimera.cli.results import Measurement
+        from qimera.cli.tables import evaluation_table
         from qimera.machine.acceleration import find_device
         from qimera.runs.directory import RunDirectory
         from qimera.runs.execution import evaluate_run
@@ -35,83 +39,103 @@ def evaluate(
         place = find_device(device or "auto")
         directory = RunDirectory.open(run)
         images = load_labelled_images(data, directory.settings.input, directory.summary().num_classes)
-        with ProgressDisplay() as progress:
+        with out.progress() as progress:
             result = evaluate_run(directory, images, progress, place)
-        if as_json:
-            typer.echo(json.dumps(evaluation_values(run, data, result), indent=2))
-        else:
-            print_table(evaluation_table(result))
-        warn(result.warnings)
+        measured = Measurement.of(run, data, result)
+        out.result(measured, evaluation_table(result))
+        out.warn(result.warnings)
         keep_evaluation(directory, data, images, result)
-        drop = None if result.warnings or result.teacher_top1 is None else result.teacher_top1 - result.top1
+        out.hint(f"report: {directory.report_page_file}")
+        drop = None if result.warnings else measured.drop
         Limits(strict, max_drop).check(Result(str(run), result.warnings, drop, "measured"))
 
 
-def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The --output of qimera quantize.")],
-    threads: Threads = None,
-    debug: Debug = False,
-) -> None:
-    """Write the report of a run anew: report.html and report.json."""
-    with errors_as_messages(debug):
+def report(run: Run, *, threads: Threads = None, output: OutputOptions) -> None:
+    """Write the report of a run again: report.html and report.json."""
+    with speaking(output) as out:
+        from qimera.cli.results import WrittenReport
         from qimera.runs.directory import RunDirectory
         from qimera.runs.reporting import report_run
 
         directory = RunDirectory.open(run)
-        warn(report_run(directory).warnings)
-        typer.echo(directory.report_page_file)
+        warnings = report_run(directory).warnings
+        out.warn(warnings)
+        page, data = str(directory.report_page_file), str(directory.report_data_file)
+        out.result(WrittenReport(run=str(run), report=page, data=data, warnings=warnings), f"{page}\n")
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Each the --output of qimera quantize.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUNS",
+            help="Run directories, each the --output of `qimera quantize`.",
+            autocompletion=completion.runs,
+        ),
+    ],
+    *,
     strict: Strict = False,
     max_drop: MaxDrop = None,
-    debug: Debug = False,
+    output: OutputOptions,
 ) -> None:
-    """Put runs side by side: bits, size, accuracy and time."""
-    with errors_as_messages(debug):
-        from qimera.runs.comparison import comparison_table, comparison_values, result_of
+    """Show runs side by side, the best first: bits, size, accuracy and time."""
+    with speaking(output) as out:
+        from qimera.cli.results import ComparedRuns
+        from qimera.runs.comparison import compared, comparison_table, result_of, warning_lines
         from qimera.runs.directory import RunDirectory
         from qimera.runs.limits import Limits
 
         directories = [RunDirectory.open(run) for run in runs]
-        if as_json:
-            typer.echo(json.dumps(comparison_values(directories), indent=2))
-        else:
-            print_table(comparison_table(directories, terminal_width()))
+        found = ComparedRuns(runs=tuple(map(compared, directories)))
+        width = terminal_width()
+        out.result(found, comparison_table(directories, width), warning_lines(directories, width))
         Limits(strict, max_drop).check(*map(result_of, directories))
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The --output of qimera quantize.")],
+    run: Run,
+    *,
     form: Annotated[
         Literal["onnx", "pt2", "aotinductor", "executorch"],
-        typer.Option("--format", help="ONNX, torch.export program, AOTInductor package, or ExecuTorch for XNNPACK."),
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="onnx, pt2 (torch.export program), aotinductor (compiled package) or executorch (for phones).",
+        ),
     ] = "onnx",
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the file goes. Default: in RUN, called student.*.")
+    file: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="Where the file goes. Default: student.* in RUN."),
     ] = None,
     include_preprocessing: Annotated[
-        bool, typer.Option("--include-preprocessing", help="Let the file read uint8 NHWC pixels and normalise them.")
+        bool,
+        typer.Option("--include-preprocessing", help="Make the file take uint8 NHWC pixels and normalise them itself."),
     ] = False,
     labels: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Names of the classes, one a line, for the metadata.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Names of the classes, one per line, for the file's metadata."),
     ] = None,
     min_agreement: Annotated[
-        float, typer.Option(min=0, max=100, help="Percent of samples that must get the student's class.")
+        float,
+        typer.Option(
+            metavar="PERCENT",
+            min=0,
+            max=100,
+            help="Percent of samples on which file and student must give the same class.",
+        ),
     ] = 99.0,
     threads: Threads = None,
-    debug: Debug = False,
+    output: OutputOptions,
 ) -> None:
-    """Write the student of a run as a file for other runtimes, and compare the file with it."""
-    with errors_as_messages(debug, "no file was written"):
+    """Write the student of a run as a file for other runtimes, and compare the file with the student."""
+    with speaking(output, "no file was written") as out:
+        from qimera.cli.results import ExportedFile
         from qimera.runs.directory import RunDirectory
         from qimera.runs.exporting import FILE_NAMES, export_run
         from qimera.runs.reporting import report_run
 
         directory = RunDirectory.open(run)
-        path = output or directory.path / FILE_NAMES[form]
+        path = file or directory.path / FILE_NAMES[form]
         verification = export_run(
             directory,
             path,
@@ -122,4 +146,7 @@ def export(
         )
         if directory.report_page_file.exists():
             report_run(directory)
-        typer.echo(f"{path}: {verification.text()}", nl=False)
+        found = ExportedFile(run=str(run), file=str(path), format=form, **asdict(verification))
+        out.result(found, f"{path}: {verification.text()}")
+        if not (directory.evaluation_file).exists():
+            out.hint(f"next: qimera evaluate {run} --data PATH, if you have labelled images")

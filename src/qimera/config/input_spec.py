@@ -10,7 +10,7 @@ IMAGE_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """What Pillow calls images of so many channels."""
 
 _LARGE_IMAGE = 96 * 96
-"""Pixels from which a sample costs so much that recipes make do with fewer."""
+"""Pixels of an image from which recipes make fewer samples."""
 
 
 class InputSpec(Settings):
@@ -30,7 +30,7 @@ class InputSpec(Settings):
 
     @property
     def has_large_images(self) -> bool:
-        """Whether a sample costs so much that fewer must do."""
+        """Whether images are so large that recipes make fewer samples."""
         return self.shape[1] * self.shape[2] >= _LARGE_IMAGE
 
     @model_validator(mode="after")
@@ -56,7 +56,7 @@ class InputSpec(Settings):
         return self
 
     def _check_units(self, low: float, high: float) -> None:
-        """Refuse a mean that no pixels can have, and deviations that none can have unless 1 stands for none."""
+        """Refuse a mean or std that pixels of this range cannot have; a std of 1 (no scaling) is always allowed."""
         outside = [value for value in self.mean if not low <= value <= high]
         too_wide = [value for value in self.std if value > max(high - low, 1.0)]
         if not outside and not too_wide:

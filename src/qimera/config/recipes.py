@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from qimera.config.input_spec import InputSpec
+from qimera.config.recipe_names import RECIPE_NAMES
 from qimera.config.settings import (
     DirectSettings,
     DistillationSettings,
@@ -11,9 +12,6 @@ from qimera.config.settings import (
     SynthesisSettings,
 )
 from qimera.errors import ConfigError
-
-RECIPE_NAMES = ("ptq", "fast", "best", "qimera", "paper", "gdfq")
-DEFAULT_RECIPE = "fast"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ _RETIRED = ("without_batch_norms",)
 
 
 class RunSettings(Settings):
-    """Everything that decides a run; the file of it starts the same run again."""
+    """Everything that determines a run; its file starts the same run again."""
 
     model: str
     """``file.py:function``, or another source that ``load_model`` takes."""
@@ -41,7 +41,7 @@ class RunSettings(Settings):
     """Path of a bank made earlier; empty for one of the run's own."""
 
     logits: str = ""
-    """Which of several outputs of the model the logits are; empty where they were found."""
+    """Which of several outputs of the model holds the logits; empty if detected."""
 
     input: InputSpec
     synthesis: SynthesisSettings

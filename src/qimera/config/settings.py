@@ -117,7 +117,7 @@ class DirectSettings(Settings):
     """
 
     start: Literal["noise", "generator"] = "noise"
-    """What the images start from."""
+    """What images are initialised with."""
 
     ce_weight: float = Field(0.05, ge=0)
     bns_weight: float = Field(5.0, ge=0)
@@ -158,10 +158,10 @@ class SynthesisSettings(Settings):
     """Samples optimised directly."""
 
     num_held_out: int = Field(0, ge=0)
-    """Samples beside those, made the same way, that no student ever learns from; they judge what came out."""
+    """Additional samples that no student learns from; they judge the student."""
 
     memory_gib: float = Field(6.0, gt=0)
-    """What the activations of one step may take, in GiB; batches that would need more are made smaller."""
+    """Memory for the activations of one step, in GiB; batches that need more are made smaller."""
 
     labels: LabelSettings = LabelSettings()
     generator: GeneratorSettings = GeneratorSettings()
@@ -183,7 +183,7 @@ class LayerBits(Settings):
 
 
 class QuantizationSettings(Settings):
-    """What is quantized, where, and at how many bits."""
+    """What is quantized, and to how many bits."""
 
     weight_bits: int = Field(4, ge=2, le=8)
     activation_bits: int = Field(4, ge=2, le=8)
@@ -198,8 +198,8 @@ class QuantizationSettings(Settings):
     """Exceptions by layer name; the last matching pattern wins."""
 
     budget: str = ""
-    """What all layers together may take of full precision, such as ``size=0.14`` or ``bops=0.05``; empty for no limit.
-    A run finds the bits of the layers that ``layer_bits`` does not name, and adds them to it."""
+    """Share of full precision that all layers may take together, such as ``size=0.14`` or ``bops=0.05``; empty for no
+    limit. A run chooses bits for the layers that ``layer_bits`` does not name, and adds them to it."""
 
     edge_bits: int = Field(8, ge=2, le=8)
     """Bits of tensors that enter additions, concatenations and pooling (hardware scheme)."""
@@ -233,7 +233,7 @@ class QuantizationSettings(Settings):
 
 
 class DistillationSettings(Settings):
-    """How the student is trained to answer as the teacher does."""
+    """How the student is trained to reproduce the teacher's answers."""
 
     num_steps: int = Field(2000, ge=0)
 
@@ -307,7 +307,7 @@ class DistillationSettings(Settings):
     """Fuse the step with ``torch.compile``, which takes a minute; ``auto``: where there are steps enough to earn it."""
 
     memory_gib: float = Field(6.0, gt=0)
-    """What the activations of one step may take, in GiB; batches that would need more are made smaller."""
+    """Memory for the activations of one step, in GiB; batches that need more are made smaller."""
 
     select_every: int = Field(0, ge=0)
     """Steps between two estimates of the drop; the state of the lowest one is the result. 0 takes the last step."""
@@ -327,7 +327,7 @@ class DistillationSettings(Settings):
 
 
 def check_start(quantization: QuantizationSettings, distillation: DistillationSettings) -> None:
-    """Refuse a first student that the scheme does not have.
+    """Refuse a start that the scheme does not support.
 
     Raises:
         ConfigError: integers that make up for errors of rounding, which min-max ranges have not.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from pydantic import ConfigDict
 from torch import Tensor
 
 from qimera.graph.costs import is_multiplying
@@ -28,6 +29,8 @@ _TIMED_MILLISECONDS = 500.0
 @dataclass(frozen=True)
 class Comparison:
     """What one runtime makes of the file."""
+
+    __pydantic_config__ = ConfigDict(use_attribute_docstrings=True)  # a schema says them too
 
     runtime: str
     """Name and version."""

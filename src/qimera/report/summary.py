@@ -28,11 +28,17 @@ class Summary(Settings):
     """What a person should know before trusting the rest, the most important first; empty for a good run."""
 
     teacher_hash: str
+    """Hash of the full-precision graph and all its weights."""
+
     num_classes: int
+    """Classes of the model."""
+
     bits: str
     """Such as ``w4a4``."""
 
     scheme: str
+    """``hardware`` or ``paper``."""
+
     target: str = "onnxruntime"
     """Runtime whose rounding the student matches."""
 
@@ -46,7 +52,11 @@ class Summary(Settings):
     """What the budget chose, in lines for a person."""
 
     recipe: str
+    """Name of the recipe; of several, the one whose student was kept."""
+
     seed: int
+    """Start of all random numbers."""
+
     num_samples: int
     """Synthetic samples in the bank that students may learn from."""
 
@@ -74,11 +84,16 @@ class Summary(Settings):
     """None for a bank made earlier."""
 
     student_seconds: float | None
+    """Time that the training of the student took; None if nothing was recorded."""
+
     finished: str
     """UTC."""
 
     machine: str
+    """Processor and CPU threads."""
+
     versions: dict[str, str]
+    """Versions of qimera, torch and torchao."""
 
     @property
     def estimated_drop(self) -> float | None:
@@ -151,7 +166,7 @@ class Summary(Settings):
         )
 
 
-_WIDTH = 88
+_WIDTH = 69
 """Characters of a line of a warning."""
 
 

@@ -1,1 +1,1 @@
-"""Runs and their directories: what the command line does."""
+"""Run directories: making, continuing, comparing, exporting and reporting runs."""

@@ -1,4 +1,4 @@
-"""One run on disk: the settings that start it again, metrics, bank, bits, student, summary; each whole or absent."""
+"""One run on disk: settings, metrics, bank, bits, student and summary; each file is complete or absent."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qimera.config.run_settings import RunSettings
 from qimera.config.settings import LayerBits
-from qimera.errors import ConfigError
+from qimera.errors import ConfigError, enumerate_names
 from qimera.machine.checkpoint import Checkpoints
 from qimera.machine.distributed import from_main, is_main
 from qimera.machine.files import replacing
@@ -26,12 +26,12 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 BANK, ALLOCATION, STUDENT = "bank", "allocation", "student"
-"""The parts of a run, in this order; of several students each is a part, ``student NAME``. A run that was interrupted
-continues within the first part that is not there."""
+"""The parts of a run, in this order. Each of several students is a part of its own, ``student NAME``. An interrupted
+run continues with the first part that is missing."""
 
 _MAX_LISTED = 4
 _UNFINISHED = ".*.partial*"
-"""What files are called while they are written."""
+"""Names of files that are being written."""
 
 
 class RunDirectory:
@@ -89,7 +89,11 @@ class RunDirectory:
             ConfigError: no run is there, or one that was interrupted.
         """
         if not _settings_file(path).is_file():
-            raise ConfigError(f"{path}: not a run (no settings.json in it); give the --output of `qimera quantize`")
+            inside = [str(each.parent) for each in sorted(path.glob("*/settings.json"))]
+            meant = f"; did you mean {enumerate_names(inside)}?" if inside else ""
+            raise ConfigError(
+                f"{path}: not a run (no settings.json in it); give the --output of `qimera quantize`{meant}"
+            )
         run = cls(path, RunSettings.load(_settings_file(path)))
         if not run.is_finished:
             raise ConfigError(f"{path}: the run was interrupted; give the command that started it again to continue")
@@ -97,7 +101,7 @@ class RunDirectory:
 
     @contextmanager
     def occupied(self) -> Iterator[None]:
-        """Keep other processes out while this one works here; where the file system cannot lock, nothing is kept out.
+        """Keep other processes out while this one works here; no effect if the file system has no locks.
 
         Raises:
             ConfigError: another process is working here.
@@ -138,16 +142,16 @@ class RunDirectory:
 
     @property
     def allocation(self) -> Allocation | None:
-        """The bits that a budget came to, once they are found."""
+        """The bits chosen for a budget; None until they are."""
         return Allocation.load(self.allocation_file) if self.allocation_file.exists() else None
 
     @property
     def measured(self) -> Measured | None:
-        """What was measured on labelled images, if any were given."""
+        """What `qimera evaluate` measured; None if it has not run."""
         return Measured.load(self.evaluation_file) if self.evaluation_file.exists() else None
 
     def settle(self, allocation: Allocation) -> None:
-        """Write the bits that a budget came to, and let the settings name them."""
+        """Write the bits chosen for a budget, and add them to the settings."""
         self.settings = _with_rules(self.settings, allocation.all_rules)
         if is_main():
             with replacing(self.allocation_file) as temporary:
@@ -156,16 +160,16 @@ class RunDirectory:
                 self.settings.save(temporary)
 
     def _settings_as_given(self) -> RunSettings:
-        """Return the settings without the bits that were found for them."""
+        """Return the settings without the bits chosen for a budget."""
         allocation = self.allocation
         return self.settings if allocation is None else _with_rules(self.settings, allocation.rules)
 
     def recording(self, part: str, also: ProgressCallback) -> AbstractContextManager[ProgressCallback]:
-        """Return what records the steps of a part and passes them on; it does nothing but in the main process."""
+        """Return a callback that records the steps of a part and passes them on; silent in all but the main process."""
         return self.metrics.recording(part, also) if is_main() else nullcontext(silent)
 
     def seconds(self, part: str) -> float | None:
-        """Return how long a part took, or all parts called ``part NAME``; None if this run did without."""
+        """Return how long a part took, or all parts called ``part NAME``; None if this run has no such part."""
         parts = {line["part"] for line in self.metrics.lines()}
         found = [self.metrics.seconds(each) or 0.0 for each in parts if each.partition(" ")[0] == part]
         return sum(found) if found else None

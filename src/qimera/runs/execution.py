@@ -1,4 +1,4 @@
-"""Resolved settings and a directory -> a finished run, from wherever the directory stands."""
+"""Resolved settings and a run directory -> a finished run, continued from what the directory holds."""
 
 from pathlib import Path
 
@@ -29,11 +29,11 @@ from qimera.teacher.teacher import Teacher
 
 
 def check_run(settings: RunSettings, teacher: Teacher, bank: SampleBank | None) -> None:
-    """Refuse what would stop the run only after its directory was made.
+    """Refuse settings that would fail only after the run directory was made.
 
     Raises:
-        ConfigError: bits for a layer that is not there, a budget out of reach, a start that the scheme has not, fresh
-            samples or training of a generator without one, or a choice without held-out samples.
+        ConfigError: bits for an unknown layer, a budget out of reach, a start that the scheme lacks, fresh samples or
+            training without a generator, or a choice without held-out samples.
     """
     check_layer_bits(settings.quantization.layer_bits, [layer.name for layer in teacher.layers])
     check_budget(teacher, settings.quantization)
@@ -67,7 +67,7 @@ def carry_out(
     progress: ProgressCallback,
     device: torch.device | str = "cpu",
 ) -> Summary:
-    """Do what the run's directory still lacks, and return the summary that was written to it.
+    """Make what is missing in the run directory, and return its summary.
 
     Args:
         run: Started with settings that ``check_run`` accepts.
@@ -180,7 +180,7 @@ def _own_bank(run: RunDirectory, teacher: Teacher, progress: ProgressCallback, d
 
 
 def _find_bits(run: RunDirectory, teacher: Teacher, bank: SampleBank, progress: ProgressCallback) -> None:
-    """Let the run's settings name the bits that its budget comes to."""
+    """Choose bits for the budget and add them to the run's settings."""
     settings = run.settings
 
     def find() -> Allocation:

@@ -1,4 +1,4 @@
-"""What a caller allows a result to be -> an error where it is not, so that a script can tell."""
+"""Limits that a caller sets -> an error for results that exceed them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from qimera.errors import VerificationError
 
 @dataclass(frozen=True)
 class Result:
-    """What was found, as far as limits are concerned."""
+    """A result, as far as limits are concerned."""
 
     name: str
     warnings: Sequence[str]
     drop: float | None = None
-    """In points; None where there is no figure to trust."""
+    """In points; None without a figure to trust."""
 
     kind: str = "estimated"
     """``estimated`` or ``measured``."""
@@ -30,7 +30,7 @@ class Limits:
         """Accept the results.
 
         Raises:
-            VerificationError: one has warnings, or loses more points than allowed, or nobody knows how many.
+            VerificationError: a result has warnings, or its drop is too large or unknown.
         """
         reasons = [reason for result in results for reason in self._reasons(result)]
         if reasons:

@@ -1,0 +1,4 @@
+"""What recipes are called; shell completion reads it without loading anything else."""
+
+RECIPE_NAMES = ("ptq", "fast", "best", "qimera", "paper", "gdfq")
+DEFAULT_RECIPE = "fast"
