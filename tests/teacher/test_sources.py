@@ -136,8 +136,11 @@ def test_a_users_file_that_gives_no_network_is_refused_with_the_reason(tmp_path:
         ("absent.py:build", r"no such Python file: absent\.py"),
         ("resnet.py", r"expected file\.py:function, given 'resnet\.py'; append .* resnet\.py:build"),
         ("weights/resnet.pt", "holds weights, not an architecture"),
-        ("mnist-cnn", r"embedded model \(mnist_cnn\), given 'mnist-cnn'; did you mean mnist_cnn\?"),
-        ("", r"embedded model \(mnist_cnn\), given ''"),
+        (
+            "mnist-cnn",
+            r"embedded model \(mnist_cnn, mnist_convnext, mnist_vit\), given 'mnist-cnn'; did you mean mnist_cnn\?",
+        ),
+        ("", r"embedded model \(mnist_cnn, mnist_convnext, mnist_vit\), given ''"),
     ],
 )
 def test_a_source_that_names_no_model_is_refused_with_what_is_expected(source: str, message: str) -> None:

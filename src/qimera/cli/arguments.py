@@ -112,7 +112,7 @@ class ModelOptions:
         typer.Argument(
             metavar="MODEL",
             help="file.py:function, module.path:function, timm:NAME, torchvision:NAME, hf-hub:REPO, program.pt2, "
-            "or the embedded mnist_cnn.",
+            "or one that comes with the package: mnist_cnn, mnist_vit, mnist_convnext.",
             autocompletion=completion.models,
         ),
     ] = None

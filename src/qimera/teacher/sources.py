@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from qimera.config.input_spec import InputSpec
 from qimera.errors import ConfigError, describe_value, enumerate_names, suggest
 from qimera.teacher import exported_programs, libraries
-from qimera.teacher.mnist_cnn import MnistCnn
+from qimera.teacher.mnist_networks import MnistCnn, MnistConvNext, MnistVit
 from qimera.teacher.state_dicts import load_state_dict_, read_state_dict, tensors_by_name
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class EmbeddedModel:
     """Makes the network with random weights."""
 
     weights_file: str
-    """Name inside ``qimera/weights``."""
+    """Name inside ``qimera/teacher/weights``."""
 
     input_spec: InputSpec
     """What its images look like."""
@@ -46,12 +46,26 @@ class EmbeddedModel:
     """One sentence for lists and help texts."""
 
 
+_DIGITS = InputSpec(shape=(1, 28, 28), mean=(0.1307,), std=(0.3081,))
+
 EMBEDDED_MODELS: dict[str, EmbeddedModel] = {
     "mnist_cnn": EmbeddedModel(
         build=MnistCnn,
         weights_file="mnist_cnn.safetensors",
-        input_spec=InputSpec(shape=(1, 28, 28), mean=(0.1307,), std=(0.3081,)),
+        input_spec=_DIGITS,
         description="Residual network with 77,754 parameters for handwritten digits, trained on 4,000 MNIST images.",
+    ),
+    "mnist_vit": EmbeddedModel(
+        build=MnistVit,
+        weights_file="mnist_vit.safetensors",
+        input_spec=_DIGITS,
+        description="Vision transformer with 70,042 parameters for handwritten digits, trained on 4,000 MNIST images.",
+    ),
+    "mnist_convnext": EmbeddedModel(
+        build=MnistConvNext,
+        weights_file="mnist_convnext.safetensors",
+        input_spec=_DIGITS,
+        description="ConvNeXt with 28,666 parameters for handwritten digits, trained on 4,000 MNIST images.",
     ),
 }
 
