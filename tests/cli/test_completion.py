@@ -39,7 +39,7 @@ def offered(line: str, folder: Path) -> list[str]:
         ("qimera quantize mnist_cnn --recipe p", ["ptq", "paper"]),
         ("qimera quantize mnist_cnn --bits w8a8,w4", ["w8a8,w4a8", "w8a8,w4a4"]),
         ("qimera export runs/ --format pt", ["pt2"]),
-        ("qimera inspect mn", ["mnist_cnn"]),
+        ("qimera inspect mn", ["mnist_cnn", "mnist_convnext", "mnist_vit"]),
         ("qimera export runs/", ["runs/one"]),
     ],
 )

@@ -71,26 +71,38 @@ def test_the_time_of_full_precision_is_of_the_teacher(
 
 
 class Tokens(nn.Module):
-    """Two layers, and between them a product with a parameter and an attention."""
+    """Two layers, and between them a product with a parameter and an attention, which may stay one operation."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, fused: bool) -> None:
         super().__init__()
+        self.fused = fused
         self.stem, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, NUM_CLASSES)
         self.mixing = nn.Parameter(torch.randn(8, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         x = (self.stem(x).flatten(2).transpose(1, 2) @ self.mixing)[:, None]
-        return self.head(F.scaled_dot_product_attention(x, x, x).mean((1, 2)))
+        return self.head(F.scaled_dot_product_attention(x, x, x, enable_gqa=self.fused).mean((1, 2)))
 
 
 @pytest.fixture(scope="module")
 def student() -> Student:
+    return student_of_tokens(fused=True)
+
+
+def student_of_tokens(*, fused: bool) -> Student:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Tokens()
+        model = Tokens(fused=fused)
     made = Student(Teacher.capture(model, SPEC), QuantizationSettings())
     made.initialize_ranges_([torch.randn(8, *SPEC.shape, generator=torch.Generator().manual_seed(0))])
     return made
+
+
+def test_attention_runs_in_integer_kernels(tmp_path: Path) -> None:
+    found = export_onnx(student_of_tokens(fused=False), tmp_path / "model.onnx")
+    (on_onnx_runtime, *_) = found.comparisons
+    assert (found.num_layers, on_onnx_runtime.integer_layers, on_onnx_runtime.float_layers) == (5, 5, ())
+    assert on_onnx_runtime.agreement == 100
 
 
 def test_products_without_a_quantized_weight_count_among_the_layers_of_a_file(tmp_path: Path, student: Student) -> None:

@@ -1,5 +1,7 @@
 """Exact sums: what a student computes where no gradients are recorded."""
 
+import math
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -12,7 +14,7 @@ from qimera.config.input_spec import InputSpec
 from qimera.config.settings import QuantizationSettings
 from qimera.export.onnx_model import onnx_model
 from qimera.graph.nodes import WEIGHTED
-from qimera.quantization.exact import _ExactAddition, _ExactLayer, with_exact_sums
+from qimera.quantization.exact import _ExactAddition, _ExactLayer, _ExactProduct, with_exact_sums
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.student import Student
 from qimera.teacher.teacher import Teacher
@@ -146,7 +148,7 @@ def test_additions_are_those_of_onnx_runtime(seed: int) -> None:
     with torch.no_grad():
         on_grids = [_values(levels, grid) for levels, grid in ((a, first), (b, second))]
         levels = _ExactAddition(first, second, result)(*on_grids) / result.scale + result.zero_point
-    expected = _qlinear_add(a, b, first, second, result)
+    expected = _qlinear("QLinearAdd", a, b, first, second, result)
     assert np.array_equal(levels.round().clamp(0, 255).to(torch.uint8).numpy(), expected)
 
 
@@ -161,18 +163,37 @@ def _values(levels: Tensor, grid: LearnedStepFakeQuantize) -> Tensor:
     return (levels - grid.zero_point) * grid.scale
 
 
-def _qlinear_add(a: Tensor, b: Tensor, *grids: LearnedStepFakeQuantize) -> np.ndarray:
-    """Return the levels that ONNX Runtime's kernel adds ``a`` and ``b`` to."""
+@pytest.mark.parametrize("inner", [40, 700])
+def test_products_are_those_of_onnx_runtime(inner: int) -> None:
+    """Sums of 700 products reach beyond what float32 holds exactly."""
+    rng = torch.Generator().manual_seed(inner)
+    first, second, result = (_random_grid(rng) for _ in range(3))
+    result.log_scale.data += math.log(inner)
+    a, b = (torch.randint(256, shape, generator=rng) for shape in ((30, inner), (inner, 20)))
+    with torch.no_grad():
+        values = _ExactProduct(first, second, result)(_values(a, first), _values(b, second))
+        levels = (values / result.scale + result.zero_point).round().clamp(0, 255).to(torch.uint8)
+        sums = _ExactProduct(first, second, None)(_values(a, first), _values(b, second))
+    exact = (a - first.zero_point).double() @ (b - second.zero_point).double()
+    assert torch.equal(sums, exact.float() * (first.scale * second.scale).detach())
+    assert np.array_equal(levels.numpy(), _qlinear("QLinearMatMul", a, b, first, second, result))
+    assert len(levels.unique()) > 50
+
+
+def _qlinear(operation: str, a: Tensor, b: Tensor, *grids: LearnedStepFakeQuantize) -> np.ndarray:
+    """Return the levels to which ONNX Runtime's kernel takes ``a`` and ``b``."""
     names = ["a", "a_scale", "a_zero", "b", "b_scale", "b_zero", "c_scale", "c_zero"]
     constants = {
         f"{name}_{kind}": value
         for name, grid in zip("abc", grids, strict=True)
         for kind, value in (("scale", grid.scale.detach().numpy()), ("zero", grid.zero_point.numpy().astype(np.uint8)))
     }
-    node = onnx.helper.make_node("QLinearAdd", names, ["c"], domain="com.microsoft")
-    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, [len(a)]) for name in "abc"]
+    domain = "com.microsoft" if operation == "QLinearAdd" else ""
+    node = onnx.helper.make_node(operation, names, ["c"], domain=domain)
+    shapes = {"a": a.shape, "b": b.shape, "c": [None] * a.ndim}
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, shapes[name]) for name in "abc"]
     initializers = [onnx.numpy_helper.from_array(np.array(value), name) for name, value in constants.items()]
-    graph = onnx.helper.make_graph([node], "addition", values[:2], values[2:], initializers)
+    graph = onnx.helper.make_graph([node], "kernel", values[:2], values[2:], initializers)
     opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -37,7 +37,7 @@ def capture(options: ModelOptions, *, untrained: bool = False) -> Teacher:
     if options.model is None:
         raise ConfigError(
             "MODEL: missing; give file.py:function, module.path:function, timm:NAME, torchvision:NAME, hf-hub:REPO, "
-            "program.pt2 or mnist_cnn"
+            "program.pt2, mnist_cnn, mnist_vit or mnist_convnext"
         )
     model = load_model(options.model, options.weights, untrained=untrained)
     input_spec = _input_spec(options, options.model, model)
