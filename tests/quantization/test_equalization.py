@@ -98,6 +98,7 @@ def test_a_pooled_and_flattened_map_reaches_the_classifier() -> None:
         ("convolution read twice", []),
         ("residual", ["conv3", "pointwise", "fc"]),
         ("transposed convolution", []),
+        ("transformer", ["qkv", "up"]),  # the last norm is read at one token
     ],
 )
 def test_only_tensors_between_two_layers_of_their_own_are_edges(name: str, readers: list[str]) -> None:
@@ -208,6 +209,45 @@ def test_the_file_runs_in_integers_and_agrees(uneven: Teacher, tmp_path: Path) -
 def test_the_same_generator_gives_the_same_scales(uneven: Teacher) -> None:
     first, second = (student_of(uneven).module.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- layer norms ------------------------------------------------------------------------------------------------------
+
+
+class UnevenTokens(nn.Module):
+    """A layer norm whose channels differ a hundredfold, as in many transformers, before a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16)
+        self.up, self.head = nn.Linear(16, 32), nn.Linear(32, NUM_CLASSES)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.logspace(-1, 1, 16))
+            self.up.weight /= self.norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.up(self.norm(self.patches(x).flatten(2).transpose(1, 2)))).mean(1))
+
+
+@pytest.fixture(scope="module")
+def uneven_tokens() -> Teacher:
+    torch.manual_seed(0)
+    return Teacher.capture(UnevenTokens(), SPEC)
+
+
+def test_channels_of_a_layer_norm_are_scaled_and_quiet_ones_survive(uneven_tokens: Teacher, tmp_path: Path) -> None:
+    assert list(edges_of(uneven_tokens)) == ["up"]
+    images = images_of(1)
+    plain, scaled = (student_of(uneven_tokens, equalize=each) for each in (False, True))
+    with torch.no_grad():
+        expected = uneven_tokens(images)
+        errors = [float((student(images) - expected).square().mean()) for student in (plain, scaled)]
+        torch.testing.assert_close(scaled.reference(images), expected, rtol=1e-4, atol=1e-4)  # float32 sums
+    (scales,) = scaled.channel_scales.values()
+    assert float(scales[0]) > float(scales[-1]) == 1
+    assert errors[1] < 0.7 * errors[0]
+    scaled.save(tmp_path / "student.safetensors")
+    assert torch.equal(Student.load(tmp_path / "student.safetensors")(images), scaled(images))
 
 
 class Interleaved(nn.Module):
