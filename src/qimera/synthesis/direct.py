@@ -114,11 +114,10 @@ def _losses(
     """Return the weighted sum of all terms, and each of them without its weight or gradient."""
     with autocast(settings.precision, images.device):
         logits, entering = teacher.forward_with_taps(images)
-    terms = {
-        "direct_ce": (settings.ce_weight, soft_cross_entropy(logits.float(), soft_label)),
-        "direct_bns": (settings.bns_weight, bns_loss(entering, teacher.batch_norms, relative=True).to(images.device)),
-        "direct_tv": (settings.tv_weight, total_variation(images)),
-    }
+    terms = {"direct_ce": (settings.ce_weight, soft_cross_entropy(logits.float(), soft_label))}
+    if teacher.batch_norms:
+        terms["direct_bns"] = (settings.bns_weight, bns_loss(entering, teacher.batch_norms, relative=True))
+    terms["direct_tv"] = (settings.tv_weight, total_variation(images))
     total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
     return total, {name: loss.detach() for name, (_, loss) in terms.items()}
 

@@ -21,12 +21,10 @@ def bns_loss(entering: Sequence[Tensor], taps: Sequence[BatchNormTap], *, relati
 
     Args:
         entering: Input of every batch norm for one batch, each (batch, channel, ...).
-        taps: The statistics recorded in training, in the same order.
+        taps: The statistics recorded in training, in the same order; at least one.
         relative: Which of the two.
-
-    Without any tap it is zero.
     """
-    losses = [torch.zeros(())] if not taps else []
+    losses = []
     for x, tap in zip(entering, taps, strict=True):
         mean, var = channel_moments(x)
         if relative:

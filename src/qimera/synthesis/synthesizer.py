@@ -129,13 +129,10 @@ class SynthesizerTraining:
         """Return the weighted sum of all terms, and each of them without its weight or gradient."""
         settings = self.settings
         logits, entering = self.teacher.forward_with_taps(images)
-        terms = {
-            "generator_ce": (settings.ce_weight, soft_cross_entropy(logits, soft_label)),
-            "generator_bns": (
-                settings.bns_weight,
-                bns_loss(entering, self.teacher.batch_norms, relative=settings.relative_bns),
-            ),
-        }
+        terms = {"generator_ce": (settings.ce_weight, soft_cross_entropy(logits, soft_label))}
+        if self.teacher.batch_norms:
+            gap = bns_loss(entering, self.teacher.batch_norms, relative=settings.relative_bns)
+            terms["generator_bns"] = (settings.bns_weight, gap)
         if settings.tv_weight:
             terms["generator_tv"] = (settings.tv_weight, total_variation(images))
         if self.student is not None and settings.adversarial_weight:
