@@ -45,7 +45,7 @@ def test_the_first_step_goes_against_the_gradient_of_the_three_terms(
 ) -> None:
     """Adam's first step is the rate times g / (|g| + 1e-8); the loss is written out again here."""
     images = start_images().requires_grad_()
-    logits, entering = teacher.forward_with_taps(images)
+    logits, (entering, _, _) = teacher.forward_with_taps(images)
     loss = -ce_weight * (labels() * logits.log_softmax(1)).sum(1).mean()
     for x, recorded in zip(entering, teacher.batch_norms, strict=True):
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
@@ -78,8 +78,8 @@ def test_the_images_come_to_have_the_recorded_statistics(teacher: Teacher) -> No
     weights = {"ce_weight": 0.0, "bns_weight": 1.0, "tv_weight": 0.0}
     images = optimized(teacher, num_steps=40, **weights, **PLAIN)
     with torch.no_grad():
-        before = bns_loss(teacher.forward_with_taps(start_images())[1], teacher.batch_norms, relative=True)
-        after = bns_loss(teacher.forward_with_taps(images)[1], teacher.batch_norms, relative=True)
+        before = bns_loss(teacher.forward_with_taps(start_images())[1].batch_norms, teacher.batch_norms, relative=True)
+        after = bns_loss(teacher.forward_with_taps(images)[1].batch_norms, teacher.batch_norms, relative=True)
     assert float(after) < 0.2 * float(before)
 
 
@@ -161,7 +161,7 @@ def test_every_step_is_reported_with_its_three_terms(teacher: Teacher) -> None:
     first = reports[0][1]
     assert list(first) == ["direct_ce", "direct_bns", "direct_tv"]
     with torch.no_grad():
-        logits, entering = teacher.forward_with_taps(start_images().clamp(SPEC.low, SPEC.high))
+        logits, (entering, _, _) = teacher.forward_with_taps(start_images().clamp(SPEC.low, SPEC.high))
     assert float(first["direct_ce"]) == pytest.approx(float(F.cross_entropy(logits, labels())), rel=1e-4)  # layout
     expected = float(bns_loss(entering, teacher.batch_norms, relative=True))
     assert float(first["direct_bns"]) == pytest.approx(expected, rel=1e-4)  # layout

@@ -5,7 +5,15 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from qimera.synthesis.losses import bns_loss, channel_moments, safe_sqrt, soft_cross_entropy, total_variation
+from qimera.synthesis.losses import (
+    attention_loss,
+    bns_loss,
+    channel_moments,
+    layer_norm_loss,
+    safe_sqrt,
+    soft_cross_entropy,
+    total_variation,
+)
 from qimera.teacher.teacher import BatchNormTap
 from tests import reference
 
@@ -171,3 +179,44 @@ def test_a_flat_image_has_no_total_variation() -> None:
 def test_total_variation_of_a_ramp_is_its_slope() -> None:
     ramp = np.arange(8.0)[None, None, :, None] * 0.5 + np.arange(8.0) * 0.25
     assert float(total_variation(torch.tensor(ramp))) == pytest.approx(0.75)
+
+
+# --- networks without batch norms -------------------------------------------------------------------------------------
+
+
+def test_the_layer_norm_loss_is_the_gap_of_means_and_deviations() -> None:
+    """Tokens of a transformer, and a map with channels last."""
+    entering = [2 + 3 * torch.randn(shape, generator=seeded(0)) for shape in ((4, 5, 6), (2, 3, 3, 7))]
+    expected = []
+    for x in entering:
+        tokens = x.double().reshape(-1, x.shape[-1]).numpy()
+        normal = np.array([(each - each.mean()) / np.sqrt(each.var() + 1e-5) for each in tokens])
+        gaps = [(column.mean() ** 2 + (column.std() - 1) ** 2) / (column.var() + 1) for column in normal.T]
+        expected.append(np.mean(gaps))
+    assert float(layer_norm_loss(entering)) == pytest.approx(np.mean(expected), rel=1e-4)  # float32
+
+
+def test_a_layer_norm_with_a_still_channel_costs_more() -> None:
+    x = torch.randn(64, 8, generator=seeded(0))
+    loud = x.clone()
+    loud[:, 0] *= 20
+    assert float(layer_norm_loss([loud])) > 2 * float(layer_norm_loss([x]))
+
+
+def test_the_attention_loss_is_the_spread_of_similarities() -> None:
+    """Of heads whose features stand side by side, and of windows that stand alone."""
+    heads, windows = torch.randn(2, 3, 5, 4, generator=seeded(0)), torch.randn(6, 5, 4, generator=seeded(1))
+    expected = []
+    for images in (heads.transpose(1, 2).reshape(2, 5, 12), windows):
+        spreads = []
+        for tokens in images.double().numpy():
+            directions = [token / np.sqrt((token**2).sum()) for token in tokens]
+            spreads.append(np.std([first @ second for first in directions for second in directions]))
+        expected.append(-np.mean(spreads))
+    assert float(attention_loss([heads, windows])) == pytest.approx(np.mean(expected), rel=1e-4)  # float32
+
+
+def test_tokens_that_are_all_alike_have_a_gradient() -> None:
+    tokens = torch.ones(1, 1, 4, 8, requires_grad=True)
+    attention_loss([tokens]).backward()
+    assert bool(tokens.grad.isfinite().all())

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from qimera.config.input_spec import InputSpec
 from qimera.errors import ConfigError, UnsupportedModelError
 from qimera.teacher.teacher import Teacher
+from tests import shared
 from tests.networks import NUM_CLASSES, SPEC, TinyNet, random_network
 
 
@@ -44,7 +45,7 @@ def test_taps_see_what_enters_each_batch_norm(tiny_model: TinyNet, teacher: Teac
         )
     with torch.no_grad():
         model(images())
-        logits, entering = teacher.forward_with_taps(images())
+        logits, (entering, _, _) = teacher.forward_with_taps(images())
         assert torch.equal(logits, teacher(images()))
     for tap, x in zip(teacher.batch_norms, entering, strict=True):
         torch.testing.assert_close(x, seen[tap.name], rtol=1e-4, atol=1e-4)  # rounding in another memory layout
@@ -112,7 +113,7 @@ def test_a_model_in_training_mode_is_captured_in_evaluation_mode() -> None:
 
 def test_gradients_pass_through_the_teacher_to_the_images_alone(teacher: Teacher) -> None:
     leaf = images().requires_grad_()
-    logits, entering = teacher.forward_with_taps(leaf)
+    logits, (entering, _, _) = teacher.forward_with_taps(leaf)
     (logits.sum() + sum(x.square().sum() for x in entering)).backward()
     assert leaf.grad is not None
     assert bool(leaf.grad.any())
@@ -234,6 +235,23 @@ def test_of_several_outputs_the_one_asked_for_is_taken() -> None:
     torch.testing.assert_close(second(images(3)), 2 * first(images(3)))
     with pytest.raises(ConfigError, match=r"returns no logits of 2 images called 'head'; its outputs: 0 \(2, 3\), 1"):
         Teacher.capture(model, SPEC, "head")
+
+
+# --- what samples are judged by ---------------------------------------------------------------------------------------
+
+
+def test_layer_norms_and_attention_are_tapped() -> None:
+    teacher = shared.teacher_of("transformer")
+    with torch.no_grad():
+        _, taps = teacher.forward_with_taps(images(3))
+    assert taps.batch_norms == []
+    assert [tuple(each.shape) for each in taps.layer_norms] == [(3, 17, 8)] * 3
+    assert [tuple(each.shape) for each in taps.attentions] == [(3, 2, 17, 4)]
+
+
+def test_a_product_behind_a_softmax_of_something_else_is_no_attention() -> None:
+    _, taps = shared.teacher_of("many edges").forward_with_taps(images(3))
+    assert (taps.layer_norms, taps.attentions) == ([], [])
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

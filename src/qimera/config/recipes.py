@@ -154,6 +154,8 @@ def _published_synthesis(large: bool, labels: LabelSettings, generator: Generato
         "ce_weight": 1.0,
         "bns_weight": 0.1,
         "relative_bns": False,
+        "layer_norm_weight": 0.0,
+        "attention_weight": 0.0,
         "sum_of_scales": False,
         "tv_weight": 0.0,
         "max_shift": 0,

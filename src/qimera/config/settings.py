@@ -72,6 +72,12 @@ class GeneratorSettings(Settings):
     bns_weight: float = Field(5.0, ge=0)
     """Weight of the batch-normalization statistics loss, averaged over layers."""
 
+    layer_norm_weight: float = Field(1.0, ge=0)
+    """Weight of the loss that keeps channels behind layer norms alive, where there are any."""
+
+    attention_weight: float = Field(1.0, ge=0)
+    """Weight of the loss that keeps tokens behind attention apart, where there is any."""
+
     tv_weight: float = Field(0.05, ge=0)
     """Weight of the mean absolute difference between neighbouring pixels; the authors have none (deviation D33)."""
 
@@ -83,8 +89,7 @@ class GeneratorSettings(Settings):
     """Divide statistics by their variances, so that every channel counts alike (deviation D7)."""
 
     adversarial_weight: float = Field(0.0, ge=0)
-    """Weight of the mean absolute difference between student's and teacher's logits, which a generator that is trained
-    beside the student seeks to enlarge (ZAQ, Liu et al. 2021; not in Qimera)."""
+    """Weight of the gap between student and teacher, which a generator beside the student enlarges (ZAQ, 2021)."""
 
     milestones: tuple[int, ...] = ()
     """Steps after which the learning rate is divided by ten."""
@@ -122,6 +127,12 @@ class DirectSettings(Settings):
     ce_weight: float = Field(0.05, ge=0)
     bns_weight: float = Field(5.0, ge=0)
     """Weight of the relative batch-normalization statistics loss, averaged over layers."""
+
+    layer_norm_weight: float = Field(1.0, ge=0)
+    """Weight of the loss that keeps channels behind layer norms alive, where there are any."""
+
+    attention_weight: float = Field(1.0, ge=0)
+    """Weight of the loss that keeps tokens behind attention apart, where there is any."""
 
     tv_weight: float = Field(0.05, ge=0)
     """Weight of the mean absolute difference between neighbouring pixels."""

@@ -35,6 +35,41 @@ def bns_loss(entering: Sequence[Tensor], taps: Sequence[BatchNormTap], *, relati
     return torch.stack(losses).mean()
 
 
+def layer_norm_loss(entering: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Return how far channels behind layer norms are from mean 0 and variance 1, averaged over channels and layers.
+
+    A layer norm gives every token mean 0 and variance 1 over its channels, so that over tokens and images, too, an
+    average channel has them. Where samples are poor, a few channels are loud and the others still (deviation D34).
+
+    Args:
+        entering: Input of every layer norm for one batch, each (batch, ..., channel); at least one.
+    """
+    losses = []
+    for x in entering:
+        var, mean = torch.var_mean(F.layer_norm(x.float(), x.shape[-1:]).flatten(0, -2), 0, correction=0)
+        losses.append(((mean.square() + (safe_sqrt(var) - 1).square()) / (var + 1)).mean())
+    return torch.stack(losses).mean()
+
+
+def attention_loss(attended: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Return minus the standard deviation of the similarities between tokens, averaged over images and attentions.
+
+    Tokens of real images resemble some others and not the rest, where those of noise are all alike (PSAQ-ViT, Li et al.
+    2022, whose measure is the entropy of the same similarities; deviation D35).
+
+    Args:
+        attended: What every attention returns for one batch, each (batch, head, token, feature) or (..., token,
+            feature); at least one.
+    """
+    losses = []
+    for x in attended:
+        tokens = x.float().transpose(1, 2).flatten(2) if x.ndim == 4 else x.float().flatten(0, -3)
+        directions = F.normalize(tokens, dim=-1)
+        similarities = (directions @ directions.mT).flatten(1)
+        losses.append(-safe_sqrt(similarities.var(1, correction=0)).mean())
+    return torch.stack(losses).mean()
+
+
 class _ChannelMoments(Function):
     """Mean and variance per channel; the gradient is one multiply-add per element, where autograd's own takes ten."""
 

@@ -4,14 +4,16 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from qimera.config.input_spec import InputSpec
 from qimera.errors import ConfigError, UnsupportedModelError, first_line
+from qimera.graph.attention import attention_outputs
 from qimera.graph.costs import multiply_adds
 from qimera.graph.files import describe, load_graph, save_graph, tensors_of
 from qimera.graph.nodes import (
@@ -42,6 +44,17 @@ class BatchNormTap:
     """Graph node of the tensor that enters the batch norm."""
     mean: Float[Tensor, " channel"]
     var: Float[Tensor, " channel"]
+
+
+class Taps(NamedTuple):
+    """What one batch is inside of the teacher."""
+
+    batch_norms: list[Tensor]
+    """Input of every batch norm, in the order of ``Teacher.batch_norms``, each (batch, channel, ...)."""
+    layer_norms: list[Tensor]
+    """Input of every layer norm over channels, each (batch, ..., channel)."""
+    attentions: list[Tensor]
+    """What every attention returns, each (..., token, feature)."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,10 @@ class Teacher(nn.Module):
         self.batch_norms = _batch_norms(self.module)
         self.classifier = _classifier(self.module)
         self.num_classes = self.classifier.weight.shape[0]
-        self._tapped = with_outputs(self.module, [tap.node for tap in self.batch_norms])
+        self._layer_norms = [node_at(node, 0).name for node in _layer_norms(self.module)]
+        self._attentions = [node.name for node in attention_outputs(self.module)]
+        names = [*(tap.node for tap in self.batch_norms), *self._layer_norms, *self._attentions]
+        self._tapped = with_outputs(self.module, names)
 
     @classmethod
     def capture(cls, model: nn.Module, input_spec: InputSpec, logits: str = "") -> "Teacher":
@@ -151,10 +167,16 @@ class Teacher(nn.Module):
 
     def forward_with_taps(
         self, images: Float[Tensor, "batch channel height width"]
-    ) -> tuple[Float[Tensor, "batch num_classes"], list[Tensor]]:
-        """Return the logits and the input of every batch norm, in the order of ``batch_norms``."""
-        logits, taps = self._tapped(images)
-        return logits, taps
+    ) -> tuple[Float[Tensor, "batch num_classes"], Taps]:
+        """Return the logits, and what samples are judged by beside them."""
+        logits, found = self._tapped(images)
+        first, second = len(self.batch_norms), len(self.batch_norms) + len(self._layer_norms)
+        return logits, Taps(found[:first], found[first:second], found[second:])
+
+
+def _layer_norms(module: GraphModule) -> list[Node]:
+    nodes = module.graph.find_nodes(op="call_function", target=aten.layer_norm.default)
+    return [node for node in nodes if isinstance(node.args[1], list) and len(node.args[1]) == 1]
 
 
 def _batch_norms(module: GraphModule) -> list[BatchNormTap]:
