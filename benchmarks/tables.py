@@ -17,6 +17,7 @@ from benchmarks.accuracy.tables import (
     reproduction,
     superposition,
     told,
+    without_norms,
 )
 from benchmarks.estimation.tables import estimation_tables
 from benchmarks.export.tables import agreement, inference
@@ -41,7 +42,8 @@ def main() -> None:
     check = parser.parse_args().check
     update(README, {"reached": reached()}, check=check)
     update(ACCURACY, {"drops": drops(), "published": published()}, check=check)
-    update(INGREDIENTS, {"peers": peers(), "superposition": superposition()}, check=check)
+    ingredients = {"peers": peers(), "superposition": superposition(), "without_norms": without_norms()}
+    update(INGREDIENTS, ingredients, check=check)
     update(REPRODUCTION, {"reproduction": reproduction(), "features": features()}, check=check)
     update(SPEED_PAGE, speed_tables(), check=check)
     update(ESTIMATION_PAGE, {**estimation_tables(), "recipes": told()}, check=check)

@@ -9,6 +9,7 @@ RESULTS = Path(__file__).parent / "results"
 DROPS = RESULTS / "drops"
 INGREDIENTS = RESULTS / "ingredients"
 PARETO = RESULTS / "pareto"
+WITHOUT_NORMS = RESULTS / "without_norms"
 QUEUE = Path(__file__).parents[1] / "queue" / "results"
 
 Result = dict[str, Any]
@@ -195,6 +196,24 @@ def peers() -> str:
         minutes = statistics.mean(each["bank_seconds"] for each in every) / 60
         seeds = ", ".join(str(seed) for seed in sorted({each["seed"] for each in every}))
         rows.append(f"| {network} | {description} | {drops} | {minutes:.1f} | {seeds} |\n")
+    return "".join(rows)
+
+
+def without_norms() -> str:
+    """One row per network without batch norms and kind of sample: the drop at each width."""
+    groups: dict[tuple[str, int, str], dict[str, list[Result]]] = {}
+    for path in sorted(WITHOUT_NORMS.glob("*.json")):
+        result = json.loads(path.read_text())
+        key = result["network"], int(path.stem.split("-")[-2]), result["samples"]
+        groups.setdefault(key, {}).setdefault(result["bits"], []).append(result)
+    widths = sorted({bits for found in groups.values() for bits in found}, reverse=True)
+    head = " | ".join(f"{bits.upper()}, drop / agreement" for bits in widths)
+    rows = [f"| network | samples | {head} | seeds | images |\n", f"|---|---|{'---|' * len(widths)}---|---|\n"]
+    for (network, _, samples), found in sorted(groups.items()):
+        drops = " | ".join(_drop_and_agreement(found.get(bits, [])) for bits in widths)
+        every = [each for group in found.values() for each in group]
+        seeds = ", ".join(str(seed) for seed in sorted({each["seed"] for each in every}))
+        rows.append(f"| {network} | {samples} | {drops} | {seeds} | {every[0]['num_images']:,} |\n")
     return "".join(rows)
 
 

@@ -29,7 +29,7 @@ def calibration_batches(
     Args:
         bank: From ``qimera.synthesize``, or loaded.
         batch_size: Images at a time.
-        num_samples: The first so many; all when absent.
+        num_samples: How many samples to give, the first ones; all if None.
 
     Raises:
         ConfigError: fewer than one image at a time, or in all.
@@ -47,7 +47,7 @@ def onnxruntime_reader(
         bank: Samples of the model that is to be quantized.
         input_name: Of the ONNX model's input, which takes normalised images.
         batch_size: Images at a time.
-        num_samples: The first so many; all when absent.
+        num_samples: How many samples to give, the first ones; all if None.
 
     Raises:
         ConfigError: fewer than one image at a time, or in all.
@@ -76,7 +76,7 @@ def nncf_dataset(bank: SampleBank, input_name: str | None = None, num_samples: i
     Args:
         bank: Samples of the model that is to be quantized.
         input_name: Of the input, where the model takes a dictionary (ONNX); else images are passed alone.
-        num_samples: The first so many; all when absent.
+        num_samples: How many samples to give, the first ones; all if None.
 
     Raises:
         ConfigError: NNCF is not installed, or there is to be no image at all.

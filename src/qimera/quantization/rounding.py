@@ -52,9 +52,9 @@ def round_layers_(
     """Replace each layer's weight by the multiples of its steps that bring its output closest to the reference's.
 
     Rounding to nearest adds up errors that inputs share; instead each weight that is rounded hands its error on to
-    those that are still to come, by the second moments of their inputs (GPTQ, Frantar et al. 2023). Before, the weights
-    take up what quantized predecessors lost, and after, the bias takes up the mean of what is left (as in bias
-    correction, Nagel et al. 2019).
+    those that are still to come, by the second moments of their inputs (GPTQ, Frantar et al. 2023). Before rounding,
+    the weights make up for what quantized predecessors lost. After it, the bias makes up for the mean of the remaining
+    error (as in bias correction, Nagel et al. 2019).
 
     Args:
         student: Prepared graph; its quantizers may be searching their ranges in the same pass.
