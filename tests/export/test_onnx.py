@@ -22,7 +22,7 @@ from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests import shared
-from tests.networks import NETWORKS, SPEC, Head, toy_pixels
+from tests.networks import NETWORKS, SPEC, Head, Lambda, calibrated, toy_pixels
 
 
 def student_of(teacher: Teacher, bits: str = "w4a4", scheme: str = "hardware") -> Student:
@@ -190,6 +190,15 @@ def test_values_that_were_moved_about_stay_integers(file: Path, teacher: Teacher
     """The classifier behind a Reshape is an integer kernel too."""
     _, float_layers = onnx_runtime(file, [layer.name for layer in teacher.layers])
     assert float_layers == []
+
+
+def test_values_that_were_rolled_round_stay_integers(tmp_path: Path) -> None:
+    """A roll is two slices and their concatenation in ONNX; so Swin shifts its windows."""
+    rolled = Lambda(lambda x: x.roll((1, 2), (2, 3)))
+    model = calibrated(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), rolled, nn.Conv2d(8, 8, 3), Head(8)))
+    student = student_of(Teacher.capture(model, SPEC), "w8a8")
+    onnx_runtime = export_onnx(student, tmp_path / "model.onnx").comparisons[0]
+    assert (onnx_runtime.float_layers, onnx_runtime.identical) == ((), 100)
 
 
 def test_the_metadata_says_what_a_device_team_asks(tmp_path: Path, teacher: Teacher) -> None:

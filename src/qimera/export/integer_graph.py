@@ -112,14 +112,23 @@ def requantize_moves_(graph: ir.Graph) -> None:
     The values lie on the grid already; both change nothing but tell the runtime so.
     """
     for node in list(graph):
-        if node.op_type not in _MOVES:
-            continue
-        source = _first(node).producer()
-        if source is None or source.op_type != "DequantizeLinear" or _first(source).is_initializer():
-            continue
-        for moved in node.outputs:
+        grid = _grid_moved_on(node)
+        for moved in node.outputs if grid else ():
             if not all(use.node.op_type == "QuantizeLinear" for use in moved.uses()):
-                _requantize_(graph, node, moved, source.inputs[1:])
+                _requantize_(graph, node, moved, grid)
+
+
+def _grid_moved_on(node: ir.Node) -> Sequence[ir.Value | None]:
+    """Return scale and zero point of what ``node`` moves about, or puts together of parts on one grid; else nothing."""
+    parts = node.inputs if node.op_type == "Concat" else node.inputs[: node.op_type in _MOVES]
+    sources = [None if part is None else part.producer() for part in parts]
+    grids = [
+        tuple(source.inputs[1:])
+        for source in sources
+        if source is not None and source.op_type == "DequantizeLinear" and not _first(source).is_initializer()
+    ]
+    is_one = len(grids) == len(parts) and len(set(grids)) == 1
+    return grids[0] if is_one else ()
 
 
 def _requantize_(graph: ir.Graph, node: ir.Node, moved: ir.Value, parameters: Sequence[ir.Value | None]) -> None:
