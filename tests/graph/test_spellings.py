@@ -120,6 +120,38 @@ def test_attention_is_taken_apart_into_products_of_integers(name: str) -> None:
     assert [(each.quant_min, each.quant_max) for each in factors] == [(0, 31)] * 4
 
 
+def heads(x: Tensor) -> Tensor:
+    """Return attention of two heads whose axes stay where they are."""
+    x = x.unflatten(2, (2, 4))
+    scores = torch.einsum("bnhc, bmhc -> bhnm", x, x.tanh())
+    return torch.einsum("bhnm, bmhc -> bnhc", scores, x)
+
+
+SUMS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "of tokens with tokens": (lambda x: torch.einsum("bnc,bmc->bnm", x, x.tanh()), 1),
+    "of heads": (heads, 2),
+    "along rows of a map": (lambda x: torch.einsum("bhwc,bhvc->wbvh", *2 * [x.unflatten(1, (16, 16))]).transpose(0, 1), 1),
+    "over two axes": (lambda x: torch.einsum("bhwc,bhwd->bdc", *2 * [x.unflatten(1, (16, 16))]), 1),
+    "with a table": (lambda x: torch.einsum("bhwc,hvc->bhwv", x.unflatten(1, (16, 16)), torch.ones(16, 3, 8)), 1),
+    "of three": (lambda x: torch.einsum("bnc,bmc,bmd->bnd", x, x, x), 0),
+    "without letters for all": (lambda x: torch.einsum("...nc,...mc->...nm", x, x), 0),
+    "of a token with itself": (lambda x: torch.einsum("bnc,bnc->bn", x, x), 0),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_over_products_of_two_tensors_is_a_product_of_matrices(name: str) -> None:
+    function, num_products = SUMS[name]
+    model = between(TOKENS, Lambda(function), Lambda(lambda x: x.reshape(x.shape[0], -1)[:, :8, None, None]))
+    teacher = Teacher.capture(model, SPEC)
+    targets = [node.target for node in teacher.module.graph.nodes]
+    assert targets.count(aten.matmul.default) == num_products
+    assert (aten.einsum.default in targets) == (num_products == 0)
+    images = torch.randn(4, *SPEC.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(images), model(images), rtol=1e-4, atol=1e-5)  # another order of sums
+
+
 def operations(name: str) -> set[object]:
     return {node.target for node in Teacher.capture(SPELLINGS[name][0](), SPEC).module.graph.nodes}
 

@@ -141,6 +141,51 @@ def _sum_and_product(module: GraphModule, node: Node) -> None:
         _replace(node, aten.linear.default, left, _transposed(right), bias)
 
 
+def _einsum(module: GraphModule, node: Node) -> None:
+    """A sum over products of two tensors is a product of matrices, before and after which axes change places.
+
+    Letters of both factors and the result count matrices; those of the first and the result are rows, those of the
+    second and the result columns, and what the result lacks is summed over.
+    """
+    equation, factors = argument(node, "equation").replace(" ", ""), argument(node, "tensors")
+    sources, arrow, result = equation.partition("->")
+    first, _, second = sources.partition(",")
+    rows, columns, inner = (set(first) - set(second), set(second) - set(first), set(first) & set(second) - set(result))
+    is_product = len(factors) == 2 and arrow and not {*sources} & {"."} and bool(rows) and bool(columns) and bool(inner)
+    each_once = all(len(set(term)) == len(term) for term in (first, second, result))
+    if not is_product or not each_once or not rows | columns <= set(result):
+        return
+    shapes = [dict(zip(term, factor.meta["val"].shape, strict=True)) for term, factor in zip((first, second), factors, strict=True)]
+    if any(shapes[0][axis] != shapes[1][axis] for axis in set(first) & set(second)):
+        return  # one of them is repeated
+    count = "".join(axis for axis in result if axis in first and axis in second)
+    order = ["".join(axis for axis in term if axis in axes) for term, axes in ((result, rows), (result, columns))]
+    summed = "".join(axis for axis in first if axis in inner)
+    matrices = [
+        _merged(node, factor, term, count, parts)
+        for factor, term, parts in zip(factors, (first, second), ((order[0], summed), (summed, order[1])), strict=True)
+    ]
+    sizes = shapes[0] | shapes[1]
+    product = _called(node, aten.matmul.default, *matrices)
+    for axis, letters in ((-1, order[1]), (-2, order[0])):
+        if len(letters) > 1:
+            wanted = [size if isinstance(size := sizes[each], int) else -1 for each in letters]
+            product = _called(node, aten.unflatten.int, product, axis - (len(order[1]) - 1) * (axis == -2), wanted)
+    computed = count + order[0] + order[1]
+    _replace(node, aten.permute.default, product, [computed.index(axis) for axis in result])
+
+
+def _merged(place: Node, factor: Node, term: str, count: str, parts: tuple[str, str]) -> Node:
+    """Return ``factor`` with its axes in the order of ``count`` and ``parts``, each of which becomes one axis."""
+    merged = _called(place, aten.permute.default, factor, [term.index(axis) for axis in count + "".join(parts)])
+    start = len(count)
+    for part in parts:
+        if len(part) > 1:
+            merged = _called(place, aten.flatten.using_ints, merged, start, start + len(part) - 1)
+        start += 1
+    return merged
+
+
 def _transposed(matrix: Node) -> Node:
     result: Node = matrix.graph.call_function(aten.t.default, (matrix,))
     result.meta["val"] = aten.t.default(matrix.meta["val"])
@@ -283,6 +328,7 @@ _REWRITES: dict[object, Callable[[GraphModule, Node], None]] = {
     aten.mm.default: _matrix_product,
     aten.matmul.default: _matrix_product,
     aten.addmm.default: _sum_and_product,
+    aten.einsum.default: _einsum,
     aten.scaled_dot_product_attention.default: _attention,
     aten.max_pool2d_with_indices.default: _max_pool2d,
     aten.adaptive_max_pool2d.default: _adaptive_max_pool2d,
