@@ -70,6 +70,10 @@ _PIXELS: dict[int, str] = {
         timm:tresnet_m timm:convmixer_768_32 timm:starnet_s1 timm:fasternet_t0 timm:inception_next_atto
         timm:convnextv2_atto timm:mambaout_femto timm:edgenext_xx_small timm:mobilevit_xxs timm:mobilevitv2_050
         timm:efficientvit_b0 timm:pvt_v2_b0 timm:cspnext_tiny timm:lcnetv2_small timm:shvit_s1
+        timm:convnext_atto timm:poolformer_s12 timm:poolformerv2_s12 timm:convformer_s18 timm:caformer_s18
+        timm:eca_nfnet_l0 timm:fastvit_sa12 timm:fastvit_mci0 timm:tiny_vit_5m_224 timm:davit_tiny
+        timm:focalnet_tiny_srf timm:nextvit_small timm:rdnet_tiny timm:iformer_t timm:efficientvim_m1
+        timm:lowformer_b0
         timm:test_efficientnet timm:test_resnet timm:test_byobnet timm:test_nfnet
     """,
     96: """
@@ -78,7 +82,7 @@ _PIXELS: dict[int, str] = {
     """,
     224: """
         timm:levit_128s timm:efficientformer_l1 timm:efficientvit_m0 timm:visformer_tiny timm:swiftformer_xs
-        timm:deit_tiny_patch16_224 timm:vit_tiny_patch16_224 pytorchcv:bam_resnet18 pytorchcv:cbam_resnet18
+        pytorchcv:bam_resnet18 pytorchcv:cbam_resnet18
         pytorchcv:bninception pytorchcv:darknet_ref pytorchcv:diracnet18v2 pytorchcv:drnc26
         pytorchcv:fdmobilenet_w1 pytorchcv:hardnet39ds pytorchcv:ibn_resnet50 pytorchcv:menet108_8x1_g3
         pytorchcv:mobilenetb_w1 pytorchcv:octresnet10_ad2 pytorchcv:peleenet pytorchcv:proxylessnas_cpu
@@ -89,4 +93,27 @@ _PIXELS: dict[int, str] = {
         timm:halonet26t timm:botnet26t_256 timm:bat_resnext26ts
     """,
 }
-ARCHITECTURES = {source: pixels for pixels, sources in _PIXELS.items() for source in sources.split()}
+_CHOSEN_PIXELS: dict[int, str] = {
+    56: "timm:eva02_tiny_patch14_224",
+    64: """
+        timm:vit_tiny_patch16_224 timm:deit_tiny_patch16_224 timm:deit3_small_patch16_224 timm:beit_base_patch16_224
+        timm:swin_tiny_patch4_window7_224 timm:swinv2_tiny_window8_256 timm:swinv2_cr_tiny_224 timm:cait_xxs24_224
+        timm:xcit_nano_12_p16_224 timm:twins_pcpvt_small timm:twins_svt_small timm:coat_lite_tiny timm:mixer_s32_224
+        timm:resmlp_12_224 timm:gmlp_ti16_224 timm:gmixer_12_224 timm:repvit_m1 timm:coatnet_nano_rw_224
+        timm:coatnext_nano_rw_224 timm:maxvit_pico_rw_256 timm:maxvit_tiny_tf_224 timm:vit_pwee_patch16_reg1_gap_256
+        timm:vit_tiny_r_s16_p8_224 timm:vit_relpos_small_patch16_224 timm:flexivit_small
+        timm:vit_small_patch16_rope_224 timm:pit_ti_224 timm:hiera_tiny_224 timm:mvitv2_tiny timm:nest_tiny
+        timm:sequencer2d_s timm:tnt_s_patch16_224 timm:volo_d1_224 timm:vitamin_small_224 timm:samvit_base_patch16
+    """,
+    224: "timm:efficientformerv2_s0 timm:convit_tiny timm:gcvit_xxtiny",
+    240: "timm:crossvit_9_240",
+}
+"""Those that are built for images of one size, which is chosen here."""
+
+SIZED = {source.removeprefix("timm:") for sources in _CHOSEN_PIXELS.values() for source in sources.split()}
+ARCHITECTURES = {
+    source: pixels
+    for groups in (_PIXELS, _CHOSEN_PIXELS)
+    for pixels, sources in groups.items()
+    for source in sources.split()
+}

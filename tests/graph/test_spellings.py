@@ -130,7 +130,10 @@ def heads(x: Tensor) -> Tensor:
 SUMS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "of tokens with tokens": (lambda x: torch.einsum("bnc,bmc->bnm", x, x.tanh()), 1),
     "of heads": (heads, 2),
-    "along rows of a map": (lambda x: torch.einsum("bhwc,bhvc->wbvh", *2 * [x.unflatten(1, (16, 16))]).transpose(0, 1), 1),
+    "along rows of a map": (
+        lambda x: torch.einsum("bhwc,bhvc->wbvh", *2 * [x.unflatten(1, (16, 16))]).transpose(0, 1),
+        1,
+    ),
     "over two axes": (lambda x: torch.einsum("bhwc,bhwd->bdc", *2 * [x.unflatten(1, (16, 16))]), 1),
     "with a table": (lambda x: torch.einsum("bhwc,hvc->bhwv", x.unflatten(1, (16, 16)), torch.ones(16, 3, 8)), 1),
     "of three": (lambda x: torch.einsum("bnc,bmc,bmd->bnd", x, x, x), 0),

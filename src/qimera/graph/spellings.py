@@ -155,7 +155,10 @@ def _einsum(module: GraphModule, node: Node) -> None:
     each_once = all(len(set(term)) == len(term) for term in (first, second, result))
     if not is_product or not each_once or not rows | columns <= set(result):
         return
-    shapes = [dict(zip(term, factor.meta["val"].shape, strict=True)) for term, factor in zip((first, second), factors, strict=True)]
+    shapes = [
+        dict(zip(term, factor.meta["val"].shape, strict=True))
+        for term, factor in zip((first, second), factors, strict=True)
+    ]
     if any(shapes[0][axis] != shapes[1][axis] for axis in set(first) & set(second)):
         return  # one of them is repeated
     count = "".join(axis for axis in result if axis in first and axis in second)
