@@ -192,11 +192,17 @@ def test_values_that_were_moved_about_stay_integers(file: Path, teacher: Teacher
     assert float_layers == []
 
 
-def test_values_that_were_rolled_round_stay_integers(tmp_path: Path) -> None:
-    """A roll is two slices and their concatenation in ONNX; so Swin shifts its windows."""
-    rolled = Lambda(lambda x: x.roll((1, 2), (2, 3)))
-    model = calibrated(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), rolled, nn.Conv2d(8, 8, 3), Head(8)))
-    student = student_of(Teacher.capture(model, SPEC), "w8a8")
+BETWEEN = {
+    "a roll, which is two slices and their concatenation": lambda x: x.roll((1, 2), (2, 3)),
+    "a sum over products": lambda x: torch.einsum("bchw,bdhw->bcd", x, x.tanh())[..., None].expand(-1, -1, -1, 3),
+    "a product with a table": lambda x: torch.einsum("bchw,hwv->bchv", x, torch.linspace(-1, 1, 588).view(14, 14, 3)),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_lies_between_layers_stays_in_integers(tmp_path: Path, name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Lambda(BETWEEN[name]), nn.Conv2d(8, 8, 3), Head(8))
+    student = student_of(Teacher.capture(calibrated(model), SPEC), "w8a8")
     onnx_runtime = export_onnx(student, tmp_path / "model.onnx").comparisons[0]
     assert (onnx_runtime.float_layers, onnx_runtime.identical) == ((), 100)
 

@@ -113,7 +113,7 @@ class HardwareQuantizer(Quantizer):
             bits = settings.input_bits if _is_network_input(entering) else settings.bits_of(layer_name(node))[1]
             yield entering, bits
         elif node.target in MATRIX_PRODUCTS:
-            yield from ((each, settings.activation_bits) for each in _activations(node))
+            yield from ((each, settings.activation_bits) for each in node.all_input_nodes)
         elif node.target in JOINS:
             entering_nodes = _activations(node)
             if len(entering_nodes) > 1 or node.target in _CONCATENATIONS:
@@ -223,8 +223,8 @@ def reads_network_input(layer: Node) -> bool:
 
 
 def is_integer_product(node: Node) -> bool:
-    """Whether ``node`` multiplies two activations on grids; with a parameter that is not quantized it does not."""
-    return node.target in MATRIX_PRODUCTS and all(each.op != "get_attr" for each in node.all_input_nodes)
+    """Whether ``node`` multiplies two matrices on grids: activations, or one of them by a table of constants."""
+    return node.target in MATRIX_PRODUCTS
 
 
 def _is_read_in_full(tensor: Node, edges: list["_Edge"]) -> bool:

@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 
 from qimera.config.settings import QuantizationSettings
 from qimera.graph.nodes import aten, batch_norms, has_bias, has_parameter, layer_name, node_at, tensor_of
+from qimera.quantization.scheme import is_integer_product
 from qimera.teacher.teacher import Teacher
 
 _FLOAT_BYTES = 4
@@ -71,7 +72,7 @@ def stored_layers(module: GraphModule) -> dict[str, StoredLayer]:
 
 
 def unquantized_bytes(module: GraphModule) -> int:
-    """Return the bytes of the parameters and buffers that a file holds as they are."""
+    """Return the bytes of the parameters and buffers that a file holds as they are, or as levels of activations."""
     folded = set(_folded_norms(module).values())
     unfolded = [norm for norm in batch_norms(module) if norm not in folded]
     factors = sum(2 * len(tensor_of(module, node_at(norm, 3))) for norm in unfolded)
@@ -81,7 +82,11 @@ def unquantized_bytes(module: GraphModule) -> int:
         for reader in module.graph.find_nodes(op="get_attr")
         if any(user not in norms and not _is_packed(user, reader) for user in reader.users)
     }
-    return factors * _FLOAT_BYTES + sum(value.numel() * value.element_size() for value in others.values())
+    tables = {
+        node_at(node, index).target for node in module.graph.nodes if is_integer_product(node) for index in (0, 1)
+    }
+    sizes = {name: 1 if name in tables else value.element_size() for name, value in others.items()}
+    return factors * _FLOAT_BYTES + sum(value.numel() * sizes[name] for name, value in others.items())
 
 
 def _folded_norms(module: GraphModule) -> dict[Node, Node]:
