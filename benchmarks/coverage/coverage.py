@@ -11,6 +11,7 @@ otherwise. Networks without batch norms, and those with layer norms, get weights
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -54,6 +55,9 @@ _MAX_INPUTS = 1152
 
 _LEAST_VARIANCE = 0.1
 """Of a channel, as a share of the mean of its layer: random weights leave some constant, which training does not."""
+
+_EMBEDDING_STD = 0.5
+"""Of class tokens and embeddings of positions, beside tokens of about 1."""
 
 MAX_FOLDING_ERROR, MIN_CORRELATION, MIN_AGREEMENT = 1e-4, 0.9, 90.0
 
@@ -196,13 +200,13 @@ def calibrate_(model: nn.Module, images: Tensor) -> int:
 def _draw_small_parameters_(model: nn.Module, rng: torch.Generator) -> None:
     """Draw anew what libraries start so small that a block does next to nothing, or at one number.
 
-    Layer scales begin at 1e-6 and many weights at 0.02; trained ones do not. Weights that are smaller get variance 1
-    per input, as they have with unit variance on both sides. Of constants, scales lie between 0.5 and 1.5, and what is
-    zero, such as biases and position embeddings, gets a standard deviation of 0.1.
+    Layer scales begin at 1e-6, many weights and class tokens at 0.02; trained ones are larger. Weights that are smaller
+    get variance 1 / inputs, tokens and embeddings of positions a standard deviation of 0.5. Of what is the same number
+    everywhere, scales lie between 0.5 and 1.5, and zeros get a standard deviation of 0.1.
     """
     of_norms = {id(each) for norm in model.modules() if isinstance(norm, _BatchNorm) for each in norm.parameters()}
     weights = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         value = float(parameter.flatten()[0])
         if id(parameter) in of_norms:
             continue
@@ -210,6 +214,9 @@ def _draw_small_parameters_(model: nn.Module, rng: torch.Generator) -> None:
             std = parameter[0].numel() ** -0.5
             if parameter.std() < std:
                 nn.init.normal_(parameter, std=std, generator=rng)
+        elif re.search("token|pos|table", name.rpartition(".")[2]):
+            if parameter.std() < _EMBEDDING_STD:
+                nn.init.normal_(parameter, std=_EMBEDDING_STD, generator=rng)
         elif bool((parameter == value).all()):
             if value == 0 and parameter.ndim:
                 nn.init.normal_(parameter, std=0.1, generator=rng)
@@ -238,9 +245,9 @@ def table(results: dict[str, dict[str, object]]) -> str:
         "on block outputs, at W8A8. This shows that every stage treats an architecture correctly, not what accuracy it",
         "keeps.",
         "",
-        "Libraries start layer scales at 1e-6 and weights at 0.02, with which blocks do next to nothing. In networks",
-        "without batch norms, and in those with layer norms, weights have variance 1 / inputs instead, constant",
-        "scales lie between 0.5 and 1.5, and biases and position embeddings of zero have a standard deviation of 0.1.",
+        "Libraries start layer scales at 1e-6, weights and class tokens at 0.02, with which blocks do next to nothing.",
+        "In networks without batch norms, and in those with layer norms, weights have variance 1 / inputs instead, tokens",
+        "and embeddings of positions a standard deviation of 0.5, biases of 0.1, and scales lie between 0.5 and 1.5.",
         "",
         "- **tapped**: batch norms whose statistics samples are synthesised from, of those that are called.",
         "- **folded, exact**: batch norms that became part of the layer before, and that stay as they are.",
