@@ -65,6 +65,14 @@ SPELLINGS: dict[str, tuple[Callable[[], nn.Module], int]] = {
         lambda: between(TOKENS, weighted("matmul", torch.randn(8, 8)), Lambda(lambda x: x.transpose(1, 2)[..., None])),
         3,
     ),
+    "einsum with a parameter": (
+        lambda: between(
+            TOKENS,
+            Lambda(lambda x, w: torch.einsum("bnc,cd->bdn", x, w), weight=torch.randn(8, 8)),
+            Lambda(lambda x: x[..., None]),
+        ),
+        3,
+    ),
     "addmm with parameters": (lambda: between(MEAN, weighted("addmm", torch.randn(8, 8)), MAP), 3),
     "average pooling with a divisor": (lambda: between(nn.AvgPool2d(3, 2, 1, divisor_override=2)), 2),
     "average pooling that rounds up": (lambda: between(nn.AvgPool2d(3, 2, ceil_mode=True)), 2),
@@ -136,8 +144,8 @@ SUMS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     ),
     "over two axes": (lambda x: torch.einsum("bhwc,bhwd->bdc", *2 * [x.unflatten(1, (16, 16))]), 1),
     "with a table": (lambda x: torch.einsum("bhwc,hvc->bhwv", x.unflatten(1, (16, 16)), torch.ones(16, 3, 8)), 1),
+    "with dots": (lambda x: torch.einsum("...nc,...mc->...nm", x, x), 1),
     "of three": (lambda x: torch.einsum("bnc,bmc,bmd->bnd", x, x, x), 0),
-    "without letters for all": (lambda x: torch.einsum("...nc,...mc->...nm", x, x), 0),
     "of a token with itself": (lambda x: torch.einsum("bnc,bnc->bn", x, x), 0),
 }
 

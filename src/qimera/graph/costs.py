@@ -98,7 +98,7 @@ def _einsum(node: Node) -> int:
     assert isinstance(equation, str)
     assert isinstance(factors, list | tuple)
     shapes = [_shape(each) for each in factors if isinstance(each, Node)]
-    terms, result = _axes(equation.replace(" ", ""), [len(shape) for shape in shapes])
+    terms, result = axes_of_sum(equation.replace(" ", ""), [len(shape) for shape in shapes])
     sizes: dict[str, int] = {}
     for term, shape in zip(terms, shapes, strict=True):
         for axis, size in zip(term, shape, strict=True):
@@ -110,8 +110,11 @@ def _einsum(node: Node) -> int:
     return count
 
 
-def _axes(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """Return the axes of each factor and of the result; those that dots stand for are digits, counted from the end."""
+def axes_of_sum(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """Return the axes of each factor of an Einstein sum, as many as ``ranks`` says, and of the result.
+
+    Those that dots stand for are digits, counted from the end.
+    """
     left, arrow, result = equation.partition("->")
     terms, dots = [], ""
     for term, rank in zip(left.split(","), ranks, strict=True):

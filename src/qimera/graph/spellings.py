@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qimera.errors import UnsupportedModelError
+from qimera.graph.costs import axes_of_sum
 from qimera.graph.nodes import BATCH_NORM, aten, node_at
 
 
@@ -147,45 +148,42 @@ def _einsum(module: GraphModule, node: Node) -> None:
     Letters of both factors and the result count matrices; those of the first and the result are rows, those of the
     second and the result columns, and what the result lacks is summed over.
     """
-    equation, factors = argument(node, "equation").replace(" ", ""), argument(node, "tensors")
-    sources, arrow, result = equation.partition("->")
-    first, _, second = sources.partition(",")
-    rows, columns, inner = (set(first) - set(second), set(second) - set(first), set(first) & set(second) - set(result))
-    is_product = len(factors) == 2 and arrow and not {*sources} & {"."} and bool(rows) and bool(columns) and bool(inner)
-    each_once = all(len(set(term)) == len(term) for term in (first, second, result))
-    if not is_product or not each_once or not rows | columns <= set(result):
+    factors = argument(node, "tensors")
+    shapes = [each.meta["val"].shape for each in factors]
+    terms, result = axes_of_sum(argument(node, "equation").replace(" ", ""), [len(shape) for shape in shapes])
+    if len(terms) != 2 or any(len(set(axes)) < len(axes) for axes in (*terms, result)):
         return
-    shapes = [
-        dict(zip(term, factor.meta["val"].shape, strict=True))
-        for term, factor in zip((first, second), factors, strict=True)
-    ]
-    if any(shapes[0][axis] != shapes[1][axis] for axis in set(first) & set(second)):
-        return  # one of them is repeated
-    count = "".join(axis for axis in result if axis in first and axis in second)
-    order = ["".join(axis for axis in term if axis in axes) for term, axes in ((result, rows), (result, columns))]
-    summed = "".join(axis for axis in first if axis in inner)
-    matrices = [
-        _merged(node, factor, term, count, parts)
-        for factor, term, parts in zip(factors, (first, second), ((order[0], summed), (summed, order[1])), strict=True)
-    ]
-    sizes = shapes[0] | shapes[1]
-    product = _called(node, aten.matmul.default, *matrices)
-    for axis, letters in ((-1, order[1]), (-2, order[0])):
-        if len(letters) > 1:
-            wanted = [size if isinstance(size := sizes[each], int) else -1 for each in letters]
-            product = _called(node, aten.unflatten.int, product, axis - (len(order[1]) - 1) * (axis == -2), wanted)
-    computed = count + order[0] + order[1]
+    first, second = terms
+    count = [axis for axis in result if axis in first and axis in second]
+    rows = [axis for axis in result if axis not in second]
+    columns = [axis for axis in result if axis not in first]
+    inner = [axis for axis in first if axis in second and axis not in result]
+    is_all = {*first, *second} == {*count, *rows, *columns, *inner}
+    sizes, others = (dict(zip(term, shape, strict=True)) for term, shape in zip(terms, shapes, strict=True))
+    if not (rows and columns and inner and is_all) or any(sizes[axis] != others[axis] for axis in count + inner):
+        return
+    left = _merged(node, factors[0], first, count, rows, inner)
+    right = _merged(node, factors[1], second, count, inner, columns)
+    if _is_weight(right) and not _is_constant(left):
+        product = _called(node, aten.linear.default, left, _transposed(right))
+    else:
+        product = _called(node, aten.matmul.default, left, right)
+    sizes |= others
+    for place, axes in ((len(count) + 1, columns), (len(count), rows)):
+        if len(axes) > 1:
+            wanted = [size if isinstance(size := sizes[axis], int) else -1 for axis in axes]
+            product = _called(node, aten.unflatten.int, product, place, wanted)
+    computed = count + rows + columns
     _replace(node, aten.permute.default, product, [computed.index(axis) for axis in result])
 
 
-def _merged(place: Node, factor: Node, term: str, count: str, parts: tuple[str, str]) -> Node:
+def _merged(place: Node, factor: Node, term: str, count: list[str], *parts: list[str]) -> Node:
     """Return ``factor`` with its axes in the order of ``count`` and ``parts``, each of which becomes one axis."""
-    merged = _called(place, aten.permute.default, factor, [term.index(axis) for axis in count + "".join(parts)])
-    start = len(count)
-    for part in parts:
+    order = [term.index(axis) for axis in sum(parts, count)]
+    merged = _called(place, aten.permute.default, factor, order)
+    for start, part in enumerate(parts, len(count)):
         if len(part) > 1:
             merged = _called(place, aten.flatten.using_ints, merged, start, start + len(part) - 1)
-        start += 1
     return merged
 
 
