@@ -277,6 +277,7 @@ def _row(source: str, each: dict[str, object]) -> str:
 
     if "exact_batch_norms" in each:
         each = {**each, "folded": each["taps"] - each["exact_batch_norms"]}
+    reason = reason_against(each)
     if not each.get("batch_norms", 1):
         each = {key: value for key, value in each.items() if key not in ("taps", "folded", "folding_error")}
     cells = [
@@ -289,7 +290,7 @@ def _row(source: str, each: dict[str, object]) -> str:
         cell("correlation", "{correlation:.3f}"),
         cell("agreement", "{agreement:.0f} %"),
         cell("integer_layers", "{integer_layers} of {quantized_layers}"),
-        (reason_against(each) or "passes").replace("|", "/").replace("\n", " ")[:200],
+        (reason or "passes").replace("|", "/").replace("\n", " ")[:200],
     ]
     return "| " + " | ".join(cells) + " |"
 
