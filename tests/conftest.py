@@ -14,6 +14,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from qimera.config.settings import DirectSettings, GeneratorSettings, SynthesisSettings
 from qimera.export import comparison
 from qimera.pipeline import synthesize
+from qimera.report import boundary
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import EMBEDDED_MODELS, load_model
 from qimera.teacher.teacher import Teacher
@@ -34,6 +35,9 @@ hypothesis.settings.load_profile("quick")
 
 # After an export the runtime is timed for half a second, which tells a user something and a test nothing.
 comparison._TIMED_MILLISECONDS = 10.0
+
+# The walk across a boundary in a report takes more steps than its tests need.
+boundary._MOST_STEPS = 20
 
 TINY_SYNTHESIS = SynthesisSettings(
     num_generated=48,

@@ -17,6 +17,7 @@ from qimera.config.settings import DirectSettings, DistillationSettings, Quantiz
 from qimera.machine.progress import silent
 from qimera.pipeline import quantize, synthesize
 from qimera.quantization.student import Student
+from qimera.report import boundary
 from qimera.report.boundary import nearest_classes, nearest_three, walk_between
 from qimera.report.content import Export, Measured, Report, curves, features_in_plane
 from qimera.report.layers import layer_reports
@@ -193,7 +194,10 @@ def test_the_three_classes_are_the_nearest_two_and_the_next(bank: SampleBank) ->
     assert nearest_three(confused) == [1, 3, 4]
 
 
-def test_the_walk_leads_from_one_class_to_the_other(teacher: Teacher, bank: SampleBank) -> None:
+def test_the_walk_leads_from_one_class_to_the_other(
+    teacher: Teacher, bank: SampleBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boundary, "_MOST_STEPS", 60)
     longer = bank.settings.model_copy(update={"direct": DirectSettings(num_steps=60)})
     walk = walk_between(1, 3, teacher, dataclasses.replace(bank, settings=longer))
     assert walk.pixels.shape == (7, *teacher.input_spec.shape)

@@ -82,8 +82,7 @@ class GeneratorSettings(Settings):
     """Weight of the mean absolute difference between neighbouring pixels; the authors have none (deviation D33)."""
 
     max_shift: int = Field(2, ge=0)
-    """Largest random shift of the batch before the teacher sees it, in pixels; the authors shift nothing (deviation
-    D33)."""
+    """Largest random shift of the batch before the teacher sees it, in pixels (deviation D33)."""
 
     relative_bns: bool = True
     """Divide statistics by their variances, so that every channel counts alike (deviation D7)."""
