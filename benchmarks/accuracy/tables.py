@@ -194,8 +194,7 @@ def peers() -> str:
         drops = " | ".join(_drop_and_agreement(found.get(bits, [])) for bits in widths)
         every = [each for group in found.values() for each in group]
         minutes = statistics.mean(each["bank_seconds"] for each in every) / 60
-        seeds = ", ".join(str(seed) for seed in sorted({each["seed"] for each in every}))
-        rows.append(f"| {network} | {description} | {drops} | {minutes:.1f} | {seeds} |\n")
+        rows.append(f"| {network} | {description} | {drops} | {minutes:.1f} | {_seeds(every)} |\n")
     return "".join(rows)
 
 
@@ -212,8 +211,7 @@ def without_norms() -> str:
     for (network, _, samples), found in sorted(groups.items()):
         drops = " | ".join(_drop_and_agreement(found.get(bits, [])) for bits in widths)
         every = [each for group in found.values() for each in group]
-        seeds = ", ".join(str(seed) for seed in sorted({each["seed"] for each in every}))
-        rows.append(f"| {network} | {samples} | {drops} | {seeds} | {every[0]['num_images']:,} |\n")
+        rows.append(f"| {network} | {samples} | {drops} | {_seeds(every)} | {every[0]['num_images']:,} |\n")
     return "".join(rows)
 
 
@@ -268,4 +266,4 @@ def _mean(found: list[Result], key: str) -> str:
 
 
 def _seeds(found: list[Result]) -> str:
-    return ", ".join(str(each["seed"]) for each in sorted(found, key=lambda each: each["seed"]))
+    return ", ".join(str(seed) for seed in sorted({each["seed"] for each in found}))

@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from qimera.config.bits import parse_layer_bits
 from qimera.config.settings import QuantizationSettings
-from qimera.graph.nodes import CONVOLUTIONS, WEIGHTED, aten, layer_name
+from qimera.graph.nodes import CONVOLUTIONS, MATRIX_PRODUCTS, WEIGHTED, aten, layer_name
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
-from qimera.quantization.scheme import ADDITIONS, JOINS, MATRIX_PRODUCTS, POOLINGS, RELUS, before_moves, is_move
+from qimera.quantization.scheme import ADDITIONS, JOINS, POOLINGS, RELUS, before_moves, is_move
 from qimera.quantization.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared

@@ -2,9 +2,8 @@
 
 from torch.fx import GraphModule, Node
 
-from qimera.graph.nodes import aten
+from qimera.graph.nodes import MATRIX_PRODUCTS, aten
 
-_PRODUCTS = {aten.matmul.default, aten.bmm.default}
 _BETWEEN = {
     *(aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.add_.Tensor, aten.masked_fill.Scalar, aten.where.self),
     *(aten.softmax.int, aten.dropout.default, aten.reshape.default, aten.view.default, aten.unsqueeze.default),
@@ -18,7 +17,7 @@ def attention_outputs(module: GraphModule) -> list[Node]:
     return [
         node
         for node in module.graph.nodes
-        if node.target in _PRODUCTS and isinstance(node.args[0], Node) and _is_of_scores(node.args[0])
+        if node.target in MATRIX_PRODUCTS and isinstance(node.args[0], Node) and _is_of_scores(node.args[0])
     ]
 
 
@@ -31,4 +30,4 @@ def _is_of_scores(weights: Node) -> bool:
         if not before:
             return False
         weights = before[0]
-    return has_softmax and weights.target in _PRODUCTS
+    return has_softmax and weights.target in MATRIX_PRODUCTS

@@ -20,6 +20,8 @@ CONVOLUTIONS = {
 WEIGHTED = {**CONVOLUTIONS, aten.linear.default: "linear"}
 """Operations with a weight at argument 1 and a bias at argument 2, and what we call them."""
 
+MATRIX_PRODUCTS = {aten.matmul.default, aten.bmm.default}
+
 BATCH_NORM = aten.batch_norm.default
 
 _M = TypeVar("_M", bound=nn.Module)

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 from torch.fx import GraphModule
 
-from qimera.graph.nodes import WEIGHTED, aten, logits_node
+from qimera.graph.nodes import MATRIX_PRODUCTS, WEIGHTED, aten, logits_node
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, PerChannelBiasFakeQuantize
-from qimera.quantization.scheme import ADDITIONS, MATRIX_PRODUCTS, end_of_kernel, quantizer_of
+from qimera.quantization.scheme import ADDITIONS, end_of_kernel, quantizer_of
 
 _WHOLE = 1 << 24
 """Up to here float32 holds every whole number."""
@@ -127,10 +127,7 @@ class _ExactProduct(nn.Module):
         levels = _levels(a, step_a), _levels(b, step_b)
         largest = a.shape[-1] * (first.quant_max - first.quant_min) * (second.quant_max - second.quant_min)
         sums = torch.matmul(*(each if largest <= _WHOLE else each.double() for each in levels)).float()
-        if result is None:
-            return sums.mul_(step_a * step_b)
-        step = result.scale.detach()
-        return sums.mul_(step_a * step_b / step).round_().mul_(step)
+        return _requantized(sums, step_a * step_b, result)
 
 
 class _ExactLayer(nn.Module):
@@ -175,10 +172,7 @@ class _ExactLayer(nn.Module):
         if bias is not None:
             sums += _levels(bias, step).view(shape)
         sums = sums.float()
-        if result is None:
-            return sums.mul_(step.view(shape))
-        result_step = result.scale.detach()
-        return sums.mul_((step / result_step).view(shape)).round_().mul_(result_step)
+        return _requantized(sums, step.view(shape), result)
 
     def _large_sums(
         self, x: Float[Tensor, "batch ..."], weight: Float[Tensor, "..."], arguments: tuple[object, ...]
@@ -192,6 +186,17 @@ class _ExactLayer(nn.Module):
         ones = weight - 16 * sixteens
         first, second = (self.layer(x, digit, None, *arguments) for digit in (sixteens, ones))
         return first.double().mul_(16).add_(second)
+
+
+def _requantized(sums: Tensor, step: Tensor, result: LearnedStepFakeQuantize | None) -> Tensor:
+    """Return ``sums``, which count ``step``, in the unit of the activations, on the grid of ``result`` if there is one.
+
+    They are changed in place.
+    """
+    if result is None:
+        return sums.mul_(step)
+    result_step = result.scale.detach()
+    return sums.mul_(step / result_step).round_().mul_(result_step)
 
 
 def _num_summed(weight_quantizer: LearnedStepFakeQuantize, weight: Tensor) -> int:

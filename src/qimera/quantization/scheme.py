@@ -11,14 +11,23 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from qimera.config.settings import QuantizationSettings
-from qimera.graph.nodes import BATCH_NORM, WEIGHTED, aten, has_bias, has_parameter, layer_name, node_at, tensor_of
+from qimera.graph.nodes import (
+    BATCH_NORM,
+    MATRIX_PRODUCTS,
+    WEIGHTED,
+    aten,
+    has_bias,
+    has_parameter,
+    layer_name,
+    node_at,
+    tensor_of,
+)
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize, PerChannelBiasFakeQuantize
 from qimera.quantization.ranges import integer_range
 
 _ANNOTATION = "quantization_annotation"
 _BIAS_LIMIT = 1 << 30
 
-MATRIX_PRODUCTS = {aten.matmul.default, aten.bmm.default}
 ADDITIONS = {aten.add.Tensor}
 _CONCATENATIONS = {aten.cat.default, aten.stack.default}
 JOINS = {*ADDITIONS, *_CONCATENATIONS, aten.sub.Tensor, aten.mul.Tensor}

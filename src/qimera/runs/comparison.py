@@ -8,7 +8,8 @@ from rich.table import Table
 
 from qimera.config.base import Settings
 from qimera.errors import enumerate_names
-from qimera.report.summary import readable_bytes
+from qimera.report.content import Measured
+from qimera.report.summary import Summary, readable_bytes
 from qimera.runs.directory import RunDirectory
 from qimera.runs.limits import Result
 
@@ -89,17 +90,21 @@ def compared(run: RunDirectory) -> ComparedRun:
         measured_on=measured and measured.num_images,
         agreement=measured.agreement if measured else estimate and estimate.agreement,
         seconds=(summary.bank_seconds or 0) + (summary.student_seconds or 0),
-        warnings=(*(measured.warnings if measured else ()), *summary.warnings),
+        warnings=_warnings(summary, measured),
     )
 
 
 def result_of(run: RunDirectory) -> Result:
     """Return the drop of a run, measured if possible and estimated otherwise, and all warnings."""
     summary, measured = run.summary(), run.measured
-    warnings = (*(measured.warnings if measured else ()), *summary.warnings)
+    warnings = _warnings(summary, measured)
     if measured and not measured.warnings:
         return Result(str(run.path), warnings, measured.drop, "measured")
     return Result(str(run.path), warnings, summary.estimated_drop)
+
+
+def _warnings(summary: Summary, measured: Measured | None) -> tuple[str, ...]:
+    return (*(measured.warnings if measured else ()), *summary.warnings)
 
 
 def comparison_table(runs: Sequence[RunDirectory], width: int) -> Table:

@@ -13,7 +13,7 @@ from qimera.machine.acceleration import autocast, begin_step, compiled, is_compi
 from qimera.machine.checkpoint import Checkpoint, State
 from qimera.machine.divergence import check_finite
 from qimera.synthesis.augmentation import flip_at_random, shift_batch
-from qimera.synthesis.losses import attention_loss, bns_loss, layer_norm_loss, soft_cross_entropy, total_variation
+from qimera.synthesis.losses import realism_terms, soft_cross_entropy, total_of, total_variation
 from qimera.synthesis.pixels import enlarged, within_limits
 from qimera.teacher.teacher import Teacher
 
@@ -115,15 +115,9 @@ def _losses(
     with autocast(settings.precision, images.device):
         logits, taps = teacher.forward_with_taps(images)
     terms = {"direct_ce": (settings.ce_weight, soft_cross_entropy(logits.float(), soft_label))}
-    if teacher.batch_norms:
-        terms["direct_bns"] = (settings.bns_weight, bns_loss(taps.batch_norms, teacher.batch_norms, relative=True))
-    if taps.layer_norms and settings.layer_norm_weight:
-        terms["direct_layer_norm"] = (settings.layer_norm_weight, layer_norm_loss(taps.layer_norms))
-    if taps.attentions and settings.attention_weight:
-        terms["direct_attention"] = (settings.attention_weight, attention_loss(taps.attentions))
+    terms |= realism_terms("direct", taps, teacher, settings, relative=True)
     terms["direct_tv"] = (settings.tv_weight, total_variation(images))
-    total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
-    return total, {name: loss.detach() for name, (_, loss) in terms.items()}
+    return total_of(terms)
 
 
 def noise_images(

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from qimera.config.settings import DirectSettings, GeneratorSettings
 from qimera.machine.acceleration import at_least_float32
-from qimera.teacher.teacher import BatchNormTap
+from qimera.teacher.teacher import BatchNormTap, Taps, Teacher
 
 
 def bns_loss(entering: Sequence[Tensor], taps: Sequence[BatchNormTap], *, relative: bool = False) -> Float[Tensor, ""]:
@@ -68,6 +69,39 @@ def attention_loss(attended: Sequence[Tensor]) -> Float[Tensor, ""]:
         similarities = (directions @ directions.mT).flatten(1)
         losses.append(-safe_sqrt(similarities.var(1, correction=0)).mean())
     return torch.stack(losses).mean()
+
+
+Terms = dict[str, tuple[float, Tensor]]
+"""Weight and loss of each term, by its name."""
+
+
+def realism_terms(
+    stage: str, taps: Taps, teacher: Teacher, settings: DirectSettings | GeneratorSettings, *, relative: bool
+) -> Terms:
+    """Return the terms by which samples resemble training images, of all that the teacher has.
+
+    Args:
+        stage: What the names of the terms begin with.
+        taps: Of one batch.
+        teacher: Whose batch norms recorded what training images were like.
+        settings: Their weights.
+        relative: As in ``bns_loss``.
+    """
+    terms: Terms = {}
+    if teacher.batch_norms:
+        gap = bns_loss(taps.batch_norms, teacher.batch_norms, relative=relative)
+        terms[f"{stage}_bns"] = (settings.bns_weight, gap)
+    if taps.layer_norms and settings.layer_norm_weight:
+        terms[f"{stage}_layer_norm"] = (settings.layer_norm_weight, layer_norm_loss(taps.layer_norms))
+    if taps.attentions and settings.attention_weight:
+        terms[f"{stage}_attention"] = (settings.attention_weight, attention_loss(taps.attentions))
+    return terms
+
+
+def total_of(terms: Terms) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Return the weighted sum of all terms, and each of them without its weight or gradient."""
+    total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
+    return total, {name: loss.detach() for name, (_, loss) in terms.items()}
 
 
 class _ChannelMoments(Function):

@@ -17,7 +17,7 @@ from qimera.machine.seeds import Stream, generator_for
 from qimera.synthesis.augmentation import shift_batch
 from qimera.synthesis.embeddings import ClassEmbedding, DisentanglementMapping
 from qimera.synthesis.generator import Generator
-from qimera.synthesis.losses import attention_loss, bns_loss, layer_norm_loss, soft_cross_entropy, total_variation
+from qimera.synthesis.losses import realism_terms, soft_cross_entropy, total_of, total_variation
 from qimera.synthesis.superposition import draw_mixtures, soft_labels, superpose, take_turns
 from qimera.teacher.teacher import Teacher
 
@@ -130,20 +130,13 @@ class SynthesizerTraining:
         settings = self.settings
         logits, taps = self.teacher.forward_with_taps(images)
         terms = {"generator_ce": (settings.ce_weight, soft_cross_entropy(logits, soft_label))}
-        if self.teacher.batch_norms:
-            gap = bns_loss(taps.batch_norms, self.teacher.batch_norms, relative=settings.relative_bns)
-            terms["generator_bns"] = (settings.bns_weight, gap)
-        if taps.layer_norms and settings.layer_norm_weight:
-            terms["generator_layer_norm"] = (settings.layer_norm_weight, layer_norm_loss(taps.layer_norms))
-        if taps.attentions and settings.attention_weight:
-            terms["generator_attention"] = (settings.attention_weight, attention_loss(taps.attentions))
+        terms |= realism_terms("generator", taps, self.teacher, settings, relative=settings.relative_bns)
         if settings.tv_weight:
             terms["generator_tv"] = (settings.tv_weight, total_variation(images))
         if self.student is not None and settings.adversarial_weight:
             gap = F.l1_loss(self.student(images), logits)
             terms["generator_gap"] = (-settings.adversarial_weight, gap)
-        total = torch.stack([weight * loss for weight, loss in terms.values()]).sum()
-        return total, {name: loss.detach() for name, (_, loss) in terms.items()}
+        return total_of(terms)
 
     def state_dict(self) -> State:
         """Return what ``load_state_dict`` needs to go on."""
