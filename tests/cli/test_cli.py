@@ -50,25 +50,6 @@ def model_file(tmp_path: Path) -> Path:
     return write_model_file(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    tiny_settings().save(folder / "settings.json")
-    result = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
-    assert result.exit_code == 0, result.stderr
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty images of noise: enough to count on."""
-    generator = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("digits") / "digits.npz"
-    images = generator.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
-    np.savez(path, images=images, labels=np.arange(20) % 10)
-    return path
-
-
 # --- the commands -----------------------------------------------------------------------------------------------------
 
 

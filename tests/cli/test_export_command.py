@@ -11,16 +11,7 @@ from torch import Tensor
 from qimera.export.comparison import Comparison, compare
 from qimera.quantization.student import Student
 from qimera.runs.directory import RunDirectory
-from tests.command_line import qimera, said, tiny_settings
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    tiny_settings().save(folder / "settings.json")
-    result = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
-    assert result.exit_code == 0, result.stderr
-    return folder / "run"
+from tests.command_line import qimera, said
 
 
 def test_export_writes_a_file_into_the_run_and_says_how_it_compares(finished_run: Path) -> None:

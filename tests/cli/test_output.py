@@ -6,35 +6,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
 from qimera.cli.results import PRINTED
 from qimera.cli.schemas import schema_of
 from qimera.runs.directory import RunDirectory
-from tests.command_line import INPUT, SMALL, qimera, said, tiny_settings
+from tests.command_line import INPUT, SMALL, qimera, said
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("summary", *PRINTED)
 TINY = ("--recipe", "ptq", "--set", "synthesis.num_optimized=16", "--set", "direct.num_steps=1")
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00"
-
-
-@pytest.fixture(scope="module")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    tiny_settings().save(folder / "settings.json")
-    result = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
-    assert result.exit_code == 0, result.stderr
-    return folder / "run"
-
-
-@pytest.fixture
-def digits(tmp_path: Path) -> Path:
-    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
-    np.savez(tmp_path / "digits.npz", images=images, labels=np.arange(20) % 10)
-    return tmp_path / "digits.npz"
 
 
 def printed(*arguments: object, exit_code: int = 0) -> dict[str, Any]:

@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import re
 import shutil
@@ -11,25 +10,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
-from qimera.config.settings import DirectSettings, DistillationSettings, QuantizationSettings, SynthesisSettings
+from qimera.config.settings import DirectSettings, QuantizationSettings, SynthesisSettings
 from qimera.machine.progress import silent
-from qimera.pipeline import quantize, synthesize
-from qimera.quantization.student import Student
-from qimera.report import boundary
-from qimera.report.boundary import nearest_classes, nearest_three, walk_between
+from qimera.pipeline import synthesize
+from qimera.report.boundary import nearest_three
 from qimera.report.content import Export, Measured, Report, curves, features_in_plane
-from qimera.report.layers import layer_reports
 from qimera.report.page import write_page
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import carry_out, load_bank, load_student
 from qimera.runs.reporting import collect, report_run
-from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import EMBEDDED_MODELS, load_model
 from qimera.teacher.teacher import Teacher
 from tests.command_line import INPUT, SMALL_INPUT, qimera, said, tiny_settings, write_model_file
-from tests.networks import SPEC, Lambda
 
 FEW = DirectSettings(num_steps=1, batch_size=8)
 BAD_SYNTHESIS = SynthesisSettings(num_optimized=48, num_held_out=16, direct=DirectSettings(num_steps=10, batch_size=32))
@@ -52,85 +45,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits_bank: Path) -> RunDirec
 @pytest.fixture(scope="module")
 def page(run: RunDirectory) -> str:
     return run.report_page_file.read_text()
-
-
-# --- layers -----------------------------------------------------------------------------------------------------------
-
-
-def student_of(teacher: Teacher, bank: SampleBank, bits: str, layer_bits: str = "") -> Student:
-    return quantize(teacher, bank, bits, layer_bits=layer_bits, settings=DistillationSettings(num_steps=0))
-
-
-def test_fewer_bits_mean_larger_errors(teacher: Teacher, bank: SampleBank) -> None:
-    images = bank.take(slice(64)).images
-    found = {bits: layer_reports(student_of(teacher, bank, bits), images) for bits in ("w8a8", "w4a4", "w2a2")}
-    assert [layer.name for layer in found["w8a8"]] == [layer.name for layer in teacher.layers]
-    for eight, four, two in zip(*found.values(), strict=True):
-        assert eight.error < four.error < two.error, eight.name
-        assert eight.error < 0.01
-
-
-def test_the_one_layer_with_few_bits_is_the_costly_one(teacher: Teacher, bank: SampleBank) -> None:
-    student = student_of(teacher, bank, "w8a8", layer_bits="conv2=w2a8")
-    found = {layer.name: layer for layer in layer_reports(student, bank.take(slice(64)).images)}
-    assert found["conv2"].weight_bits == 2
-    assert found["conv2"].cost == max(layer.cost for layer in found.values())
-    assert all(abs(layer.cost) < 0.2 * found["conv2"].cost for name, layer in found.items() if name != "conv2")
-
-
-COMPENSATED = DistillationSettings(num_steps=0, start="compensated")
-
-
-def scaled_student(teacher: Teacher, bank: SampleBank, layer_bits: str = "") -> Student:
-    """Return a student whose weights are rounded for good, and some of whose channels are scaled."""
-    student = quantize(teacher, bank, "w4a4", layer_bits=layer_bits, settings=COMPENSATED)
-    assert student.channel_scales
-    return student
-
-
-def test_a_loaded_student_is_reported_as_the_one_that_was_saved(
-    teacher: Teacher, bank: SampleBank, tmp_path: Path
-) -> None:
-    student, images = scaled_student(teacher, bank), bank.take(slice(64)).images
-    student.save_state(tmp_path / "student.safetensors")
-    loaded = Student.load_state(tmp_path / "student.safetensors", teacher, student.settings)
-    assert layer_reports(loaded, images) == layer_reports(student, images)
-    with torch.no_grad():
-        assert torch.equal(loaded(images), student(images))
-        # the same network, whose channels are scaled and scaled back
-        torch.testing.assert_close(loaded.reference(images), teacher(images), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("layer", ["conv2", "pointwise"])
-def test_the_cost_of_a_layer_whose_weights_are_rounded_for_good_is_seen(
-    teacher: Teacher, bank: SampleBank, layer: str
-) -> None:
-    student = scaled_student(teacher, bank, f"*=w8a8,{layer}=w2a8")
-    found = {each.name: each for each in layer_reports(student, bank.take(slice(64)).images)}
-    assert max(found.values(), key=lambda each: each.cost).name == layer
-
-
-def test_ranges_and_tails_are_those_of_the_values(teacher: Teacher, bank: SampleBank) -> None:
-    student = student_of(teacher, bank, "w4a4")
-    before = {name: value.clone() for name, value in student.module.state_dict().items()}
-    for layer in layer_reports(student, bank.take(slice(64)).images):
-        assert layer.smallest is not None
-        assert layer.smallest <= layer.lower_tail <= layer.upper_tail <= layer.largest
-        assert layer.low <= 0 <= layer.high
-        assert 0 <= layer.clipped < 20
-        if layer.clipped == 0:
-            step = (layer.high - layer.low) / 15
-            assert layer.low - step <= layer.smallest <= layer.largest <= layer.high + step
-    assert all(torch.equal(value, before[name]) for name, value in student.module.state_dict().items())
-
-
-def test_the_range_of_an_input_is_found_through_a_view_of_any_batch() -> None:
-    conv = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU())
-    viewed = nn.Sequential(conv, nn.MaxPool2d(4), Lambda(lambda x: x.view(x.size(0), -1)), nn.Linear(4, 5)).eval()
-    student = Student(Teacher.capture(viewed, SPEC), QuantizationSettings())
-    images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(0))
-    student.initialize_ranges_([images])
-    assert all(layer.high is not None for layer in layer_reports(student, images))
 
 
 def test_a_run_of_the_papers_scheme_ends_with_its_report(tmp_path: Path) -> None:
@@ -183,27 +97,6 @@ def test_every_sample_lies_in_the_area_of_its_class(num_classes: int) -> None:
         line = round(float((point[1] - bottom) / (top - bottom)) * 1000)
         if first - second > 0.1:  # not within one of the thousand steps of the boundary
             assert int(areas[line, column]) == int(row.argmax())
-
-
-def test_the_three_classes_are_the_nearest_two_and_the_next(bank: SampleBank) -> None:
-    logits = torch.full((96, 5), -9.0)
-    for row, pair in enumerate(16 * [(1, 3), (1, 3), (1, 3), (3, 4), (3, 4), (0, 2)]):
-        logits[row, list(pair)] = 9.0
-    confused = dataclasses.replace(bank, logits=logits)
-    assert nearest_classes(confused) == (1, 3)
-    assert nearest_three(confused) == [1, 3, 4]
-
-
-def test_the_walk_leads_from_one_class_to_the_other(
-    teacher: Teacher, bank: SampleBank, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(boundary, "_MOST_STEPS", 60)
-    longer = bank.settings.model_copy(update={"direct": DirectSettings(num_steps=60)})
-    walk = walk_between(1, 3, teacher, dataclasses.replace(bank, settings=longer))
-    assert walk.pixels.shape == (7, *teacher.input_spec.shape)
-    assert float(walk.probabilities[0, 0]) > 0.6 > 0.3 > float(walk.probabilities[-1, 0])
-    assert float(walk.probabilities[-1, 1]) > 0.6
-    assert nearest_classes(bank)[0] < nearest_classes(bank)[1]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
