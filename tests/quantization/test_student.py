@@ -175,12 +175,13 @@ def test_every_parameter_is_a_step_or_a_weight(teacher: Teacher) -> None:
 def test_the_paper_scheme_has_no_steps_to_learn(teacher: Teacher) -> None:
     student = Student(teacher, settings_of("w4a4", "paper"))
     assert student.steps == []
-    assert student.weight_steps() == []
 
 
-def test_each_quantized_weight_comes_with_the_step_of_its_channels(teacher: Teacher, toy_images: Tensor) -> None:
-    student = student_of(teacher, toy_images[:32])
-    pairs = student.weight_steps()
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_quantized_weight_comes_with_the_step_of_its_channels(
+    teacher: Teacher, toy_images: Tensor, scheme: str
+) -> None:
+    pairs = student_of(teacher, toy_images[:32], scheme=scheme).weight_steps()
     assert sorted(weight.numel() for weight, _ in pairs) == sorted(
         torch.Size(layer.weight_shape).numel() for layer in teacher.layers
     )

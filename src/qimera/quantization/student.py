@@ -229,7 +229,7 @@ class Student(nn.Module):
         """Return each quantized weight with its quantizer's present step, shaped to multiply it."""
         found = []
         for weight, quantizer in _weight_quantizers(self.module):
-            if isinstance(quantizer, LearnedStepFakeQuantize):
+            if isinstance(quantizer, LearnedStepFakeQuantize | MinMaxFakeQuantize):
                 assert isinstance(weight, nn.Parameter)
                 found.append((weight, quantizer.scale.detach().clone()))
         return found

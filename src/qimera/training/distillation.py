@@ -232,10 +232,9 @@ class StepwiseAdam(torch.optim.Adam):
         """Make one step."""
         before = [weight.clone() for weight in self.weights]
         super().step(closure)
-        if self.weights:  # none where no step is learned, as in the scheme of the paper
-            torch._foreach_sub_(self.weights, before)
-            torch._foreach_mul_(self.weights, self.units)
-            torch._foreach_add_(self.weights, before)
+        torch._foreach_sub_(self.weights, before)
+        torch._foreach_mul_(self.weights, self.units)
+        torch._foreach_add_(self.weights, before)
 
 
 def _optimizer(student: Student, settings: DistillationSettings) -> torch.optim.Optimizer:
