@@ -1,4 +1,5 @@
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera.config.settings import QuantizationSettings
+from qimera.errors import VerificationError
 from qimera.export.comparison import compare, latencies_ms, sample_pixels
 from qimera.export.onnx import export_onnx
 from qimera.export.onnx_model import float_model
 from qimera.export.program import export_pt2
 from qimera.export.verification import _without, onnx_runtime
+from qimera.quantization import scheme
 from qimera.quantization.student import Student
 from qimera.teacher.teacher import Teacher
+from tests import shared
 from tests.networks import NUM_CLASSES, SPEC
 
 
@@ -49,6 +53,20 @@ def test_times_of_two_models_are_taken_in_turns() -> None:
     first, second = latencies_ms([lambda: (called.append("file"), time.sleep(0.11)), lambda: called.append("model")])
     assert called == 6 * ["file", "model"]
     assert second < 50 < first
+
+
+@pytest.mark.parametrize("export", [export_onnx, export_pt2])
+def test_a_weight_of_minus_128_is_refused(
+    tmp_path: Path, teacher: Teacher, monkeypatch: pytest.MonkeyPatch, export: Callable[..., object]
+) -> None:
+    monkeypatch.setattr(scheme, "weight_range", lambda bits: (-128, 127))
+    student = Student(teacher, QuantizationSettings())
+    student.initialize_ranges_([shared.noise()])
+    weight, step = student.weight_steps()[0]
+    weight.data[0] = -128 * step[0]
+    with pytest.raises(VerificationError, match=r"\.weight: .* weights are -128.* quantize again.* no file"):
+        export(student, tmp_path / "model.pt2")
+    assert not (tmp_path / "model.pt2").exists()
 
 
 @pytest.mark.parametrize("include_preprocessing", [False, True])

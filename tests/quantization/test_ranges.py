@@ -4,7 +4,13 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
-from qimera.quantization.ranges import affine_parameters, integer_range, search_affine_parameters, thinned
+from qimera.quantization.ranges import (
+    affine_parameters,
+    integer_range,
+    search_affine_parameters,
+    thinned,
+    weight_range,
+)
 from tests import reference
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -27,6 +33,12 @@ def test_an_integer_range_has_two_to_the_bits_levels(bits: int) -> None:
         assert high - low + 1 == 2**bits
         assert (low == 0) is not signed
     assert integer_range(bits, signed=True) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weights_of_eight_bits_start_at_minus_127_and_narrower_ones_have_all_levels(bits: int) -> None:
+    low, high = integer_range(bits, signed=True)
+    assert weight_range(bits) == ((-127, 127) if bits == 8 else (low, high))
 
 
 # --- min-max ----------------------------------------------------------------------------------------------------------

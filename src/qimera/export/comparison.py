@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,10 @@ from jaxtyping import Float, UInt8
 from pydantic import ConfigDict
 from torch import Tensor
 
+from qimera.errors import VerificationError
 from qimera.graph.costs import is_multiplying
 from qimera.graph.nodes import layer_name
+from qimera.quantization.ranges import LOWEST_WEIGHT
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images
@@ -143,6 +145,17 @@ def latencies_ms(runs: Sequence[Callable[[], object]]) -> list[float]:
             run()
             times.append(1000 * (time.perf_counter() - start))
     return [statistics.median(times) for times in milliseconds]
+
+
+def refuse_lowest_weights(weights: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Raise VerificationError if one of the weights (name, integers) of a file holds -128 in 8 bits."""
+    for name, levels in weights:
+        count = int((levels < LOWEST_WEIGHT).sum()) if levels.dtype == np.int8 else 0
+        if count:
+            raise VerificationError(
+                f"{name}: {count:,} of its {levels.size:,} weights are -128, for which kernels on ARM may compute "
+                "something else; quantize again with this version; no file was written"
+            )
 
 
 def runtime_reason(error: Exception) -> str:

@@ -23,6 +23,7 @@ from qimera.export.comparison import (
     compare,
     latencies_ms,
     multiplying,
+    refuse_lowest_weights,
     runtime_reason,
     sample_pixels,
 )
@@ -108,9 +109,10 @@ def export_aotinductor(
 
 def integer_program(student: Student) -> ExportedProgram:
     """Return the student as a program with a dynamic batch, in the form of which Inductor makes integer kernels."""
+    module = integer_graph(student)
     with torch.no_grad():
         images = torch.zeros(2, *student.input_spec.shape)
-        return torch.export.export(integer_graph(student), (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
+        return torch.export.export(module, (images,), dynamic_shapes=({0: Dim.DYNAMIC},))
 
 
 def integer_graph(student: Student) -> GraphModule:
@@ -118,6 +120,7 @@ def integer_graph(student: Student) -> GraphModule:
 
     Raises:
         UnsupportedModelError: the student is of another scheme.
+        VerificationError: a weight is -128.
     """
     if student.settings.scheme != "hardware":
         raise UnsupportedModelError(
@@ -125,6 +128,9 @@ def integer_graph(student: Student) -> GraphModule:
             "quantize with scheme hardware"
         )
     module = student.converted()
+    refuse_lowest_weights(
+        (name, tensor.cpu().numpy()) for name, tensor in module.named_buffers() if tensor.dtype is torch.int8
+    )
     _clip_to_grids_(module.graph)
     _freeze_(module)
     _requantize_moves_(module.graph)

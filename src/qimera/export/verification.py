@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qimera.errors import VerificationError
-from qimera.export.comparison import Verification, compare, latencies_ms, runtime_reason, sample_pixels
+from qimera.export.comparison import Verification, compare, latencies_ms, refuse_lowest_weights, runtime_reason, sample_pixels
 from qimera.export.integer_graph import layers_in
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
@@ -45,13 +45,15 @@ def verify_onnx(
         float_path: The full-precision model as a file with the same input, whose time is taken beside that of ``path``.
 
     Raises:
-        VerificationError: agreement below ``min_agreement`` percent on one of them.
+        VerificationError: agreement below ``min_agreement`` percent on one of them, or a weight of -128 in the file.
     """
     pixels = sample_pixels(student, samples)
     images = student.input_spec.normalize(pixels)
     with torch.no_grad():
         expected = torch.cat([student(batch) for batch in images.split(_BATCH)]).numpy()
-    names = layers_in(onnx.load(path))
+    model = onnx.load(path)
+    refuse_lowest_weights((each.name, onnx.numpy_helper.to_array(each)) for each in model.graph.initializer)
+    names = layers_in(model)
     comparisons, refusals = [], []
     for runtime, start in _runtimes(names):
         try:

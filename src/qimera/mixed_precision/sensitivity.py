@@ -15,7 +15,7 @@ from qimera.machine.seeds import check_seed
 from qimera.mixed_precision.budget import WIDTHS
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.losses import kl_loss
-from qimera.quantization.ranges import integer_range
+from qimera.quantization.ranges import integer_range, weight_range
 from qimera.quantization.rounding import Compensation, can_compensate, look_at_layer
 from qimera.quantization.scheme import reading_network_input
 from qimera.synthesis.bank import SampleBank
@@ -156,7 +156,7 @@ class _Trial:
         """Return what the layer returns with its weight at ``bits``, rounded as that of a student in either case."""
         layer = self.layers[self._position]
         weight, bias = self._parameters(layer)
-        low, high = integer_range(bits, signed=True)
+        low, high = weight_range(bits)
         quantizer = LearnedStepFakeQuantize(
             dtype=torch.int8,
             quant_min=low,

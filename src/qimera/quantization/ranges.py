@@ -8,6 +8,9 @@ from torch import Tensor
 
 RangeMethod = Literal["mse", "minmax"]
 
+LOWEST_WEIGHT = -127
+"""Of all weights in files; see ``weight_range``."""
+
 _SCALE_OF_ZEROS = 2.0**-12
 _NUM_CANDIDATES = 80
 _MAX_VALUES = 1 << 17
@@ -19,6 +22,16 @@ _GOLDEN = (5**0.5 - 1) / 2
 def integer_range(bits: int, *, signed: bool) -> tuple[int, int]:
     """Return (lowest, highest) integer of this many bits."""
     return (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
+
+
+def weight_range(bits: int) -> tuple[int, int]:
+    """Return (lowest, highest) integer of a weight with zero point 0 (deviation D36).
+
+    At 8 bits it is -127: kernels may add two products of 8 bits in 16, which -128 overflows. Narrower weights keep all
+    their integers, since no kernel's 8 bits are full of them, and every level counts.
+    """
+    low, high = integer_range(bits, signed=True)
+    return max(low, LOWEST_WEIGHT), high
 
 
 def affine_parameters(

@@ -23,7 +23,7 @@ from qimera.graph.nodes import (
     tensor_of,
 )
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize, PerChannelBiasFakeQuantize
-from qimera.quantization.ranges import integer_range
+from qimera.quantization.ranges import integer_range, weight_range
 
 _ANNOTATION = "quantization_annotation"
 _BIAS_LIMIT = 1 << 30
@@ -274,7 +274,7 @@ def _activation_spec(bits: int) -> QuantizationSpec:
 
 
 def _weight_spec(model: GraphModule, node: Node, bits: int) -> QuantizationSpec:
-    low, high = integer_range(bits, signed=True)
+    low, high = weight_range(bits)
     return QuantizationSpec(
         dtype=torch.int8,
         quant_min=low,
