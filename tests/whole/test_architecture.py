@@ -16,7 +16,7 @@ LAYERS = (
     ("teacher",),
     ("synthesis", "quantization"),
     ("assessment", "mixed_precision", "export"),
-    ("training", "report"),
+    ("training", "report", "litert"),
     ("pipeline",),
     ("runs",),
     ("cli",),

@@ -235,7 +235,7 @@ class ExportedFile(Found):
     """Path of it."""
 
     format: str
-    """``onnx``, ``pt2``, ``aotinductor`` or ``executorch``."""
+    """``onnx``, ``pt2``, ``aotinductor``, ``executorch`` or ``litert``."""
 
     num_layers: int
     """Layers and products of activations."""

@@ -96,11 +96,11 @@ def export(
     run: Run,
     *,
     form: Annotated[
-        Literal["onnx", "pt2", "aotinductor", "executorch"],
+        Literal["onnx", "pt2", "aotinductor", "executorch", "litert"],
         typer.Option(
             "--format",
             metavar="NAME",
-            help="onnx, pt2 (torch.export program), aotinductor (compiled package) or executorch (for phones).",
+            help="onnx, pt2 (torch.export program), aotinductor (compiled package), executorch or litert (for phones).",
         ),
     ] = "onnx",
     file: Annotated[
@@ -115,6 +115,10 @@ def export(
         Path | None,
         typer.Option(metavar="FILE", help="Names of the classes, one per line, for the file's metadata."),
     ] = None,
+    integer_logits: Annotated[
+        bool,
+        typer.Option("--integer-logits", help="litert: return int8 logits, their range taken from the samples."),
+    ] = False,
     min_agreement: Annotated[
         float,
         typer.Option(
@@ -142,6 +146,7 @@ def export(
             form,
             include_preprocessing=include_preprocessing,
             labels_file=labels,
+            integer_logits=integer_logits,
             min_agreement=min_agreement,
         )
         if directory.report_page_file.exists():

@@ -60,6 +60,15 @@ class Comparison:
     """The same of the full-precision model, in the same runtime with the same settings, timed in turns with the file.
     None where it was not measured."""
 
+    partitions: int | None = None
+    """Parts of the graph that XNNPACK runs as one, in a LiteRT file. None elsewhere."""
+
+    outside: tuple[str, ...] = ()
+    """Operations of a LiteRT file that XNNPACK leaves to the built-in kernels."""
+
+    note: str = ""
+    """Why less agreement is to be expected here, and is accepted."""
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -87,6 +96,11 @@ class Verification:
             )
             if each.float_layers:
                 lines.append(f"  in floating point: {', '.join(each.float_layers)}")
+            if each.partitions is not None:
+                left = f"; outside of them: {', '.join(each.outside)}" if each.outside else ""
+                lines.append(f"  partitions of XNNPACK: {each.partitions}{left}")
+            if each.note:
+                lines.append(f"  {each.note}")
         lines += [f"{refusal}; the student is not for it" for refusal in self.refusals]
         return "\n".join(lines) + "\n"
 

@@ -14,7 +14,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qimera.errors import VerificationError
-from qimera.export.comparison import Verification, compare, latencies_ms, refuse_lowest_weights, runtime_reason, sample_pixels
+from qimera.export.comparison import (
+    Verification,
+    compare,
+    latencies_ms,
+    refuse_lowest_weights,
+    runtime_reason,
+    sample_pixels,
+)
 from qimera.export.integer_graph import layers_in
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank

@@ -1,26 +1,38 @@
 """A finished run -> an exported file, and the record of its verification in the run's directory."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qimera.errors import ConfigError
 from qimera.export.comparison import MIN_AGREEMENT, Verification
 from qimera.export.executorch import export_executorch
 from qimera.export.onnx import export_onnx
 from qimera.export.program import export_aotinductor, export_pt2
+from qimera.litert.export import export_litert
 from qimera.machine.files import replacing
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import load_bank, load_student
 
-ExportFormat = Literal["onnx", "pt2", "aotinductor", "executorch"]
+ExportFormat = Literal["onnx", "pt2", "aotinductor", "executorch", "litert"]
 
 FILE_NAMES: dict[ExportFormat, str] = {
     "onnx": "student.onnx",
     "pt2": "student.pt2",
     "aotinductor": "student-aotinductor.pt2",
     "executorch": "student.pte",
+    "litert": "student.tflite",
+}
+
+
+_EXPORTS: dict[ExportFormat, Callable[..., Verification]] = {
+    "onnx": export_onnx,
+    "pt2": export_pt2,
+    "aotinductor": export_aotinductor,
+    "executorch": export_executorch,
+    "litert": export_litert,
 }
 
 
@@ -31,6 +43,7 @@ def export_run(
     *,
     include_preprocessing: bool = False,
     labels_file: Path | None = None,
+    integer_logits: bool = False,
     min_agreement: float = MIN_AGREEMENT,
 ) -> Verification:
     """Write the student of ``run`` to ``path``, verified on the run's bank, and record the verification.
@@ -43,24 +56,19 @@ def export_run(
     """
     if not path.parent.is_dir() or path.is_dir():
         raise ConfigError(f"--output: {path} must be a file in a folder that exists")
-    if form != "onnx" and (include_preprocessing or labels_file is not None):
-        raise ConfigError(f"--include-preprocessing and --labels are for --format onnx, given --format {form}")
+    if form not in ("onnx", "litert") and (include_preprocessing or labels_file is not None):
+        raise ConfigError(f"--include-preprocessing and --labels are for --format onnx and litert, given {form}")
+    if form != "litert" and integer_logits:
+        raise ConfigError(f"--integer-logits is for --format litert, given {form}")
     labels = _labels(labels_file, run.summary().num_classes)
     student, teacher = load_student(run)
     bank = load_bank(run, teacher)
-    if form == "onnx":
-        verification = export_onnx(
-            student,
-            path,
-            bank,
-            include_preprocessing=include_preprocessing,
-            labels=labels,
-            min_agreement=min_agreement,
-            time_full_precision=True,
-        )
-    else:
-        export = {"pt2": export_pt2, "aotinductor": export_aotinductor, "executorch": export_executorch}[form]
-        verification = export(student, path, bank, min_agreement=min_agreement)
+    options: dict[str, Any] = {"min_agreement": min_agreement}
+    if form in ("onnx", "litert"):
+        options |= {"include_preprocessing": include_preprocessing, "labels": labels, "time_full_precision": True}
+    if form == "litert":
+        options["integer_logits"] = integer_logits
+    verification = _EXPORTS[form](student, path, bank, **options)
     with replacing(run.path / f"export-{form}.json") as temporary:
         temporary.write_text(json.dumps({"file": path.name, **asdict(verification)}, indent=2) + "\n", encoding="utf-8")
     return verification

@@ -1,0 +1,138 @@
+"""Additions and functions of numbers -> operations of LiteRT: integers where it has a kernel, else floating point."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from qimera.errors import UnsupportedModelError
+from qimera.litert.grids import Grid, Levels, grid_of
+from qimera.litert.values import Constant, Deferred, Order, Tensor, Value
+from qimera.litert.writer import Writer, activation
+
+_INTEGER_KINDS = ("ADD", "SUB", "MUL")
+_FUSING = (*_INTEGER_KINDS, "DIV")
+
+
+def binary(kind: str, w: Writer, first: Tensor | float, second: Tensor | float, alpha: float = 1) -> Deferred:
+    """Lower an operation of two tensors, or of a tensor and a number."""
+    if alpha != 1:
+        raise UnsupportedModelError(f"{w.name}: a factor {alpha} inside of an addition has no counterpart")
+    name, shape = w.name, w.shape
+    operands = [each if isinstance(each, Tensor) else Constant(np.array(each, np.float32)) for each in (first, second)]
+
+    def write(levels: Levels | None) -> Value:
+        w.name = name
+        in_integers = levels is not None and kind in _INTEGER_KINDS and all(has_grid(each) for each in operands)
+        if levels is None or not in_integers:
+            result = _written(w, kind, [w.floats(each) for each in operands], shape)
+            return result if levels is None else w.quantized(result, levels)
+        grid = grid_of(levels)
+        direct = grid if grid.activation == "RELU" else grid.plain
+        result = _written(w, kind, [w.plain(w.value(each)) for each in operands], shape, direct)
+        return w.finished(result, grid)
+
+    return Deferred(shape, write)
+
+
+def has_grid(tensor: Tensor) -> bool:
+    """Whether the tensor consists of integers."""
+    if isinstance(tensor, Constant):
+        return tensor.levels is not None
+    return isinstance(tensor, Value) and tensor.grid is not None
+
+
+def _written(w: Writer, kind: str, values: Sequence[Value], shape: tuple[int, ...], grid: Grid | None = None) -> Value:
+    """Write an operation of two tensors, which are brought into one order of memory."""
+    rank = len(shape)
+    spread = [w.whole(each).reshaped((1,) * (rank - len(each.shape)) + each.shape) for each in values]
+    found = [each for each in spread if each is not None]
+    order = max(found, key=lambda each: math.prod(each.shape)).order
+    numbers = [w.read(each, order)[0] for each in found]
+    result = w.output(shape, order, grid)
+    options: dict[str, Any] = {}
+    if kind in _FUSING:
+        options["fusedActivationFunction"] = activation(grid.activation if grid else "NONE")
+    w.file.operation(kind, numbers, [result.tensor], 2 if grid else 1, **options)
+    return result
+
+
+def unary(kind: str, w: Writer, x: Tensor, **options: Any) -> Value:
+    """Lower a function of each number, in floating point."""
+    value = w.floats(x)
+    result = replace(value, tensor=w.file.tensor(w.name, value.written, np.float32))
+    w.file.operation(kind, [value.tensor], [result.tensor], **options)
+    return result
+
+
+def gelu(w: Writer, x: Tensor, approximate: str = "none") -> Value:
+    """Lower ``aten.gelu``."""
+    return unary("GELU", w, x, approximate=approximate == "tanh")
+
+
+def leaky_relu(w: Writer, x: Tensor, slope: float = 0.01) -> Value:
+    """Lower ``aten.leaky_relu``."""
+    return unary("LEAKY_RELU", w, x, alpha=slope)
+
+
+def _with_number(kind: str, w: Writer, value: Value, number: float | np.ndarray) -> Value:
+    return _written(w, kind, [value, w.value(Constant(np.asarray(number, np.float32)))], value.shape)
+
+
+def hard_sigmoid(w: Writer, x: Tensor) -> Value:
+    """Lower ``aten.hardsigmoid``: relu6(x + 3) / 6."""
+    shifted = unary("RELU6", w, _with_number("ADD", w, w.floats(x), 3.0))
+    return _with_number("MUL", w, shifted, 1 / 6)
+
+
+def silu(w: Writer, x: Tensor) -> Value:
+    """Lower ``aten.silu``: x sigmoid(x)."""
+    value = w.floats(x)
+    return _written(w, "MUL", [value, unary("LOGISTIC", w, value)], value.shape)
+
+
+def softmax(w: Writer, x: Tensor, axis: int, *_: object) -> Value:
+    """Lower ``aten.softmax``, over the axis that is last in memory."""
+    number, value = w.read(w.floats(x), _with_last(w.whole(w.floats(x)), axis))
+    result = w.output(value.shape, value.order)
+    w.file.operation("SOFTMAX", [number], [result.tensor], beta=1.0)
+    return result
+
+
+def _with_last(value: Value, axis: int) -> Order:
+    """Return the order of memory of ``value`` with one axis innermost."""
+    axis %= len(value.shape)
+    return (*(each for each in value.order if each != axis), axis)
+
+
+def reduced(kind: str, w: Writer, x: Tensor, axes: Sequence[int], keep: bool = False) -> Value:
+    """Write a mean or another operation that takes axes together."""
+    value = w.whole(w.value(x) if kind == "REDUCE_MAX" else w.floats(x))
+    number, value = w.read(value)
+    rank = len(value.shape)
+    gone = {axis % rank for axis in axes}
+    result = w.output([1 if axis in gone else size for axis, size in enumerate(value.shape)], value.order, value.grid)
+    places = w.integers([value.order.index(axis) for axis in sorted(gone)])
+    w.file.operation(kind, [number, places], [result.tensor], 2, keepDims=True)
+    if keep:
+        return result
+    shape = tuple(size for axis, size in enumerate(value.shape) if axis not in gone)
+    order = [axis - sum(each < axis for each in gone) for axis in value.order if axis not in gone]
+    return replace(result, shape=shape, order=tuple(order))
+
+
+def layer_norm(
+    w: Writer, x: Tensor, sizes: Sequence[int], scale: Constant | None, shift: Constant | None, eps: float, *_: object
+) -> Value:
+    """Lower ``aten.layer_norm``, written out."""
+    value = w.floats(x)
+    axes = [axis - len(sizes) for axis in range(len(sizes))]
+    centred = _written(w, "SUB", [value, reduced("MEAN", w, value, axes, keep=True)], value.shape)
+    variance = reduced("MEAN", w, _written(w, "MUL", [centred, centred], value.shape), axes, keep=True)
+    inverse = unary("RSQRT", w, _with_number("ADD", w, variance, eps))
+    result = _written(w, "MUL", [centred, inverse], value.shape)
+    if scale is not None:
+        result = _with_number("MUL", w, result, scale.array)
+    return result if shift is None else _with_number("ADD", w, result, shift.array)

@@ -1,0 +1,169 @@
+"""Operations of a graph -> the functions that write them for LiteRT: one table."""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from qimera.errors import UnsupportedModelError
+from qimera.graph.nodes import aten
+from qimera.litert import arithmetic, layers, moves
+from qimera.litert.grids import Levels
+from qimera.litert.values import Tensor, Value
+from qimera.litert.writer import Writer
+
+_integers = torch.ops.quantized_decomposed
+
+
+def _quantize(w: Writer, x: Tensor, step: float, zero_point: int, low: int, high: int, _dtype: object) -> Value:
+    return w.quantized(x, Levels(step, zero_point, low, high))
+
+
+def _average(
+    w: Writer,
+    x: Tensor,
+    window: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: Sequence[int] = (0, 0),
+    ceil: bool = False,
+    counts_padding: bool = True,
+    divisor: int | None = None,
+) -> Tensor:
+    window, stride, padding = layers.pair(window), layers.pair(stride or window), layers.pair(padding)
+    whole = [
+        (x.shape[2 + axis] + 2 * padding[axis] - window[axis]) // stride[axis] + 1 == w.shape[2 + axis]
+        for axis in range(2)
+    ]
+    if divisor or not all(whole) or (any(padding) and not counts_padding):
+        raise UnsupportedModelError(
+            f"{w.name}: an average over windows that reach over the edge has no integer kernel in LiteRT"
+        )
+    return layers.average(w, x, window, stride, padding)
+
+
+def _adaptive_average(w: Writer, x: Tensor, _: object) -> Tensor:
+    window = [size // wanted for size, wanted in zip(x.shape[2:], w.shape[2:], strict=True)]
+    if any(size % wanted for size, wanted in zip(x.shape[2:], w.shape[2:], strict=True)):
+        raise UnsupportedModelError(f"{w.name}: windows of an adaptive average that overlap have no counterpart")
+    return layers.average(w, x, window, window, (0, 0))
+
+
+def _mean(w: Writer, x: Tensor, axes: Sequence[int], keep: bool = False, **_: object) -> Tensor:
+    gone = sorted(axis % len(x.shape) for axis in axes)
+    shape = w.shape
+    if gone != [2, 3] or len(x.shape) != 4 or not arithmetic.has_grid(x):
+        return arithmetic.reduced("MEAN", w, x, gone, keep)
+    pooled = layers.average(w, x, x.shape[2:], (1, 1), (0, 0))
+    w.shape = shape
+    return moves.reshape(w, pooled)
+
+
+def _adaptive_maximum(w: Writer, x: Tensor, _: object) -> tuple[Tensor, ...]:
+    window = [size // wanted for size, wanted in zip(x.shape[2:], w.shape[2:], strict=True)]
+    if any(size % wanted for size, wanted in zip(x.shape[2:], w.shape[2:], strict=True)):
+        raise UnsupportedModelError(f"{w.name}: windows of an adaptive maximum that overlap have no counterpart")
+    return (layers.largest(w, x, window),)
+
+
+def _clip(low: float, high: float, w: Writer, x: Tensor) -> Tensor:
+    return w.clipped(x, low, high)
+
+
+def _hardtanh(w: Writer, x: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
+    return w.clipped(x, low, high)
+
+
+def _clamp(w: Writer, x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
+    return w.clipped(x, -math.inf if low is None else low, math.inf if high is None else high)
+
+
+def _same(_: Writer, x: Tensor, *__: object) -> Tensor:
+    return x
+
+
+def _power(w: Writer, x: Tensor, exponent: float) -> Value:
+    if exponent != 2:
+        raise UnsupportedModelError(f"{w.name}: a power of {exponent} has no counterpart here")
+    return arithmetic.unary("SQUARE", w, x)
+
+
+TABLE: dict[object, Callable[..., Any]] = {
+    _integers.quantize_per_tensor.default: _quantize,
+    _integers.dequantize_per_tensor.default: _same,
+    aten.conv2d.default: layers.convolution,
+    aten.conv_transpose2d.input: layers.transposed_convolution,
+    aten.linear.default: layers.linear,
+    aten.matmul.default: layers.product,
+    aten.bmm.default: layers.product,
+    aten.avg_pool2d.default: _average,
+    aten.adaptive_avg_pool2d.default: _adaptive_average,
+    aten.mean.dim: _mean,
+    aten.max_pool2d.default: layers.largest,
+    aten.adaptive_max_pool2d.default: _adaptive_maximum,
+    aten.amax.default: partial(arithmetic.reduced, "REDUCE_MAX"),
+    aten.relu.default: partial(_clip, 0.0, math.inf),
+    aten.relu6.default: partial(_clip, 0.0, 6.0),
+    aten.hardtanh.default: _hardtanh,
+    aten.clamp.default: _clamp,
+    aten.add.Tensor: partial(arithmetic.binary, "ADD"),
+    aten.sub.Tensor: partial(arithmetic.binary, "SUB"),
+    aten.mul.Tensor: partial(arithmetic.binary, "MUL"),
+    aten.div.Tensor: partial(arithmetic.binary, "DIV"),
+    aten.maximum.default: partial(arithmetic.binary, "MAXIMUM"),
+    aten.minimum.default: partial(arithmetic.binary, "MINIMUM"),
+    aten.cat.default: moves.concatenate,
+    aten.softmax.int: arithmetic.softmax,
+    aten.layer_norm.default: arithmetic.layer_norm,
+    aten.gelu.default: arithmetic.gelu,
+    aten.silu.default: arithmetic.silu,
+    aten.hardsigmoid.default: arithmetic.hard_sigmoid,
+    aten.leaky_relu.default: arithmetic.leaky_relu,
+    aten.pow.Tensor_Scalar: _power,
+    **{
+        getattr(aten, name).default: partial(arithmetic.unary, kind)
+        for name, kind in {
+            "abs": "ABS",
+            "elu": "ELU",
+            "exp": "EXP",
+            "hardswish": "HARD_SWISH",
+            "neg": "NEG",
+            "rsqrt": "RSQRT",
+            "sigmoid": "LOGISTIC",
+            "sqrt": "SQRT",
+            "square": "SQUARE",
+            "tanh": "TANH",
+        }.items()
+    },
+    **dict.fromkeys(
+        (
+            aten.flatten.using_ints,
+            aten.reshape.default,
+            aten.squeeze.default,
+            aten.squeeze.dim,
+            aten.squeeze.dims,
+            aten.unflatten.int,
+            aten.unsqueeze.default,
+            aten.view.default,
+        ),
+        moves.reshape,
+    ),
+    **dict.fromkeys((aten.clone.default, aten.contiguous.default, aten.dropout.default), _same),
+    aten.permute.default: moves.permute,
+    aten.transpose.int: moves.transpose,
+    aten.t.default: moves.transpose,
+    aten.slice.Tensor: moves.cut,
+    aten.select.int: moves.select,
+    aten.split.Tensor: moves.split,
+    aten.split_with_sizes.default: moves.split,
+    aten.chunk.default: moves.chunk,
+    aten.unbind.int: moves.unbind,
+    aten.expand.default: moves.expand,
+    aten.pad.default: moves.pad,
+    aten.constant_pad_nd.default: moves.pad_with,
+    aten.roll.default: moves.roll,
+    aten.pixel_shuffle.default: partial(moves.shuffle, up=True),
+    aten.pixel_unshuffle.default: partial(moves.shuffle, up=False),
+}
+"""How each operation is written; ``Writer.shape`` is what it returns for one image."""

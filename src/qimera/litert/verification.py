@@ -1,0 +1,103 @@
+"""A LiteRT file and the student it came from -> how they compare, on XNNPACK and on the built-in kernels."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from qimera.errors import VerificationError
+from qimera.export.comparison import (
+    Comparison,
+    Verification,
+    compare,
+    latencies_ms,
+    multiplying,
+    refuse_lowest_weights,
+    runtime_reason,
+    sample_pixels,
+)
+from qimera.litert.model import LoweredModel
+from qimera.litert.runtime import VERSION, Runtime, weights_in
+from qimera.quantization.student import Student
+from qimera.synthesis.bank import SampleBank
+
+XNNPACK, BUILT_IN = f"LiteRT {VERSION}, XNNPACK", f"LiteRT {VERSION}, built-in kernels"
+
+_ROUNDS_TWICE = "they multiply sums by fixed-point numbers and round twice, for which the student was not made"
+_BATCH = 32
+_DIFFERENCE_PERCENT = 1.0
+
+
+def verify_litert(
+    student: Student,
+    content: bytes,
+    lowered: LoweredModel,
+    samples: SampleBank | None,
+    *,
+    min_agreement: float,
+    float_content: bytes | None = None,
+) -> Verification:
+    """Run the file image by image, and compare it with ``student``.
+
+    Args:
+        student: What the file was made from.
+        content: The file.
+        lowered: The graph that is in it.
+        samples: What both are compared on; without them, on noise.
+        min_agreement: Percent of samples that both must put into the same class on XNNPACK. What the built-in kernels
+            make of the file is told alone, since phones use them for nothing that XNNPACK can compute.
+        float_content: The full-precision model as a file with the same input, whose time is taken beside.
+
+    Raises:
+        VerificationError: agreement below ``min_agreement`` percent on XNNPACK, a weight of -128, or a file that one of
+            the runtimes cannot run.
+    """
+    refuse_lowest_weights(weights_in(content))
+    pixels = sample_pixels(student, samples)
+    images = student.input_spec.normalize(pixels)
+    with torch.no_grad():
+        expected = torch.cat([student(batch) for batch in images.split(_BATCH)]).numpy()
+    source = images if lowered.input_name == "input" else pixels
+    inputs = np.ascontiguousarray(source.permute(0, 2, 3, 1).numpy())
+    names = list(multiplying(student).values())
+    float_layers = [name for name in names if name in lowered.writer.float_layers]
+    comparisons: list[Comparison] = []
+    for name, xnnpack in ((XNNPACK, True), (BUILT_IN, False)):
+        try:
+            runtime = Runtime(content, xnnpack=xnnpack)
+            actual = runtime(inputs)
+        except (RuntimeError, ValueError) as error:
+            raise VerificationError(
+                f"{name}: cannot run the file ({runtime_reason(error)}); no file was written"
+            ) from error
+        runs = [runtime] if float_content is None else [runtime, Runtime(float_content, xnnpack=xnnpack)]
+        latencies = latencies_ms([partial(each, inputs[:1]) for each in runs])
+        found = compare(name, expected, actual, len(names), float_layers, latencies)
+        if xnnpack and not found.agreement >= min_agreement:
+            raise VerificationError(
+                f"{name}: file and student agree on {found.agreement:.2f} % of {len(pixels)} samples, at least "
+                f"{min_agreement:g} % are required; {_first_difference(student, lowered, inputs, images)}; "
+                "no file was written"
+            )
+        kernels = runtime.kernels()
+        told = {"partitions": kernels.partitions, "outside": kernels.outside} if xnnpack else {"note": _ROUNDS_TWICE}
+        comparisons.append(replace(found, **told))
+    return Verification(len(names), len(content), len(pixels), tuple(comparisons))
+
+
+def _first_difference(student: Student, lowered: LoweredModel, inputs: np.ndarray, images: torch.Tensor) -> str:
+    """Say at which layer, in order, the integers of file and student first differ on more than a few samples."""
+    expected = student.integers(images[:_BATCH])
+    written = {name: value for name, value in lowered.writer.written.items() if value.grid and name in expected}
+    runtime = Runtime(lowered.content(list(written.values())), xnnpack=True)
+    outputs = [runtime.outputs(image[None]) for image in inputs[:_BATCH]]
+    for number, (name, value) in enumerate(written.items()):
+        assert value.grid is not None
+        places = [value.order.index(axis) for axis in range(len(value.order))]
+        levels = [each[f"extra_{number}"].reshape(value.stored).transpose(places) for each in outputs]
+        actual = np.concatenate(levels).astype(int) - value.grid.offset
+        differing = 100 * float((actual.reshape(expected[name].shape) != expected[name].numpy()).mean())
+        if differing > _DIFFERENCE_PERCENT:
+            return f"the first layer that disagrees is {name}: {differing:.1f} % of its integers differ"
+    return f"no layer's integers differ on more than {_DIFFERENCE_PERCENT:g} %, so the last layer does"
