@@ -62,7 +62,7 @@ def test_options_of_another_format_are_refused(tmp_path: Path, finished_run: Pat
     options = ("--format", "pt2", "--include-preprocessing", "--output", tmp_path / "x.pt2")
     result = qimera("export", finished_run, *options)
     assert result.exit_code == 2
-    assert "are for --format onnx, given --format pt2" in said(result)
+    assert "are for --format onnx and litert, given --format pt2" in said(result)
 
 
 def test_a_file_below_the_threshold_is_not_written(

@@ -79,7 +79,7 @@ def test_everything_in_a_folder_is_brought_to_the_disk(tmp_path: Path, journal: 
 
 WITHOUT_ONNX = """
 import sys
-for name in ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino", "executorch"):
+for name in ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino", "executorch", "ai_edge_litert"):
     sys.modules[name] = None
 import torch
 from qimera import *
@@ -93,6 +93,10 @@ try:
     export_onnx(student, sys.argv[1] + "/student.onnx")
 except ConfigError as error:
     print(error)
+try:
+    export_litert(student, sys.argv[1] + "/student.tflite")
+except ConfigError as error:
+    print(error)
 """
 
 
@@ -104,3 +108,4 @@ def test_every_format_needs_its_own_packages_alone(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     assert "PyTorch" in ran.stdout
     assert "format onnx needs onnx, onnxruntime, onnxscript; pip install 'qimera[onnx]'" in ran.stdout
+    assert "needs ai-edge-litert; pip install 'qimera[litert]'" in ran.stdout

@@ -16,8 +16,8 @@ LAYERS = (
     ("teacher",),
     ("synthesis", "quantization"),
     ("assessment", "mixed_precision", "export"),
-    ("training", "report", "litert"),
-    ("pipeline",),
+    ("training", "report", "lowering"),
+    ("pipeline", "litert"),
     ("runs",),
     ("cli",),
 )

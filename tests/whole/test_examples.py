@@ -6,6 +6,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from qimera.config.settings import QuantizationSettings
 from qimera.export.onnx import export_onnx
+from qimera.litert.export import export_litert
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
@@ -21,6 +23,7 @@ from tests.networks import SPEC, toy_pixels
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = ROOT / "examples" / "deploy_onnxruntime.py"
+ON_LITERT = ROOT / "examples" / "deploy_litert.py"
 LABELS = ["apple", "bear", "cat", "dog", "eel"]
 
 
@@ -74,6 +77,20 @@ def test_the_deployed_file_gives_the_class_of_the_student(
     assert done.returncode == 0, done.stderr
     assert len(set(answers(done.stdout))) > 1
     assert answers(done.stdout) == [str(index) for index in expected(student, pixels)]
+
+
+@pytest.mark.parametrize("options", [{"include_preprocessing": True, "labels": LABELS}, {"integer_logits": True}])
+def test_the_file_for_phones_gives_the_class_of_the_student(
+    tmp_path: Path, student: Student, bank: SampleBank, pixels: Tensor, options: dict[str, Any]
+) -> None:
+    pytest.importorskip("ai_edge_litert", reason="pip install 'qimera[litert]'")
+    model = tmp_path / "model.tflite"
+    export_litert(student, model, bank, **options)
+    files = [tmp_path / name for name in write_images(tmp_path, pixels)]
+    done = run(ON_LITERT, model, *files)
+    assert done.returncode == 0, done.stderr
+    wanted = [LABELS[index] if "labels" in options else str(index) for index in expected(student, pixels)]
+    assert answers(done.stdout) == wanted
 
 
 @pytest.mark.slow

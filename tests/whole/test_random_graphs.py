@@ -137,8 +137,27 @@ def check(seed: int, folder: Path) -> None:
     with torch.no_grad():
         expected = student(images).numpy()
     (actual,) = onnxruntime.InferenceSession(folder / "model.onnx").run(None, {"input": images.numpy()})
+    assert_near(actual, expected)
+
+
+def check_for_phones(seed: int) -> None:
+    """Hold the LiteRT file of a random student to it, on XNNPACK."""
+    pytest.importorskip("ai_edge_litert", reason="pip install 'qimera[litert]'")
+    from qimera.litert.runtime import Runtime
+    from qimera.lowering.model import lower
+
+    student = random_student(seed)
+    lowered = lower(student)
+    assert lowered.writer.float_layers == []
+    images = torch.randn(32, *SPEC.shape, generator=torch.Generator().manual_seed(seed + 1))
+    actual = Runtime(lowered.content(), xnnpack=True)(np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy()))
+    with torch.no_grad():
+        assert_near(actual, student(images).numpy())
+
+
+def assert_near(actual: np.ndarray, expected: np.ndarray) -> None:
+    """The edge of a level, crossed by the last bit of a product of steps, may move a sample: seldom, and not far."""
     difference = np.abs(actual - expected).max(1)
-    # The edge of a level, crossed by the last bit of a product of steps, may move a sample: seldom, and not far.
     assert (difference < 1e-4 * expected.std()).mean() >= 0.8
     assert difference.max() < 0.5 * expected.std()
     margin = np.diff(np.sort(expected, axis=1)[:, -2:], axis=1)[:, 0]
@@ -154,3 +173,14 @@ def test_a_random_network_is_exported_as_it_is(seed: int, tmp_path: Path) -> Non
 @pytest.mark.parametrize("seed", range(6, 206))
 def test_two_hundred_random_networks_are_exported_as_they_are(seed: int, tmp_path: Path) -> None:
     check(seed, tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_random_network_runs_on_phones_as_it_is(seed: int) -> None:
+    check_for_phones(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4, 204))
+def test_two_hundred_random_networks_run_on_phones_as_they_are(seed: int) -> None:
+    check_for_phones(seed)

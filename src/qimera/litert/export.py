@@ -53,10 +53,10 @@ def export_litert(
         raise ConfigError("--format litert: needs ai-edge-litert; pip install 'qimera[litert]'")
     if labels and len(labels) != student.num_classes:
         raise ConfigError(f"labels: {len(labels)} names for {student.num_classes} classes; give one for each")
-    from qimera.litert.grids import Levels
     from qimera.litert.metadata import ENTRY, associated_files, metadata
-    from qimera.litert.model import lower, lower_full_precision
     from qimera.litert.verification import verify_litert
+    from qimera.lowering.grids import Levels
+    from qimera.lowering.model import lower, lower_full_precision
 
     levels = Levels(*_range_of_logits(student, samples), 0, 255) if integer_logits else None
     lowered = lower(student, include_preprocessing=include_preprocessing, logits_levels=levels)

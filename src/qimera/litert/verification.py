@@ -17,8 +17,8 @@ from qimera.export.comparison import (
     runtime_reason,
     sample_pixels,
 )
-from qimera.litert.model import LoweredModel
 from qimera.litert.runtime import VERSION, Runtime, weights_in
+from qimera.lowering.model import LoweredModel
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
 

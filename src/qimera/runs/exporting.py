@@ -57,9 +57,11 @@ def export_run(
     if not path.parent.is_dir() or path.is_dir():
         raise ConfigError(f"--output: {path} must be a file in a folder that exists")
     if form not in ("onnx", "litert") and (include_preprocessing or labels_file is not None):
-        raise ConfigError(f"--include-preprocessing and --labels are for --format onnx and litert, given {form}")
+        raise ConfigError(
+            f"--include-preprocessing and --labels are for --format onnx and litert, given --format {form}"
+        )
     if form != "litert" and integer_logits:
-        raise ConfigError(f"--integer-logits is for --format litert, given {form}")
+        raise ConfigError(f"--integer-logits is for --format litert, given --format {form}")
     labels = _labels(labels_file, run.summary().num_classes)
     student, teacher = load_student(run)
     bank = load_bank(run, teacher)

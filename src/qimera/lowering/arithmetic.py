@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from qimera.errors import UnsupportedModelError
-from qimera.litert.grids import Grid, Levels, grid_of
-from qimera.litert.values import Constant, Deferred, Order, Tensor, Value
-from qimera.litert.writer import Writer, activation
+from qimera.lowering.grids import Grid, Levels, grid_of
+from qimera.lowering.values import Constant, Deferred, Order, Tensor, Value
+from qimera.lowering.writer import Writer, activation
 
 _INTEGER_KINDS = ("ADD", "SUB", "MUL")
 _FUSING = (*_INTEGER_KINDS, "DIV")

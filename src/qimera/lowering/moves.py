@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from qimera.errors import UnsupportedModelError
-from qimera.litert.grids import Levels
-from qimera.litert.values import Deferred, Tensor, Value
-from qimera.litert.writer import Writer
+from qimera.lowering.grids import Levels
+from qimera.lowering.values import Deferred, Tensor, Value
+from qimera.lowering.writer import Writer
 
 
 def _moved(w: Writer, x: Tensor, move: Callable[[Value], Value]) -> Tensor:

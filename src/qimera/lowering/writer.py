@@ -8,9 +8,9 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from qimera.errors import UnsupportedModelError
-from qimera.litert.flatbuffer import FlatFile
-from qimera.litert.grids import Grid, Levels, grid_of
-from qimera.litert.values import CHANNELS_LAST, Deferred, Order, Tensor, Value
+from qimera.lowering.flatbuffer import FlatFile
+from qimera.lowering.grids import Grid, Levels, grid_of
+from qimera.lowering.values import CHANNELS_LAST, Deferred, Order, Tensor, Value
 
 _FACTOR = 64
 """An int8 constant whose step is 1/64: integers are multiplied by it to reach another grid, which rounds them once;

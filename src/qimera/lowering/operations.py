@@ -9,10 +9,10 @@ import torch
 
 from qimera.errors import UnsupportedModelError
 from qimera.graph.nodes import aten
-from qimera.litert import arithmetic, layers, moves
-from qimera.litert.grids import Levels
-from qimera.litert.values import Tensor, Value
-from qimera.litert.writer import Writer
+from qimera.lowering import arithmetic, layers, moves
+from qimera.lowering.grids import Levels
+from qimera.lowering.values import Tensor, Value
+from qimera.lowering.writer import Writer
 
 _integers = torch.ops.quantized_decomposed
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qimera.errors import UnsupportedModelError
-from qimera.litert.flatbuffer import Steps
-from qimera.litert.grids import Grid, Levels, grid_of, widening
-from qimera.litert.values import CHANNELS_LAST, Constant, Deferred, Order, Tensor, Value
-from qimera.litert.writer import VALID, Writer, activation
+from qimera.lowering.flatbuffer import Steps
+from qimera.lowering.grids import Grid, Levels, grid_of, widening
+from qimera.lowering.values import CHANNELS_LAST, Constant, Deferred, Order, Tensor, Value
+from qimera.lowering.writer import VALID, Writer, activation
 
 _BIAS_LIMIT = 1 << 30
 _MAX_WINDOW = 1 << 8

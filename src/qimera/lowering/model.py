@@ -13,11 +13,11 @@ from torch.fx.node import map_arg
 from qimera.errors import UnsupportedModelError
 from qimera.export.comparison import multiplying
 from qimera.graph.nodes import copied, logits_node, node_at
-from qimera.litert.grids import Grid, Levels
-from qimera.litert.layers import Parameter
-from qimera.litert.operations import TABLE
-from qimera.litert.values import CHANNELS_LAST, Constant, Tensor, Value
-from qimera.litert.writer import Writer
+from qimera.lowering.grids import Grid, Levels
+from qimera.lowering.layers import Parameter
+from qimera.lowering.operations import TABLE
+from qimera.lowering.values import CHANNELS_LAST, Constant, Tensor, Value
+from qimera.lowering.writer import Writer
 from qimera.quantization.student import Student
 
 _DEQUANTIZE_CHANNELS = torch.ops.quantized_decomposed.dequantize_per_channel.default
