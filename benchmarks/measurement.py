@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import re
 import shlex
 import sys
 import warnings
@@ -17,6 +18,9 @@ from qimera import LabelledImages, Teacher, evaluate
 
 BANKS = Path(__file__).parent / ".banks"
 """Where banks are kept between benchmarks."""
+
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
+"""Those that decide on the speed of integers."""
 
 FULL_PRECISION = Path(__file__).parent / "accuracy" / "results" / "full_precision"
 
@@ -75,3 +79,13 @@ def keep(path: Path, values: dict[str, object], said: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values | made, indent=2) + "\n")
     print(f"{path.name}: {said}", flush=True)
+
+
+def machine_name() -> str:
+    """Return the processor's name and those of its instruction sets that decide on the speed of integers."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    flags = re.search(r"^flags\s*: (.+)$", text, re.MULTILINE)
+    there = [each for each in INSTRUCTION_SETS if flags is not None and each in flags[1].split()]
+    return ", ".join([name[1] if name is not None else platform.processor() or platform.machine(), *there])

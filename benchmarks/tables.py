@@ -20,7 +20,7 @@ from benchmarks.accuracy.tables import (
     without_norms,
 )
 from benchmarks.estimation.tables import estimation_tables
-from benchmarks.export.tables import agreement, inference
+from benchmarks.export.tables import agreement, inference, litert
 from benchmarks.pictures.tables import features
 from benchmarks.speed.tables import speed_tables
 
@@ -48,7 +48,7 @@ def main() -> None:
     update(SPEED_PAGE, speed_tables(), check=check)
     update(ESTIMATION_PAGE, {**estimation_tables(), "recipes": told()}, check=check)
     update(MIXED_PRECISION, {"pareto": pareto()}, check=check)
-    update(EXPORT_TARGETS, {"inference": inference(), "agreement": agreement()}, check=check)
+    update(EXPORT_TARGETS, {"inference": inference(), "agreement": agreement(), "litert": litert()}, check=check)
 
 
 def update(path: Path, tables: dict[str, str], *, check: bool) -> None:

@@ -11,8 +11,6 @@ benchmarks/tables.py writes the table of docs/export-targets.md from the files.
 
 import argparse
 import json
-import platform
-import re
 import statistics
 import tempfile
 import time
@@ -27,7 +25,7 @@ import openvino
 import torch
 from torch.export import Dim
 
-from benchmarks.measurement import command_line
+from benchmarks.measurement import command_line, machine_name
 from benchmarks.zoo import load_subject
 from qimera import InputSpec, QuantizationSettings, Teacher
 from qimera.config.bits import parse_bits
@@ -46,8 +44,6 @@ WARM_UP_ROUNDS = 3
 MIN_ROUNDS = 30
 MIN_SECONDS = 3.0
 """For each file."""
-
-INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 
 Runner = Callable[[], object]
 """Computes the logits of one batch."""
@@ -181,7 +177,7 @@ def _write(network: str, files: dict[str, File], timings: list[dict[str, object]
             for name, file in files.items()
         },
         "timings": timings,
-        "machine": _machine(),
+        "machine": machine_name(),
         "versions": {
             "ONNX Runtime": onnxruntime.__version__,
             "OpenVINO": openvino.__version__.partition("-")[0],
@@ -192,16 +188,6 @@ def _write(network: str, files: dict[str, File], timings: list[dict[str, object]
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{network}.json").write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _machine() -> str:
-    """Return the processor's name and those of its instruction sets that decide on the speed of integers."""
-    path = Path("/proc/cpuinfo")
-    text = path.read_text() if path.exists() else ""
-    name = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    flags = re.search(r"^flags\s*: (.+)$", text, re.MULTILINE)
-    there = [each for each in INSTRUCTION_SETS if flags is not None and each in flags[1].split()]
-    return ", ".join([name[1] if name is not None else platform.processor() or platform.machine(), *there])
 
 
 def _options() -> argparse.Namespace:

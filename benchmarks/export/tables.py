@@ -9,6 +9,7 @@ from benchmarks.accuracy.tables import ORDER
 RESULTS = Path(__file__).parent / "results"
 INFERENCE = RESULTS / "inference"
 EXPORT = RESULTS / "agreement"
+LITERT = RESULTS / "litert"
 
 Result = dict[str, Any]
 
@@ -82,3 +83,24 @@ def agreement() -> str:
             f"| {layers[1]} | {openvino['agreement']:.2f} | {openvino['top1']:.2f} |\n"
         )
     return "".join(rows)
+
+
+def litert() -> str:
+    """LiteRT files against their students on all test images, and against full precision in time and size."""
+    rows = [
+        "| network | bits | file, full precision | layers | same class | same logits | top-1 of student, file "
+        "| built-in kernels: same class | one image, full precision | |\n",
+        "|---|---|---|---|---|---|---|---|---|---|\n",
+    ]
+    found = [json.loads(path.read_text()) for path in LITERT.glob("*.json")]
+    for each in sorted(found, key=lambda each: (each["network"], ORDER.index(each["bits"]))):
+        times = [_milliseconds(each["milliseconds"][name]) for name in ("file", "full precision")]
+        rows.append(
+            f"| {each['network']} | {each['bits'].upper()} | {each['num_bytes'] / 1000:,.0f} kB, "
+            f"{each['float_bytes'] / 1000:,.0f} kB | {each['integer_layers']} of {each['num_layers']} "
+            f"| **{each['agreement']:.2f}** | {each['identical']:.1f} | {each['top1']['student']:.2f}, "
+            f"{each['top1']['file']:.2f} | {each['built_in']['agreement']:.1f} | {times[0]}, {times[1]} "
+            f"| **{each['speedup']:.2f}x** |\n"
+        )
+    machines = sorted({f"Measured on {each['machine']}; ai-edge-litert {each['ai-edge-litert']}.\n" for each in found})
+    return "".join(rows) + "\n" + "".join(machines)

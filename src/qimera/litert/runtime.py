@@ -30,7 +30,7 @@ class Kernels:
 class Runtime:
     """A file, ready to run on one thread, on XNNPACK as on phones or on the built-in kernels alone."""
 
-    def __init__(self, content: bytes, *, xnnpack: bool, num_threads: int = 1) -> None:
+    def __init__(self, content: bytes, *, xnnpack: bool = True, num_threads: int = 1) -> None:
         resolver = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         self._interpreter = Interpreter(
             model_content=content, num_threads=num_threads, experimental_op_resolver_type=resolver

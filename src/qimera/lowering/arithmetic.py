@@ -16,7 +16,9 @@ _INTEGER_KINDS = ("ADD", "SUB", "MUL")
 _FUSING = (*_INTEGER_KINDS, "DIV")
 
 
-def binary(kind: str, w: Writer, first: Tensor | float, second: Tensor | float, alpha: float = 1) -> Deferred:
+def binary(
+    kind: str, w: Writer, first: Tensor | float | int, second: Tensor | float | int, alpha: float | int = 1
+) -> Deferred:
     """Lower an operation of two tensors, or of a tensor and a number."""
     if alpha != 1:
         raise UnsupportedModelError(f"{w.name}: a factor {alpha} inside of an addition has no counterpart")
@@ -72,7 +74,7 @@ def gelu(w: Writer, x: Tensor, approximate: str = "none") -> Value:
     return unary("GELU", w, x, approximate=approximate == "tanh")
 
 
-def leaky_relu(w: Writer, x: Tensor, slope: float = 0.01) -> Value:
+def leaky_relu(w: Writer, x: Tensor, slope: float | int = 0.01) -> Value:
     """Lower ``aten.leaky_relu``."""
     return unary("LEAKY_RELU", w, x, alpha=slope)
 
@@ -124,7 +126,13 @@ def reduced(kind: str, w: Writer, x: Tensor, axes: Sequence[int], keep: bool = F
 
 
 def layer_norm(
-    w: Writer, x: Tensor, sizes: Sequence[int], scale: Constant | None, shift: Constant | None, eps: float, *_: object
+    w: Writer,
+    x: Tensor,
+    sizes: Sequence[int],
+    scale: Constant | None,
+    shift: Constant | None,
+    eps: float | int,
+    *_: object,
 ) -> Value:
     """Lower ``aten.layer_norm``, written out."""
     value = w.floats(x)

@@ -109,7 +109,7 @@ def expand(w: Writer, x: Tensor, *_: object) -> Tensor:
     return _moved(w, x, move)
 
 
-def pad(w: Writer, x: Tensor, sides: Sequence[int], mode: str = "constant", value: float | None = None) -> Tensor:
+def pad(w: Writer, x: Tensor, sides: Sequence[int], mode: str = "constant", value: float | int | None = None) -> Tensor:
     """Lower ``aten.pad`` with zeros, or with what no maximum is."""
     if mode != "constant" or value not in (None, 0, -math.inf) or any(each < 0 for each in sides):
         raise UnsupportedModelError(f"{w.name}: only padding with zeros has a counterpart here")
@@ -118,7 +118,7 @@ def pad(w: Writer, x: Tensor, sides: Sequence[int], mode: str = "constant", valu
     return _moved(w, x, lambda each: w.surrounded(w.whole(each), around, lowest=value == -math.inf))
 
 
-def pad_with(w: Writer, x: Tensor, sides: Sequence[int], value: float = 0) -> Tensor:
+def pad_with(w: Writer, x: Tensor, sides: Sequence[int], value: float | int = 0) -> Tensor:
     """Lower ``aten.constant_pad_nd``."""
     return pad(w, x, sides, "constant", value)
 

@@ -71,19 +71,19 @@ def _clip(low: float, high: float, w: Writer, x: Tensor) -> Tensor:
     return w.clipped(x, low, high)
 
 
-def _hardtanh(w: Writer, x: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
-    return w.clipped(x, low, high)
+def _hardtanh(w: Writer, x: Tensor, low: float | int = -1.0, high: float | int = 1.0) -> Tensor:
+    return w.clipped(x, float(low), float(high))
 
 
-def _clamp(w: Writer, x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
-    return w.clipped(x, -math.inf if low is None else low, math.inf if high is None else high)
+def _clamp(w: Writer, x: Tensor, low: float | int | None = None, high: float | int | None = None) -> Tensor:
+    return w.clipped(x, -math.inf if low is None else float(low), math.inf if high is None else float(high))
 
 
 def _same(_: Writer, x: Tensor, *__: object) -> Tensor:
     return x
 
 
-def _power(w: Writer, x: Tensor, exponent: float) -> Value:
+def _power(w: Writer, x: Tensor, exponent: float | int) -> Value:
     if exponent != 2:
         raise UnsupportedModelError(f"{w.name}: a power of {exponent} has no counterpart here")
     return arithmetic.unary("SQUARE", w, x)

@@ -1,0 +1,140 @@
+"""LiteRT files against their students on all test images, and their speed: networks x bits, one JSON file a result.
+
+    python -m benchmarks.export.litert resnet20_cifar10 mobilenetv2_cifar10 --bits w8a8 w4a8 w4a4 w3a3
+
+The students are made without training on a small bank, as recipe ptq makes them. Bank and students are kept. Images and
+labels score, and nothing else. Times are medians of one image on one thread, taken in turns with the model in full
+precision, which is a LiteRT file too. The built-in kernels, which are slow, see the first images alone.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+from benchmarks.export.tables import LITERT as RESULTS
+from benchmarks.measurement import BANKS, command_line, machine_name, without_result
+from benchmarks.zoo import load_subject
+from qimera import LabelledImages, QuantizationSettings, SampleBank, Student, Teacher, recipe, synthesize
+from qimera.config.bits import parse_bits
+from qimera.export.comparison import compare, latencies_ms, multiplying
+from qimera.litert.runtime import Runtime
+from qimera.lowering.model import lower, lower_full_precision
+from qimera.pipeline import quantize_with
+
+LARGE = 224
+"""Side in pixels from which samples are few."""
+
+NUM_BUILT_IN = 500
+SEED = 0
+
+
+def main() -> None:
+    """Compute what is missing."""
+    options = _options()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    for network in options.networks:
+        missing = without_result(options.bits, lambda bits, network=network: RESULTS / f"{network}-{bits}.json")
+        if missing:
+            teacher, images = load_subject(network)
+            for bits in missing:
+                _write(network, bits, _measure(_student(network, teacher, bits), images))
+
+
+def _student(network: str, teacher: Teacher, bits: str) -> Student:
+    path = BANKS / f"{network}-litert-{bits}.safetensors"
+    if not path.exists():
+        weight_bits, activation_bits = parse_bits(bits)
+        settings = QuantizationSettings(weight_bits=weight_bits, activation_bits=activation_bits)
+        distillation = recipe("ptq", teacher.input_spec, teacher.num_classes).distillation
+        quantize_with(teacher, _bank(network, teacher), settings, distillation, seed=SEED).save(path)
+    return Student.load(path)
+
+
+def _bank(network: str, teacher: Teacher) -> SampleBank:
+    path = BANKS / f"{network}-litert"
+    if not path.exists():
+        count, steps = (16, 20) if teacher.input_spec.shape[1] >= LARGE else (64, 40)
+        synthesis = recipe("fast", teacher.input_spec, teacher.num_classes).synthesis
+        direct = synthesis.direct.model_copy(update={"num_steps": steps, "batch_size": min(32, count)})
+        few = {"num_optimized": count, "num_generated": 0, "num_held_out": 0, "direct": direct}
+        synthesize(teacher, settings=synthesis.model_copy(update=few), seed=SEED).save(path)
+    return SampleBank.load(path, teacher)
+
+
+def _measure(student: Student, images: LabelledImages) -> dict[str, object]:
+    lowered = lower(student)
+    content, reference = lowered.content(), lower_full_precision(student).content()
+    names = list(multiplying(student).values())
+    float_layers = [name for name in names if name in lowered.writer.float_layers]
+    on_phones, built_in, full = Runtime(content, xnnpack=True), Runtime(content, xnnpack=False), Runtime(reference)
+    expected, actual, of_built_in = [], [], []
+    for pixels, _ in images.batches(50):
+        batch = student.input_spec.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2)).contiguous()
+        inputs = np.ascontiguousarray(batch.permute(0, 2, 3, 1).numpy())
+        with torch.no_grad():
+            expected.append(student(batch).numpy())
+        actual.append(on_phones(inputs))
+        if 50 * len(of_built_in) < NUM_BUILT_IN:
+            of_built_in.append(built_in(inputs))
+    logits, found, others = (np.concatenate(each) for each in (expected, actual, of_built_in))
+    comparison = compare("XNNPACK", logits, found, len(names), float_layers)
+    milliseconds = latencies_ms([partial(run, inputs[:1]) for run in (on_phones, full)])
+    return {
+        "num_bytes": len(content),
+        "float_bytes": len(reference),
+        "num_layers": len(names),
+        "num_images": len(logits),
+        "agreement": comparison.agreement,
+        "identical": comparison.identical,
+        "integer_layers": comparison.integer_layers,
+        "float_layers": comparison.float_layers,
+        "partitions": on_phones.kernels().partitions,
+        "outside": on_phones.kernels().outside,
+        "top1": {"student": _top1(logits, images), "file": _top1(found, images)},
+        "built_in": {
+            "num_images": len(others),
+            "agreement": compare("built-in", logits[: len(others)], others, len(names), []).agreement,
+        },
+        "milliseconds": {"file": round(milliseconds[0], 4), "full precision": round(milliseconds[1], 4)},
+        "speedup": round(milliseconds[1] / milliseconds[0], 2),
+    }
+
+
+def _top1(logits: np.ndarray, images: LabelledImages) -> float:
+    return 100 * float((logits.argmax(1) == images.labels).mean())
+
+
+def _write(network: str, bits: str, found: dict[str, object]) -> None:
+    values = {
+        "network": network,
+        "bits": bits,
+        **found,
+        "seed": SEED,
+        "machine": machine_name(),
+        "ai-edge-litert": version("ai-edge-litert"),
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": command_line(),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{network}-{bits}.json").write_text(json.dumps(values, indent=2) + "\n")
+    print(time.strftime("%H:%M:%S"), network, bits, json.dumps(found), flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="+")
+    parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8", "w4a4", "w3a3"])
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
