@@ -16,6 +16,9 @@ _NUM_CANDIDATES = 80
 _MAX_VALUES = 1 << 17
 """Values of an activation tensor that the search looks at; enough for the third digit of the error."""
 
+_AT_ONCE = 1 << 15
+"""Values, over all candidates that are tried at the same time: of a small tensor all, of a large one each alone."""
+
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -57,17 +60,15 @@ def search_affine_parameters(
         rows = thinned(rows, _MAX_VALUES)
     low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
     both = not symmetric and bool((low < 0).any())
-    ratios = torch.linspace(1, 1 / _NUM_CANDIDATES, _NUM_CANDIDATES // (4 if both else 1)).tolist()
-    best = _from_extremes(low, high, quant_min, quant_max, symmetric)
-    least = _squared_error(rows, *best, quant_min, quant_max)
-    for high_ratio in ratios:
-        for low_ratio in ratios if both else [high_ratio]:
-            candidate = _from_extremes(low * low_ratio, high * high_ratio, quant_min, quant_max, symmetric)
-            error = _squared_error(rows, *candidate, quant_min, quant_max)
-            better = error < least
-            least = torch.where(better, error, least)
-            best = torch.where(better, candidate[0], best[0]), torch.where(better, candidate[1], best[1])
-    return best
+    ratios = torch.linspace(1, 1 / _NUM_CANDIDATES, _NUM_CANDIDATES // (4 if both else 1), device=x.device)
+    high_ratios, low_ratios = (each.reshape(-1, 1) for each in torch.meshgrid(ratios, ratios, indexing="ij"))
+    if not both:
+        high_ratios = low_ratios = ratios[:, None]
+    scales, zero_points = _from_extremes(low * low_ratios, high * high_ratios, quant_min, quant_max, symmetric)
+    at_once = max(1, _AT_ONCE // rows.numel())
+    parts = zip(scales.split(at_once), zero_points.split(at_once), strict=True)
+    best = torch.cat([_squared_errors(rows, *part, quant_min, quant_max) for part in parts]).argmin(0)[None]
+    return scales.gather(0, best)[0], zero_points.gather(0, best)[0]
 
 
 def thinned(rows: Float[Tensor, "row value"], num_values: int) -> Float[Tensor, "row kept"]:
@@ -102,7 +103,14 @@ def _usable(scale: Tensor) -> Tensor:
     return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, _SCALE_OF_ZEROS)
 
 
-def _squared_error(rows: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    scale, zero_point = scale[:, None], zero_point[:, None]
-    nearest = (rows / scale).round_().clamp_(quant_min - zero_point, quant_max - zero_point).mul_(scale)
-    return nearest.sub_(rows).square_().sum(1)
+def _squared_errors(
+    rows: Float[Tensor, "row value"],
+    scales: Float[Tensor, "candidate row"],
+    zero_points: Int[Tensor, "candidate row"],
+    quant_min: int,
+    quant_max: int,
+) -> Float[Tensor, "candidate row"]:
+    """Return the squared error of each row on each grid."""
+    scales, zero_points = scales[:, :, None], zero_points[:, :, None]
+    nearest = (rows / scales).round_().clamp_(quant_min - zero_points, quant_max - zero_points).mul_(scales)
+    return nearest.sub_(rows).square_().sum(2)
