@@ -1,7 +1,7 @@
 """One thread, and what many tests share: a small trained classifier, its teacher, and a small bank of its samples."""
 
-import copy
 import dataclasses
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +9,6 @@ import hypothesis
 import pytest
 import torch
 from torch import Tensor
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from qimera.config.settings import DirectSettings, GeneratorSettings, SynthesisSettings
 from qimera.export import comparison
@@ -21,12 +20,16 @@ from qimera.teacher.teacher import Teacher
 from tests.command_line import SMALL, SMALL_INPUT
 from tests.networks import SPEC, TinyNet, toy_pixels, trained_tiny_net
 from tests.shared import changed, keep, tensors_of
+from tests.spared import spare
 
 # Several threads on shared cores take longer than one, and sum in another order.
 torch.set_num_threads(1)
 
 # The type checks that a test run adds cannot be compiled; test_acceleration.py starts a program for that.
 torch.compiler.set_stance("force_eager")
+
+# Traced graphs are millions of small objects, and looking for cycles among them takes a sixth of the time.
+gc.set_threshold(50_000, 20, 50)
 
 # No deadline: the first example of a test pays for whatever PyTorch loads.
 hypothesis.settings.register_profile("quick", deadline=None, max_examples=8)
@@ -115,20 +118,15 @@ def toy_images() -> Tensor:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _operations_are_read_once() -> Iterator[None]:
-    """Keep the table of ONNX operations, which PyTorch reads from source code anew for every file it writes."""
-    read, tables = ONNXRegistry.from_torchlib, {}
-
-    def copied(opset_version: int) -> ONNXRegistry:
-        if opset_version not in tables:
-            tables[opset_version] = read(opset_version)
-        table = copy.copy(tables[opset_version])
-        table.functions = {name: list(each) for name, each in table.functions.items()}  # where a translation is added
-        return table
-
+def _pytorch_is_spared() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        spare(patch)
         yield
+
+
+def pytest_collection_finish() -> None:
+    """Look no more at what was imported for all tests."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._traceback import CapturedTraceback
 
 from qimera.config.bits import parse_bits
 from qimera.config.settings import QuantizationSettings
@@ -45,9 +46,11 @@ def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory, teacher: Teacher) -> Path:
-    """The file of a W4A4 student."""
+    """The file of a W4A4 student, in whose graph PyTorch noted where each node was made, as it does outside of tests."""
     path = tmp_path_factory.mktemp("exported") / "model.onnx"
-    export_onnx(student_of(teacher), path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.fx.proxy, "CapturedTraceback", CapturedTraceback)
+        export_onnx(student_of(teacher), path)
     return path
 
 
