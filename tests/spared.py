@@ -1,32 +1,59 @@
-"""What PyTorch does anew for every graph it traces or writes, done once for all tests of a process, or left out."""
+"""What libraries do anew for every graph, file or drawing: done once for all tests of a process, or left out."""
 
 import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
+import onnx_ir as ir
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.export import decomp_utils, exported_program
 from torch.fx import proxy
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from qimera.export import onnx_model
+from qimera.quantization.student import Student
 
-class NoTraceback:
+
+class _NoTraceback:
     """Stands for the Python lines that a node was made by, which take a twentieth of the time of a capture."""
 
     @staticmethod
-    def extract() -> "NoTraceback":
+    def extract() -> "_NoTraceback":
         """Return one of no lines."""
-        return NoTraceback()
+        return _NoTraceback()
 
     def summary(self) -> list[object]:
         """Return no lines."""
         return []
 
 
+_draw = Figure.savefig
+
+
+@contextmanager
+def drawn_figures() -> Iterator[None]:
+    """Let figures be drawn, for tests that look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", _draw)
+        yield
+
+
+def _leave_empty(figure: Figure, file: TextIO, **options: object) -> None:
+    """Write a drawing of nothing in the place of a figure's; drawing six takes as long as all else that a run does."""
+    file.write("<svg></svg>")
+
+
 def spare(patch: pytest.MonkeyPatch) -> None:
-    """Keep the tables of operations of PyTorch, and let nodes not note where they were made."""
+    """Keep tables and models that are made again and again, and leave out figures and where nodes were made."""
+    patch.setattr(Figure, "savefig", _leave_empty)
     _keep_translations(patch)
+    _keep_full_precision(patch)
     _keep_composite_operations(patch)
-    patch.setattr(proxy, "CapturedTraceback", NoTraceback)
+    patch.setattr(proxy, "CapturedTraceback", _NoTraceback)
 
 
 def _keep_translations(patch: pytest.MonkeyPatch) -> None:
@@ -41,6 +68,20 @@ def _keep_translations(patch: pytest.MonkeyPatch) -> None:
         return table
 
     patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+
+
+def _keep_full_precision(patch: pytest.MonkeyPatch) -> None:
+    """Keep the full-precision models that exported files are timed beside, which are those of few networks."""
+    translate, kept = onnx_model.float_model, {}
+
+    def once(student: Student, *, include_preprocessing: bool = False) -> ir.Model:
+        values = b"".join(each.numpy().tobytes() for each in student.reference.state_dict().values())
+        key = student.teacher_hash, hashlib.sha256(values).digest(), include_preprocessing
+        if key not in kept:
+            kept[key] = translate(student, include_preprocessing=include_preprocessing)
+        return kept[key]
+
+    patch.setattr(onnx_model, "float_model", once)
 
 
 def _keep_composite_operations(patch: pytest.MonkeyPatch) -> None:

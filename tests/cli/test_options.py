@@ -12,7 +12,7 @@ from qimera.cli.options import resolve
 from qimera.config.recipes import recipe
 from qimera.errors import ConfigError
 from qimera.runs.directory import RunDirectory
-from tests.command_line import INPUT, qimera, said, tiny_settings, write_model_file
+from tests.command_line import INPUT, SMALL, qimera, said, tiny_settings, write_model_file
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_a_setting_that_cannot_be_set_is_refused(model_file: Path, options: dict
 
 def test_several_bits_make_several_runs_of_one_bank(tmp_path: Path) -> None:
     tiny = ("--recipe", "ptq", "--set", "synthesis.num_optimized=16", "--set", "direct.num_steps=1")
-    command = ("quantize", "mnist_cnn", "--bits", "w8a8,w4a4", *tiny, "--output", tmp_path / "runs")
+    command = ("quantize", SMALL, *INPUT, "--bits", "w8a8,w4a4", *tiny, "--output", tmp_path / "runs")
     result = qimera(*command)
     assert result.exit_code == 0, said(result)
     runs = {bits: RunDirectory.open(tmp_path / "runs" / bits) for bits in ("w8a8", "w4a4")}

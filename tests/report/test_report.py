@@ -23,6 +23,7 @@ from qimera.runs.reporting import collect, report_run
 from qimera.teacher.sources import EMBEDDED_MODELS, load_model
 from qimera.teacher.teacher import Teacher
 from tests.command_line import INPUT, SMALL_INPUT, qimera, said, tiny_settings, write_model_file
+from tests.spared import drawn_figures
 
 FEW = DirectSettings(num_steps=1, batch_size=8)
 BAD_SYNTHESIS = SynthesisSettings(num_optimized=48, num_held_out=16, direct=DirectSettings(num_steps=10, batch_size=32))
@@ -36,7 +37,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits_bank: Path) -> RunDirec
     folder = tmp_path_factory.mktemp("run")
     spec = EMBEDDED_MODELS["mnist_cnn"].input_spec
     tiny_settings("mnist_cnn", input=spec, bank=str(digits_bank)).save(folder / "settings.json")
-    done = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
+    with drawn_figures():
+        done = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
     assert done.exit_code == 0, done.stderr
     assert f"report: {folder / 'run' / 'report.html'}" in done.stderr
     return RunDirectory.open(folder / "run")
@@ -204,7 +206,8 @@ def test_a_phone_scrolls_what_is_wide_and_says_so(page: str) -> None:
 def rewritten(run: RunDirectory, **changes: object) -> str:
     """Return the page of a run whose report says something else."""
     _, teacher = load_student(run)
-    return write_page(Report.load(run.report_data_file).replace(**changes), teacher, load_bank(run, teacher))
+    with drawn_figures():
+        return write_page(Report.load(run.report_data_file).replace(**changes), teacher, load_bank(run, teacher))
 
 
 def test_layers_that_cost_nothing_are_not_drawn(run: RunDirectory, page: str) -> None:
@@ -253,7 +256,8 @@ def test_a_measurement_on_images_that_the_teacher_knows_is_called_one(run: RunDi
         tmp_path / "test.npz", images=bank.pixels.permute(0, 2, 3, 1).numpy(), labels=bank.logits.argmax(1).numpy()
     )
     copied = shutil.copytree(run.path, tmp_path / "run")
-    done = qimera("evaluate", copied, "--data", tmp_path / "test.npz", "--strict", "--max-drop", "100")
+    with drawn_figures():
+        done = qimera("evaluate", copied, "--data", tmp_path / "test.npz", "--strict", "--max-drop", "100")
     assert done.exit_code == 0, done.stderr
     assert "drop in top-1, 90 % interval:" in done.stdout
     measured = (copied / "report.html").read_text()
