@@ -112,6 +112,10 @@ OF_USERS = {
 }
 
 
+FEW = ("--recipe", "ptq", "--set", "synthesis.num_optimized=32", "--set", "direct.num_steps=4")
+"""No training, and samples that are made in a second."""
+
+
 @pytest.mark.parametrize("name", OF_USERS)
 def test_a_users_own_network_goes_from_inspect_to_export(tmp_path: Path, name: str) -> None:
     shape, more, num_classes = OF_USERS[name]
@@ -121,7 +125,7 @@ def test_a_users_own_network_goes_from_inspect_to_export(tmp_path: Path, name: s
     options += ("--mean", numbers, "--std", numbers)
     inspected = done(qimera("inspect", *options))
     assert f"{num_classes}, from" in inspected.stdout
-    done(qimera("quantize", *options, "--bits", "w8a8", "--recipe", "ptq", "--output", tmp_path / "run"))
+    done(qimera("quantize", *options, "--bits", "w8a8", *FEW, "--output", tmp_path / "run"))
     pixels = np.random.default_rng(0).integers(0, 256, (12, *shape[1:], shape[0]), np.uint8)
     np.savez(tmp_path / "data.npz", images=pixels, labels=np.arange(12) % num_classes)
     evaluated = done(qimera("evaluate", tmp_path / "run", "--data", tmp_path / "data.npz"))
@@ -141,7 +145,7 @@ def test_outputs_that_could_both_be_the_logits_are_asked_for(tmp_path: Path) -> 
 
 def test_a_network_without_batch_norms_gets_a_student_and_no_estimate(tmp_path: Path) -> None:
     model, run = f"{write_model_file(tmp_path)}:build_without_batch_norm", tmp_path / "run"
-    done(qimera("quantize", model, *INPUT, "--recipe", "ptq", "--output", run))
+    done(qimera("quantize", model, *INPUT, *FEW, "--output", run))
     again = done(qimera("quantize", "--settings", run / "settings.json", "--output", tmp_path / "again"))
     assert "estimate" in again.stdout
 

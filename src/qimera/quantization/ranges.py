@@ -65,9 +65,7 @@ def search_affine_parameters(
     if not both:
         high_ratios = low_ratios = ratios[:, None]
     scales, zero_points = _from_extremes(low * low_ratios, high * high_ratios, quant_min, quant_max, symmetric)
-    at_once = max(1, _AT_ONCE // rows.numel())
-    parts = zip(scales.split(at_once), zero_points.split(at_once), strict=True)
-    best = torch.cat([_squared_errors(rows, *part, quant_min, quant_max) for part in parts]).argmin(0)[None]
+    best = _squared_errors(rows, scales, zero_points, quant_min, quant_max).argmin(0)[None]
     return scales.gather(0, best)[0], zero_points.gather(0, best)[0]
 
 
@@ -111,6 +109,10 @@ def _squared_errors(
     quant_max: int,
 ) -> Float[Tensor, "candidate row"]:
     """Return the squared error of each row on each grid."""
-    scales, zero_points = scales[:, :, None], zero_points[:, :, None]
-    nearest = (rows / scales).round_().clamp_(quant_min - zero_points, quant_max - zero_points).mul_(scales)
-    return nearest.sub_(rows).square_().sum(2)
+    at_once = max(1, _AT_ONCE // rows.numel())
+    parts = (each[:, :, None].split(at_once) for each in (scales, zero_points))
+    errors = []
+    for scale, zero_point in zip(*parts, strict=True):
+        nearest = (rows / scale).round_().clamp_(quant_min - zero_point, quant_max - zero_point).mul_(scale)
+        errors.append(nearest.sub_(rows).square_().sum(2))
+    return torch.cat(errors)
