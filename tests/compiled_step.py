@@ -1,11 +1,11 @@
 """A program: steps of a small student and of a generator, plain and compiled -> how far apart, and what broke graphs.
 
-    python -m tests.compiled_step BACKEND [image]
+    python -m tests.compiled_step BACKEND
 
 with a backend of ``torch.compile``: inductor writes C++ and has it compiled, which takes half a minute; with
 aot_eager_decomp_partition the same graphs, traced, differentiated and split as for inductor, are run by PyTorch.
-With ``image``, only the distances of the gradients of a generator's network are printed, for which inductor takes
-seconds. A program of its own because the type checks of the test run cannot be compiled.
+The gradients of a generator's network are by inductor in any case, which takes seconds. A program of its own because
+the type checks of the test run cannot be compiled.
 """
 
 import json
@@ -27,15 +27,13 @@ from tests.device_steps import generator_with_gradients
 from tests.networks import NUM_CLASSES, SPEC, toy_pixels, trained_tiny_net
 
 
-def main(backend: str, what: str = "") -> None:
+def main(backend: str) -> None:
     """Print what became of both."""
     torch.set_num_threads(1)
+    found: dict[str, object] = {"image": image_distances()}
     torch.compile = partial(torch.compile, backend=backend)
-    if what == "image":
-        print(json.dumps(image_distances()))  # noqa: T201
-        return
     teacher = Teacher.capture(trained_tiny_net(), SPEC)
-    found = {"student": student_step(teacher), "generator": generator_steps(teacher)}
+    found |= {"student": student_step(teacher), "generator": generator_steps(teacher)}
     print(json.dumps(found))  # noqa: T201
 
 

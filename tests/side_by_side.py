@@ -1,40 +1,48 @@
-"""Two processes that find each other as those of ``torchrun`` do, forked from one that has loaded what they need.
+"""Processes that find each other as those of ``torchrun`` do, forked from one that has loaded what they need.
 
-    python -m tests.side_by_side ARGUMENTS
+    python -m tests.side_by_side
 
-gives both of them the command line of qimera, lets an interrupt reach both, and ends with the larger exit code.
+reads a line of JSON for each start: the ``function`` that every process calls, as MODULE:NAME, the list of its
+``arguments``, the number of ``processes``, the ``folder`` that they work in, and the file that gets what they print, as
+``errors``. It answers with the numbers of the processes, and once all have ended with the largest exit code.
 """
 
 import importlib
+import json
 import os
-import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from qimera.cli.app import app
 from qimera.teacher.sources import load_model
 from qimera.teacher.teacher import Teacher
 from tests.command_line import SMALL, tiny_settings
 
-NUM_PROCESSES = 2
 
-
-def started(function: Callable[[], object]) -> list[int]:
-    """Return the numbers of processes that call ``function`` side by side."""
+def started(request: dict[str, Any]) -> list[int]:
+    """Return the numbers of processes that call the function side by side."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    module, _, name = request["function"].partition(":")
+    function = getattr(importlib.import_module(module), name)
     children = []
-    for rank in range(NUM_PROCESSES):
+    for rank in range(request["processes"]):
         child = os.fork()
         if child == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(NUM_PROCESSES)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            os._exit(_exit_code(function))
+            if request["processes"] > 1:
+                world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": request["processes"]}
+                os.environ |= {key: str(value) for key, value in world.items()}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.chdir(request["folder"])
+            errors = os.open(request["errors"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(errors, 1)
+            os.dup2(errors, 2)
+            os._exit(_exit_code(function, request["arguments"]))
         children.append(child)
     return children
 
@@ -47,14 +55,14 @@ def ended(children: list[int]) -> int:
 def load_what_a_run_needs() -> None:
     """Import what commands import, and capture a network, which is when PyTorch loads most of itself."""
     torch.set_num_threads(1)
-    for name in ("qimera.cli.options", "qimera.runs.reporting", "qimera.runs.execution"):
+    for name in ("qimera.cli.app", "qimera.cli.options", "qimera.runs.reporting", "qimera.runs.execution"):
         importlib.import_module(name)
     Teacher.capture(load_model(SMALL), tiny_settings().input)
 
 
-def _exit_code(function: Callable[[], object]) -> int:
+def _exit_code(function: Callable[[list[str]], object], arguments: list[str]) -> int:
     try:
-        function()
+        function(arguments)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
     except BaseException:
@@ -67,16 +75,12 @@ def _exit_code(function: Callable[[], object]) -> int:
 
 
 def main() -> None:
-    """Run the command line twice."""
+    """Start what is asked for, one after the other."""
     load_what_a_run_needs()
-    children = started(app)
-
-    def interrupt(*_: object) -> None:
-        for child in children:
-            os.kill(child, signal.SIGINT)
-
-    signal.signal(signal.SIGINT, interrupt)
-    sys.exit(abs(ended(children)))
+    for line in sys.stdin:
+        children = started(json.loads(line))
+        print(json.dumps(children), flush=True)  # noqa: T201
+        print(ended(children), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

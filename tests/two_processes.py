@@ -1,9 +1,5 @@
-"""A program: what each of two processes comes to -> together/0.pt, together/1.pt; what a single one does -> alone/0.pt.
+"""What each of several processes comes to, started by tests/side_by_side.py -> a file of tensors for each."""
 
-python -m tests.two_processes FOLDER
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -14,7 +10,6 @@ from qimera.pipeline import quantize, synthesize
 from qimera.teacher.sources import load_model
 from qimera.teacher.teacher import Teacher
 from tests.command_line import SMALL, tiny_settings
-from tests.side_by_side import ended, load_what_a_run_needs, started
 
 OPTIMIZED = SynthesisSettings(
     num_optimized=48, num_held_out=8, direct=DirectSettings(num_steps=3, batch_size=16, precision="float32")
@@ -32,8 +27,8 @@ STUDENTS = {
 }
 
 
-def write_into(folder: Path) -> None:
-    """Write banks and students."""
+def write_into(folders: list[str]) -> None:
+    """Write banks and students into the one folder, as 0.pt, 1.pt and so on."""
     teacher = Teacher.capture(load_model(SMALL), tiny_settings().input)
     with joined():
         bank = synthesize(teacher, settings=OPTIMIZED)
@@ -44,19 +39,4 @@ def write_into(folder: Path) -> None:
             found[name] = quantize(teacher, bank, settings=settings).module.state_dict()
         beside = STUDENTS["plain"].model_copy(update={"fresh_share": 0.5, "generator_steps_per_step": 1})
         found["beside"] = quantize(teacher, generated, settings=beside).module.state_dict()
-        torch.save(found, folder / f"{rank()}.pt")
-
-
-def main(folder: Path) -> None:
-    """Do it side by side, and alone."""
-    load_what_a_run_needs()
-    for name in ("together", "alone"):
-        (folder / name).mkdir()
-    children = started(lambda: write_into(folder / "together"))
-    if ended(children):
-        sys.exit(1)
-    write_into(folder / "alone")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+        torch.save(found, Path(folders[0]) / f"{rank()}.pt")

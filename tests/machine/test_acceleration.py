@@ -32,8 +32,8 @@ def test_a_compiled_step_is_one_graph_with_the_losses_and_gradients_of_the_plain
     assert max(found["distances"].values()) < 0.05
 
 
-def test_every_resolution_of_a_compiled_generator_gets_its_gradient() -> None:
-    distances = result_of("tests.compiled_step", "inductor", "image")
+def test_every_resolution_of_a_compiled_generator_gets_its_gradient(steps: dict[str, Any]) -> None:
+    distances = steps["image"]
     assert {"to_pixels.0.weight", "last_conv.weight", "linear.weight"} <= distances.keys()
     assert max(distances.values()) < 1e-4
 

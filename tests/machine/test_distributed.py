@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,20 +22,84 @@ ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SIDE_BY_SIDE = [sys.executable, "-W", "ignore", "-m", "tests.side_by_side"]
 QIMERA = [*TORCHRUN, "-m", "qimera"]
-STARTS = [SIDE_BY_SIDE, pytest.param(QIMERA, marks=pytest.mark.slow)]
-"""Starts of the command line: processes that are forked when all is loaded cost a third."""
+STARTS = ["forked", pytest.param("torchrun", marks=pytest.mark.slow)]
+"""Starts of the command line: processes that are forked when all is loaded cost a tenth."""
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
 
 Results = dict[str, dict[str, Tensor]]
 
 
+class Forked:
+    """Processes that ``side_by_side`` starts; an interrupt reaches each of them, as from a terminal."""
+
+    def __init__(
+        self, starter: "subprocess.Popen[str]", folder: Path, function: str, arguments: list[str], processes: int = 2
+    ) -> None:
+        self._starter, self._errors = starter, folder / f"errors-{time.monotonic_ns()}"
+        request = {"function": function, "arguments": arguments, "processes": processes}
+        assert starter.stdin is not None
+        starter.stdin.write(json.dumps({**request, "folder": str(folder), "errors": str(self._errors)}) + "\n")
+        starter.stdin.flush()
+        assert starter.stdout is not None
+        self.workers: list[int] = json.loads(starter.stdout.readline())
+
+    def interrupt(self) -> None:
+        for worker in self.workers:
+            os.kill(worker, signal.SIGINT)
+
+    def end(self) -> tuple[int, str]:
+        """Return the exit code, and what was said."""
+        assert self._starter.stdout is not None
+        return int(self._starter.stdout.readline()), self._errors.read_text()
+
+
+class Torchrun:
+    """The same as ``torchrun`` starts them."""
+
+    def __init__(self, folder: Path, arguments: list[str]) -> None:
+        command = [*QIMERA, *arguments]
+        self._process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+    @property
+    def workers(self) -> list[int]:
+        launcher = self._process.pid
+        return [int(each) for each in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+    def interrupt(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+
+    def end(self) -> tuple[int, str]:
+        _, said = self._process.communicate(timeout=120)
+        return self._process.returncode, said
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Results, Results]:
+def starter() -> Iterator["subprocess.Popen[str]"]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(SIDE_BY_SIDE, cwd=ROOT, env=ENVIRONMENT, text=True, **pipes) as process:
+        yield process
+
+
+@pytest.fixture(params=STARTS)
+def start(
+    request: pytest.FixtureRequest, starter: "subprocess.Popen[str]", tmp_path: Path
+) -> Callable[[list[str]], Forked | Torchrun]:
+    """Start the command line twice, in the folder of the test."""
+    if request.param == "torchrun":
+        return lambda arguments: Torchrun(tmp_path, arguments)
+    return lambda arguments: Forked(starter, tmp_path, "qimera.cli.app:app", arguments)
+
+
+@pytest.fixture(scope="module")
+def results(
+    tmp_path_factory: pytest.TempPathFactory, starter: "subprocess.Popen[str]"
+) -> tuple[Results, Results, Results]:
     """What one process comes to, and each of two."""
-    folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.two_processes", str(folder)]
-    subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True)
-    files = (folder / "alone" / "0.pt", folder / "together" / "0.pt", folder / "together" / "1.pt")
+    folders = [tmp_path_factory.mktemp(name) for name in ("alone", "together")]
+    for folder, count in zip(folders, (1, 2), strict=True):
+        code, said = Forked(starter, folder, "tests.two_processes:write_into", [str(folder)], count).end()
+        assert code == 0, said
+    files = (folders[0] / "0.pt", folders[1] / "0.pt", folders[1] / "1.pt")
     one, two, three = (torch.load(file, weights_only=True) for file in files)
     return one, two, three
 
@@ -95,47 +160,38 @@ def test_the_command_makes_one_run(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("start", STARTS, ids=["forked", "torchrun"])
-def test_too_many_processes_are_refused(tmp_path: Path, start: list[str]) -> None:
+def test_too_many_processes_are_refused(tmp_path: Path, start: Callable[[list[str]], Forked | Torchrun]) -> None:
     few = DistillationSettings(num_steps=1, batch_size=1, compile="never")
     settings(1).model_copy(update={"distillation": few}).save(tmp_path / "settings.json")
-    command = [*start, *QUANTIZE]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "batch_size: 1 samples cannot be shared by 2 processes" in done.stderr
+    code, said = start(QUANTIZE).end()
+    assert code != 0
+    assert "batch_size: 1 samples cannot be shared by 2 processes" in said
 
 
-@pytest.mark.parametrize("start", STARTS, ids=["forked", "torchrun"])
 def test_where_a_process_is_killed_all_stop_with_a_message_and_the_run_goes_on(
-    tmp_path: Path, start: list[str]
+    tmp_path: Path, start: Callable[[list[str]], Forked | Torchrun]
 ) -> None:
     settings(100_000).save(tmp_path / "settings.json")
-    command = [*start, *QUANTIZE]
     metrics = tmp_path / "run" / "metrics.jsonl"
 
-    def under_way() -> subprocess.Popen[str]:
-        process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    def under_way() -> Forked | Torchrun:
+        processes = start(QUANTIZE)
         deadline = time.monotonic() + 120
         while not (metrics.exists() and '"step": 20,' in metrics.read_text()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        return process
+        return processes
 
-    process = under_way()
-    os.kill(workers(process.pid)[-1], signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode != 0
+    processes = under_way()
+    os.kill(processes.workers[-1], signal.SIGKILL)
+    code, said = processes.end()
+    assert code != 0
     assert "another process of this run has ended" in said
     assert (tmp_path / "run" / "bank").exists()
     metrics.unlink()
-    process = under_way()
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
+    processes = under_way()
+    processes.interrupt()
+    processes.end()
     stages = {json.loads(line)["stage"] for line in metrics.read_text().splitlines()}
     assert stages == {"ranges", "distillation"}  # the bank was not made again
     kept = torch.load(tmp_path / "run" / "checkpoints" / "student-0" / "student.pt", weights_only=True)
     assert kept["state"]["num_steps"] >= 20
-
-
-def workers(launcher: int) -> list[int]:
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [int(child) for child in children]

@@ -19,6 +19,8 @@ from qimera.teacher.libraries import build
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
+FEW = ("--set", "synthesis.num_optimized=16", "--set", "direct.num_steps=2")
+
 RESNET = """
 import torch
 from torch import nn
@@ -70,12 +72,12 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "recipe", [("--recipe", "ptq"), pytest.param((), marks=pytest.mark.slow)], ids=["ptq", "typed"]
+    "recipe", [("--recipe", "ptq", *FEW), pytest.param((), marks=pytest.mark.slow)], ids=["ptq", "typed"]
 )
 def test_the_commands_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: tuple[str, ...]
 ) -> None:
-    """Every command as it is typed, on a network of a few hundred parameters; by default without the training."""
+    """Every command as it is typed, on a network of a few hundred parameters; by default without the training, on few samples."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet.py").write_text(RESNET)
     namespace: dict[str, object] = {}
@@ -144,7 +146,7 @@ def test_the_commands_for_a_torchvision_network_run(
         torch.save(build("torchvision", "resnet18", None).state_dict(), "resnet18.pth")
     images = np.random.default_rng(0).integers(0, 256, (20, side, side, channels), dtype=np.uint8)
     np.savez("val.npz", images=images, labels=np.arange(20) % classes)
-    few = ("--set", "synthesis.num_optimized=16", "--set", "direct.num_steps=2") if model == "mnist_cnn" else ()
+    few = FEW if model == "mnist_cnn" else ()
     for line in typed_in(typed):
         result = CliRunner().invoke(app, [*line[1:], *(few if line[1] == "quantize" else ())])
         assert result.exit_code == 0, (line, result.output)
