@@ -76,7 +76,7 @@ def size_at(request: pytest.FixtureRequest, teacher: Teacher) -> Sizes:
 def test_a_batch_is_as_large_as_fits(size_at: Sizes, caplog: pytest.LogCaptureFixture) -> None:
     assert size_at(6.0) == 100
     assert caplog.text == ""
-    limit = next(limit for limit in (1e-6 * 1.5**n for n in range(100)) if size_at(limit) >= 20)
+    limit = next(limit for limit in (1e-5 * 2**n for n in range(60)) if size_at(limit) >= 20)
     assert abs(size_at(2 * limit) - 2 * size_at(limit)) <= 1
     assert size_at(1e-9) == 2
 

@@ -77,7 +77,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_commands_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: tuple[str, ...]
 ) -> None:
-    """Every command as it is typed, on a network of a few hundred parameters; by default without the training, on few samples."""
+    """Every command as it is typed, on a network of a few hundred parameters; by default with little to do."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet.py").write_text(RESNET)
     namespace: dict[str, object] = {}
