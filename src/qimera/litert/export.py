@@ -39,7 +39,8 @@ def export_litert(
         samples: What the file is compared on; without them, on noise.
         include_preprocessing: Read uint8 ``pixels`` (1, height, width, channel), 0 darkest and 255 brightest, and
             normalise them inside.
-        integer_logits: Return int8 logits, on a grid from the least to the largest that ``samples`` get.
+        integer_logits: Return int8 logits, on a grid from the least to the largest that ``samples`` get. Classes that
+            are less than a step apart may then tie.
         labels: Names of the classes, for the metadata; empty or one for each.
         min_agreement: Percent of samples that student and file must put into the same class on XNNPACK.
         time_full_precision: Also take the time of the full-precision model, in turns with that of the file.

@@ -27,6 +27,11 @@ class Levels:
         lowest, highest = (int(min(max(each, self.low), self.high)) for each in bounds)
         return replace(self, low=lowest, high=highest)
 
+    def rounded(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the numbers on the levels that are nearest to these."""
+        levels = np.rint(numbers / np.float32(self.step)) + self.zero_point
+        return (levels.clip(self.low, self.high) - self.zero_point) * np.float32(self.step)
+
 
 @dataclass(frozen=True)
 class Grid:
