@@ -19,6 +19,7 @@ from .assessment.evaluation import (
     evaluate as evaluate,
 )
 from .assessment.selection import choose as choose
+from .assessment.unlabelled import load_images as load_images
 from .config.input_spec import InputSpec as InputSpec
 from .config.recipe_names import RECIPE_NAMES as RECIPE_NAMES
 from .config.recipes import Recipe as Recipe, recipe as recipe

@@ -7,8 +7,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
+from qimera.assessment.unlabelled import load_images
 from qimera.config.bits import check_layer_bits, parse_bits, parse_layer_bits
 from qimera.config.input_spec import InputSpec
 from qimera.config.recipe_names import DEFAULT_RECIPE
@@ -24,8 +26,8 @@ from qimera.machine.seeds import Stream, check_seed, generator_for
 from qimera.mixed_precision.allocation import allocate
 from qimera.quantization.equalization import restore_limits_
 from qimera.quantization.student import Student
-from qimera.synthesis.bank import SampleBank, check_bank
-from qimera.synthesis.parts import Part, ReportStep, make_part, parts_of
+from qimera.synthesis.bank import NOTHING_TO_LEARN_FROM, SampleBank, check_bank
+from qimera.synthesis.parts import Part, ReportStep, make_part, needs_generator, parts_of
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
 from qimera.teacher.teacher import Teacher, as_teacher
 from qimera.training.distillation import distill_
@@ -38,6 +40,8 @@ def synthesize(
     settings: SynthesisSettings | None = None,
     *,
     recipe: str | None = None,
+    images: UInt8[Tensor, "image channel height width"] | Path | str | None = None,
+    keep_images: bool = False,
     seed: int = 0,
     device: torch.device | str = "cpu",
     checkpoints: Path | str | None = None,
@@ -50,6 +54,9 @@ def synthesize(
         input_spec: What its images look like; a ``Teacher`` knows already.
         settings: How to make the samples, where no recipe does.
         recipe: Whose samples to make, such as ``best``; ``fast`` where neither is given.
+        images: Unlabelled images of yours that join the samples, as pixels from 0 to 255, or where ``load_images``
+            finds them. The model's own answers are their labels.
+        keep_images: Whether a bank on disk holds these images too; without it, it remembers their hash alone.
         seed: Same seed, settings and machine: same bank, bit for bit, on the CPU. Each batch of samples has a seed of
             its own; its samples are optimised together, towards statistics of them all, so that batches of another size
             hold other samples.
@@ -60,7 +67,8 @@ def synthesize(
 
     Raises:
         ConfigError: the input spec is missing, the model refuses such images, the seed is out of range, there is no
-            such recipe, or settings are given beside one.
+            such recipe, settings are given beside one, your images cannot be read, or there is nothing to make a bank
+            of.
         UnsupportedModelError: the model cannot be captured.
         DivergenceError: a loss became NaN or infinite.
     """
@@ -68,14 +76,20 @@ def synthesize(
     _refuse_both(settings, recipe)
     teacher = as_teacher(model, input_spec)
     settings = settings or _recipe_for(teacher, recipe).synthesis
+    if images is None and not settings.num_generated + settings.num_optimized:
+        raise ConfigError(NOTHING_TO_LEARN_FROM)
+    given = load_images(images, teacher.input_spec) if isinstance(images, Path | str) else images
     settings = images_in_memory(settings, teacher)
     kept = Checkpoints(checkpoints, "bank", teacher.hash, teacher.input_spec, settings, seed)
     worker = teacher.on(find_device(device))
     trained = _train_generator(worker, settings, seed, kept.of("generator"), progress)
     parts = parts_of(settings, teacher.num_classes, generator_for(seed, Stream.CLASSES))
     made = _make_parts(parts, worker, settings, trained, seed, kept, progress)
-    pixels, soft_labels = (torch.cat([part[name] for part in made]) for name in ("pixels", "soft_labels"))
-    return SampleBank.from_pixels(pixels, soft_labels, teacher, settings, seed, trained and trained.cpu())
+    none = {"pixels": torch.empty(0, *teacher.input_spec.shape, dtype=torch.uint8)}
+    none["soft_labels"] = torch.empty(0, teacher.num_classes)
+    pixels, soft_labels = (torch.cat([none[name], *(part[name] for part in made)]) for name in none)
+    bank = SampleBank.from_pixels(pixels, soft_labels, teacher, settings, seed, trained and trained.cpu())
+    return bank if given is None else bank.with_images(given, teacher, keep=keep_images)
 
 
 def quantize(
@@ -213,7 +227,7 @@ def _train_generator(
     progress: ProgressCallback,
 ) -> Synthesizer | None:
     """Train the generator if any sample needs it."""
-    if not settings.num_generated and (settings.direct.start != "generator" or not settings.num_optimized):
+    if not needs_generator(settings):
         return None
     synthesizer = Synthesizer(teacher, settings, generator_for(seed, Stream.GENERATOR)).to(teacher.device)
     settings = draws_in_memory(settings, teacher, synthesizer)

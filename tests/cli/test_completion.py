@@ -68,7 +68,9 @@ def test_what_is_offered_is_accepted() -> None:
 
 
 def test_of_several_values_none_is_offered_twice() -> None:
-    assert completion.recipes("ptq,fast,") == [f"ptq,fast,{name}" for name in ("best", "qimera", "paper", "gdfq")]
+    assert completion.recipes("ptq,fast,") == [
+        f"ptq,fast,{name}" for name in ("best", "qimera", "paper", "gdfq", "images")
+    ]
 
 
 def test_folders_and_files_are_offered_as_far_as_they_can_be_models(

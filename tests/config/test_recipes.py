@@ -9,7 +9,7 @@ from qimera.errors import ConfigError
 from qimera.pipeline import quantize, synthesize
 from qimera.quantization.losses import kl_loss
 from qimera.teacher.teacher import Teacher
-from tests.networks import SPEC
+from tests.networks import SPEC, toy_pixels
 
 CIFAR = InputSpec(shape=(3, 32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)
 IMAGENET = InputSpec(shape=(3, 224, 224), mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -22,11 +22,14 @@ def test_every_recipe_has_settings_for_every_data_set(name: str, spec: InputSpec
     made = recipe(name, spec, num_classes)
     assert made.name == name
     assert made.description
-    assert made.synthesis.num_generated + made.synthesis.num_optimized >= 2
+    num_samples = made.synthesis.num_generated + made.synthesis.num_optimized
+    assert num_samples == 0 if name == "images" else num_samples >= 2
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="no recipe called 'quick'; there are ptq, fast, best, qimera, paper, gdfq"):
+    with pytest.raises(
+        ConfigError, match="no recipe called 'quick'; there are ptq, fast, best, qimera, paper, gdfq, images"
+    ):
         recipe("quick", CIFAR, 10)
 
 
@@ -138,7 +141,7 @@ def test_every_recipe_runs(teacher: Teacher, name: str) -> None:
             "direct": direct.model_copy(update={"num_steps": 2, "batch_size": 8}),
         }
     )
-    bank = synthesize(teacher, settings=synthesis)
+    bank = synthesize(teacher, settings=synthesis, images=toy_pixels(4, seed=0)[0] if name == "images" else None)
     student = quantize(teacher, bank, settings=made.distillation.model_copy(update={"num_steps": 2, "batch_size": 8}))
     with torch.no_grad():
         assert bool(student(bank.take(slice(None)).images).isfinite().all())

@@ -101,9 +101,9 @@ WRONG_VALUES = {
     "rate zero": (GeneratorSettings, {"learning_rate": 0}, "learning_rate"),
     "no steps": (DirectSettings, {"num_steps": 0}, "num_steps: .*given 0"),
     "unknown start": (DirectSettings, {"start": "photograph"}, "start: .*'noise' or 'generator', given 'photograph'"),
-    "no samples": (
+    "a single sample": (
         SynthesisSettings,
-        {"num_generated": 0, "num_optimized": 0},
+        {"num_generated": 1, "num_optimized": 0},
         "num_generated and num_optimized must give at least 2 samples",
     ),
     "one bit": (QuantizationSettings, {"weight_bits": 1}, "weight_bits: .*2, given 1"),

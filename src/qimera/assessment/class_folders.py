@@ -30,7 +30,7 @@ def find_class_files(path: Path, num_classes: int) -> tuple[list[Path], list[int
     if not names:
         raise ConfigError(f"{path}: holds no class folders; put the images into one sub-folder per class")
     _refuse_splits(path, names)
-    found = {name: _image_files(path / name) for name in names}
+    found = {name: image_files(path / name) for name in names}
     if not any(found.values()):
         raise ConfigError(
             f"{path}: no images in its {len(names)} class folders; known are {' '.join(sorted(IMAGE_SUFFIXES))}"
@@ -47,7 +47,8 @@ def _is_foreign(name: str) -> bool:
     return name.startswith(".") or name in _OF_SYSTEMS
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files in ``folder`` and everywhere below it, in the order of their paths."""
     files = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     return sorted(
         file

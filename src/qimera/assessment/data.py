@@ -1,5 +1,6 @@
-"""Files of labelled images -> uint8 arrays, for evaluation alone; nothing here reaches training."""
+"""Files of images -> uint8 arrays: labelled ones for evaluation alone, and the user's own for a bank."""
 
+import io
 import math
 import os
 import struct
@@ -122,50 +123,90 @@ def _load_arrays(path: Path, input_spec: InputSpec, num_classes: int) -> Labelle
         with path.open("rb") as file:
             _refuse_other_files(path, file.read(6))
             with zipfile.ZipFile(file) as archive:
-                _check_headers(path, _headers(path, archive), input_spec.shape)
+                _check_headers(path, _headers(path, archive, ("images", "labels")), input_spec.shape)
                 arrays = {name: _read_array(archive, name) for name in ("images", "labels")}
     except _UNREADABLE as error:
         raise ConfigError(
             f"{path}: cannot be read as an .npz file of plain arrays ({error}); it is damaged, or another kind of file"
         ) from error
     _check_classes(path, arrays["labels"], num_classes)
-    images = arrays["images"]
-    return LabelledImages(images[..., np.newaxis] if images.ndim == 3 else images, arrays["labels"].astype(np.int64))
+    return LabelledImages(_with_channels(arrays["images"]), arrays["labels"].astype(np.int64))
 
 
-def _refuse_other_files(path: Path, start: bytes) -> None:
-    if start == b"\x93NUMPY":
+def read_images(path: Path, input_spec: InputSpec) -> UInt8[np.ndarray, "batch height width channel"]:
+    """Return array ``images`` of an ``.npz`` file, or the array of an ``.npy`` file; nothing else of it is read.
+
+    Raises:
+        ConfigError: it is damaged, or does not fit the model.
+    """
+    try:
+        with path.open("rb") as file:
+            is_array = path.suffix.lower() == ".npy"
+            _refuse_other_files(path, file.read(6), is_array=is_array)
+            if is_array:
+                file.seek(0)
+                _check_alone(path, _header(path, "the array", file.read(_LONGEST_HEADER)), input_spec.shape)
+                file.seek(0)
+                return _with_channels(npy.read_array(file, allow_pickle=False))
+            with zipfile.ZipFile(file) as archive:
+                _check_alone(path, _headers(path, archive, ("images",))["images"], input_spec.shape)
+                return _with_channels(_read_array(archive, "images"))
+    except _UNREADABLE as error:
+        raise ConfigError(
+            f"{path}: cannot be read as a file of plain arrays ({error}); it is damaged, or another kind of file"
+        ) from error
+
+
+def _check_alone(path: Path, images: np.ndarray, shape: tuple[int, int, int]) -> None:
+    _check_images(path, images, shape)
+    _check_amount(path, images)
+
+
+def _with_channels(images: np.ndarray) -> UInt8[np.ndarray, "batch height width channel"]:
+    return images[..., np.newaxis] if images.ndim == 3 else images
+
+
+def _refuse_other_files(path: Path, start: bytes, *, is_array: bool = False) -> None:
+    if start == b"\x93NUMPY" and not is_array:
         raise ConfigError(f"{path}: holds one array without a name; write it with numpy.savez_compressed")
     if start[:1] == b"\x80":
         raise ConfigError(
-            f"{path}: is a pickle, which could execute code, and not an .npz file; "
-            "write the arrays with numpy.savez_compressed"
+            f"{path}: is a pickle, which could execute code, and not an .np{'y' if is_array else 'z'} file; "
+            f"write the arrays with numpy.{'save' if is_array else 'savez_compressed'}"
         )
 
 
-def _headers(path: Path, archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+def _headers(path: Path, archive: zipfile.ZipFile, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Return arrays of the right shapes and types that take no memory, whatever the archive would unpack to."""
     found = [name.removesuffix(".npy") for name in archive.namelist()]
-    missing = {"images", "labels"} - set(found)
+    missing = set(names) - set(found)
     if missing:
         raise ConfigError(
             f"{path}: array {' and '.join(map(repr, sorted(missing)))} missing, found {sorted(found)}; "
-            "write it with numpy.savez_compressed(path, images=images, labels=labels)"
+            f"write it with numpy.savez_compressed(path, {', '.join(f'{name}={name}' for name in names)})"
         )
     headers = {}
-    for name in ("images", "labels"):
+    for name in names:
         with archive.open(f"{name}.npy") as member:
-            # Headers of later versions can be gigabytes long, and plain arrays never have them.
-            if npy.read_magic(member) != (1, 0):
-                raise ValueError(f"{name} is not a plain array")
-            shape, _, dtype = npy.read_array_header_1_0(member)
-        if dtype.hasobject:
-            raise ConfigError(
-                f"{path}: {name} holds Python objects, which are not read, since reading them could execute code; "
-                f"save {name} as {'uint8' if name == 'images' else 'int64'}"
-            )
-        headers[name] = np.broadcast_to(np.zeros((), dtype), shape)
+            headers[name] = _header(path, name, member.read(_LONGEST_HEADER))
     return headers
+
+
+_LONGEST_HEADER = 10 + 65535
+"""Bytes. Headers of later versions can be gigabytes long, and plain arrays never have them."""
+
+
+def _header(path: Path, name: str, start: bytes) -> np.ndarray:
+    file = io.BytesIO(start)
+    if npy.read_magic(file) != (1, 0):
+        raise ValueError(f"{name} is not a plain array")
+    shape, _, dtype = npy.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ConfigError(
+            f"{path}: {name} holds Python objects, which are not read, since reading them could execute code; "
+            f"save {name} as {'int64' if name == 'labels' else 'uint8'}"
+        )
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def _check_headers(path: Path, headers: dict[str, np.ndarray], shape: tuple[int, int, int]) -> None:
@@ -178,13 +219,24 @@ def _check_headers(path: Path, headers: dict[str, np.ndarray], shape: tuple[int,
             f"{path}: labels must have shape {images.shape[:1]}, one for each of {len(images)} images, "
             f"given {labels.shape}"
         )
-    if len(labels) == 0:
+    _check_amount(path, images, ", or a folder of image files, which are read batch by batch")
+
+
+def _check_amount(path: Path, images: np.ndarray, if_too_many: str = "") -> None:
+    if len(images) == 0:
         raise ConfigError(f"{path}: holds no images; give at least one")
-    size = math.prod(images.shape)
-    if size > _memory_bytes():
+    check_memory(path, math.prod(images.shape), if_too_many)
+
+
+def check_memory(path: Path, num_bytes: int, advice: str = "") -> None:
+    """Refuse images that take more memory than this machine has.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if num_bytes > _memory_bytes():
         raise ConfigError(
-            f"{path}: its images would take {size / 1e9:.0f} GB, more than this machine has; "
-            "give fewer, or a folder of image files, which are read batch by batch"
+            f"{path}: its images would take {num_bytes / 1e9:.0f} GB, more than this machine has; give fewer{advice}"
         )
 
 

@@ -38,7 +38,7 @@ class Diagnosis(Settings):
     """What a bank is like; shares are in percent of the samples looked at."""
 
     num_samples: int
-    """All samples of the bank, held-out ones too."""
+    """All synthetic samples of the bank, held-out ones too."""
 
     statistics_gap: dict[str, float]
     """By batch norm: squared gap of means and of standard deviations between samples and training data, over the sum
@@ -96,12 +96,15 @@ class Diagnosis(Settings):
 
 @torch.inference_mode()
 def diagnose(bank: SampleBank, teacher: Teacher) -> Diagnosis:
-    """Return what the samples of ``bank`` are like.
+    """Return what the synthetic samples of ``bank`` are like; images of the user's are not looked at.
 
     Args:
         bank: From ``synthesize``, or loaded.
         teacher: The model that it was made from.
     """
+    bank, untrained = bank.synthetic, untrained_because(teacher)
+    if not len(bank):
+        return _of_nothing(teacher.num_classes, untrained)
     rng = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(bank), generator=rng)[:MAX_SAMPLES]
     samples = bank.take(chosen)
@@ -124,11 +127,18 @@ def diagnose(bank: SampleBank, teacher: Teacher) -> Diagnosis:
         "clipped": _percent((bank.pixels == 0) | (bank.pixels == 255)),
     }
     found = Diagnosis(**values)
-    untrained = untrained_because(teacher)
     mean_limit = _LARGE_MEAN_GAP if bank.input_spec.has_large_images else _MEAN_GAP
     found = found.replace(checks=_checks(found, mean_limit))
     doubts = (untrained,) if untrained else tuple(_doubts(found, mean_limit))
     return found.replace(doubts=doubts, remarks=tuple(_remarks(found)))
+
+
+def _of_nothing(num_classes: int, untrained: str) -> Diagnosis:
+    """Return what is said of a bank without synthetic samples."""
+    shares = ("superposed", "recognised", "confidence", "near_boundary_superposed", "near_boundary_single", "clipped")
+    nothing = {"num_samples": 0, "statistics_gap": {}, "diversity": None, "near_duplicates": 0}
+    doubts = (untrained,) if untrained else ()
+    return Diagnosis(**nothing, **dict.fromkeys(shares, 0.0), class_counts=(0,) * num_classes, doubts=doubts)
 
 
 def untrained_because(teacher: Teacher) -> str:

@@ -13,6 +13,8 @@ import typer
 from qimera import __version__
 from qimera.cli.arguments import (
     Device,
+    Images,
+    KeepImages,
     MaxDrop,
     ModelOptions,
     OutputOptions,
@@ -110,6 +112,8 @@ def make_bank(
         Path | None, typer.Option(metavar="BANK", help="Convert a bank that was made earlier to another --format.")
     ] = None,
     recipe: Recipe = None,
+    images: Images = None,
+    keep_images: KeepImages = None,
     seed: Seed = None,
     strict: Strict = False,
     device: Device = None,
@@ -121,14 +125,13 @@ def make_bank(
     with speaking(output, f"the same command continues with what is in {unfinished}") as out:
         from qimera.assessment.diagnostics import diagnose, untrained_because
         from qimera.cli.facts import synthesis
-        from qimera.cli.options import capture, recipe_of_bank
+        from qimera.cli.options import capture, images_and_bank, recipe_of_bank
         from qimera.cli.tables import bank_facts
         from qimera.machine.acceleration import find_device
         from qimera.machine.checkpoint import Checkpoints
         from qimera.machine.distributed import is_main, joined
         from qimera.pipeline import synthesize
         from qimera.runs.limits import Limits, Result
-        from qimera.synthesis.bank import SampleBank
         from qimera.synthesis.formats import write_bank
 
         given = {"--recipe": recipe, "--seed": seed, "--device": device}
@@ -141,7 +144,7 @@ def make_bank(
         teacher = capture(options)
         out.warn(filter(None, [untrained_because(teacher)]))
         chosen = recipe_of_bank(teacher, recipe).synthesis
-        made = None if bank is None else SampleBank.load(bank, teacher)
+        pixels, made = images_and_bank(teacher, images, bank, keep_images)
         if made is None:
             if any(unfinished.glob("*")):
                 out.note(f"{path}: continues with what is in {unfinished}")
@@ -150,7 +153,14 @@ def make_bank(
         with joined(), out.progress(is_main()) as progress:
             if made is None:
                 made = synthesize(
-                    teacher, None, chosen, seed=seed or 0, device=place, checkpoints=unfinished, progress=progress
+                    teacher,
+                    settings=chosen,
+                    images=pixels,
+                    keep_images=bool(keep_images),
+                    seed=seed or 0,
+                    device=place,
+                    checkpoints=unfinished,
+                    progress=progress,
                 )
             if is_main():
                 write_bank(made, path, form)
@@ -212,7 +222,11 @@ def _one_by_one(output: Path, options: RunOptions) -> list[tuple[Path, RunOption
         raise ConfigError(f"--bits: expected each once, with commas between, such as w8a8,w4a4, given {options.bits}")
     bank = options.bank or output / widths[0] / "bank"
     banks = [options.bank, *[bank] * (len(widths) - 1)]
-    return [(output / bits, replace(options, bits=bits, bank=bank)) for bits, bank in zip(widths, banks, strict=True)]
+    keep = [options.keep_images, *[None] * (len(widths) - 1)]  # the first one's bank does
+    return [
+        (output / bits, replace(options, bits=bits, bank=bank, keep_images=kept))
+        for bits, bank, kept in zip(widths, banks, keep, strict=True)
+    ]
 
 
 def _quantize(
@@ -242,7 +256,7 @@ def _quantize(
             out.note(f"{path}: continues where it was interrupted; {done}")
         out.warn(filter(None, [untrained_because(read.teacher)]))
     with out.progress(is_main()) as progress:
-        summary = carry_out(run, read.teacher, read.bank, progress, place)
+        summary = carry_out(run, read.teacher, read.bank, progress, place, read.images)
     if is_main() and not run.report_page_file.exists():
         out.note("writing the report")
         report_run(run)

@@ -32,6 +32,22 @@ Seed = Annotated[
         help="The same seed gives the same result on the same machine. Default: 0.",
     ),
 ]
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        rich_help_panel=_QUANTIZATION,
+        help="Unlabelled images of yours that join the samples: a folder, or .npz or .npy of uint8 images (NHWC).",
+    ),
+]
+KeepImages = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-images",
+        rich_help_panel=_QUANTIZATION,
+        help="Keep your images in the bank on disk. Without it, the bank remembers their hash alone.",
+    ),
+]
 Run = Annotated[
     Path,
     typer.Argument(
@@ -225,6 +241,8 @@ class RunOptions:
             metavar="BANK", rich_help_panel=_QUANTIZATION, help="Use a bank that `qimera synthesize` has made."
         ),
     ] = None
+    images: Images = None
+    keep_images: KeepImages = None
     seed: Seed = None
 
 

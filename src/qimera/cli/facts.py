@@ -51,7 +51,9 @@ def synthesis(path: Path, form: str, model: str, bank: SampleBank, warnings: tup
         format=form,
         model=model,
         teacher=bank.teacher_hash,
-        num_samples=bank.num_training,
+        num_samples=bank.num_training - bank.num_images,
+        num_images=bank.num_images,
+        holds_images=bank.images is not None and bank.images.kept,
         num_held_out=bank.settings.num_held_out,
         warnings=warnings,
     )

@@ -7,11 +7,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from qimera.assessment.unlabelled import load_images
 from qimera.cli.arguments import ModelOptions, RunOptions
 from qimera.config.base import Settings
 from qimera.config.bits import parse_bits, parse_layer_bits
+from qimera.config.given_images import GivenImages
 from qimera.config.input_spec import InputSpec
 from qimera.config.recipe_names import DEFAULT_RECIPE
 from qimera.config.recipes import Recipe, recipe
@@ -84,7 +86,9 @@ class Resolved:
     settings: RunSettings
     teacher: Teacher
     bank: SampleBank | None
-    """The bank that the settings name; None when the run makes its own."""
+    """The bank that the settings name, with the user's images in it; None when the run makes its own."""
+    images: Tensor | None = None
+    """Pixels of the user's images."""
 
 
 def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
@@ -97,7 +101,13 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
     quantization = _quantization(options)
     teacher = capture(model_options)
     row, *others = recipes_for(teacher, options.recipe)
-    bank = None if options.bank is None else SampleBank.load(options.bank, teacher)
+    if options.bank is not None and options.keep_images:
+        raise ConfigError(
+            f"--keep-images: {options.bank} is made already; leave it out, or give qimera synthesize --bank "
+            f"{options.bank} --images PATH --keep-images"
+        )
+    images, bank = images_and_bank(teacher, options.images, options.bank, options.keep_images)
+    own = None if images is None else GivenImages.of(images, kept=bool(options.keep_images))
     assert model_options.model is not None
     settings = RunSettings(
         model=absolute_source(model_options.model),
@@ -105,6 +115,7 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
         recipe=",".join(each.name for each in (row, *others)),
         seed=options.seed or 0,
         bank=_absolute(options.bank),
+        images=own if bank is None else bank.images,
         logits=model_options.logits or "",
         input=teacher.input_spec,
         synthesis=row.synthesis if bank is None else bank.settings,
@@ -112,7 +123,24 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
         distillation=row.distillation,
         alternatives=tuple(each.distillation for each in others),
     )
-    return Resolved(_changed(settings, options), teacher, bank)
+    return Resolved(_changed(settings, options), teacher, bank, images)
+
+
+def images_and_bank(
+    teacher: Teacher, images: Path | None, bank: Path | None, keep_images: bool | None = None
+) -> tuple[Tensor | None, SampleBank | None]:
+    """Return the pixels that ``--images`` names, and the bank that ``--bank`` names with those images in it.
+
+    Raises:
+        ConfigError: one of them cannot be read, they do not fit together, or there is nothing to keep.
+    """
+    if keep_images and images is None:
+        raise ConfigError("--keep-images: there are no images to keep; add --images, or leave it out")
+    pixels = None if images is None else load_images(images, teacher.input_spec)
+    made = None if bank is None else SampleBank.load(bank, teacher)
+    if made is not None and pixels is not None:
+        made = made.with_images(pixels, teacher, keep=bool(keep_images))
+    return pixels, made
 
 
 _PLACES = {"labels": "synthesis", "generator": "synthesis", "direct": "synthesis"}
@@ -164,17 +192,18 @@ def _with_value(settings: _S, path: list[str], value: object) -> _S:
 
 
 def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) -> Resolved:
-    """Return the settings in ``path``, to which no option may be added, and what they name.
+    """Return the settings in ``path``, to which no option but ``--images`` may be added, and what they name.
 
     Raises:
-        ConfigError: there is no such file, something in it is wrong, or another option was given too.
+        ConfigError: there is no such file, something in it is wrong, another option was given too, or images that the
+            settings do not remember.
         UnsupportedModelError: the model cannot be captured.
     """
     typed = [
         field.name
         for part in (model_options, options)
         for field in fields(part)
-        if getattr(part, field.name) not in (None, [])
+        if field.name != "images" and getattr(part, field.name) not in (None, [])
     ]
     if typed:
         names = ", ".join("MODEL" if name == "model" else f"--{name.strip('_').replace('_', '-')}" for name in typed)
@@ -184,8 +213,12 @@ def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) 
     settings = RunSettings.load(path)
     model = load_model(settings.model, Path(settings.weights) if settings.weights else None)
     teacher = Teacher.capture(model, settings.input, settings.logits)
-    bank = SampleBank.load(Path(settings.bank), teacher) if settings.bank else None
-    return Resolved(settings, teacher, bank)
+    images, bank = images_and_bank(teacher, options.images, Path(settings.bank) if settings.bank else None)
+    given = None if images is None else GivenImages.of(images)
+    if given and not (settings.images and settings.images.sha256 == given.sha256):
+        remembered = settings.images.text() if settings.images else "none"
+        raise ConfigError(f"--images: {path} remembers {remembered}, given {given.text()}")
+    return Resolved(settings, teacher, bank, images)
 
 
 def recipes_for(teacher: Teacher, names: str | None) -> list[Recipe]:

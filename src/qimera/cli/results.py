@@ -130,7 +130,13 @@ class Synthesis(Found):
     """Hash of the graph and all weights."""
 
     num_samples: int
-    """Samples that students may learn from."""
+    """Synthetic samples that students may learn from."""
+
+    num_images: int
+    """Images of the user's that students may learn from too."""
+
+    holds_images: bool
+    """Whether the bank on disk holds those images; else it remembers their hash."""
 
     num_held_out: int
     """Samples that no student learns from."""

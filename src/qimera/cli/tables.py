@@ -71,9 +71,12 @@ def _sizes(found: Inspection) -> str:
 def bank_facts(found: Synthesis) -> str:
     """Return what a bank is."""
     held_out = f" and {found.num_held_out} held out" if found.num_held_out else ""
+    images = "1 image" if found.num_images == 1 else f"{found.num_images:,} images"
+    where = "which it holds" if found.holds_images else "of which it holds the hash alone"
+    of_yours = f"with {images} of yours, {where}\n" if found.num_images else ""
     return (
         f"{found.bank}: {found.num_samples} synthetic samples{held_out} of {found.model} "
-        f"(teacher {found.teacher[:12]})\n"
+        f"(teacher {found.teacher[:12]})\n{of_yours}"
     )
 
 

@@ -1,4 +1,4 @@
 """What recipes are called; shell completion reads it without loading anything else."""
 
-RECIPE_NAMES = ("ptq", "fast", "best", "qimera", "paper", "gdfq")
+RECIPE_NAMES = ("ptq", "fast", "best", "qimera", "paper", "gdfq", "images")
 DEFAULT_RECIPE = "fast"

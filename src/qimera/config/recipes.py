@@ -44,6 +44,8 @@ def recipe(name: str, input_spec: InputSpec, num_classes: int) -> Recipe:
             return _paper(large, num_classes)
         case "gdfq":
             return _gdfq(large, num_classes)
+        case "images":
+            return _images(large, num_classes)
     raise ConfigError(f"recipe: no recipe called {name!r}; there are {', '.join(RECIPE_NAMES)}")
 
 
@@ -53,6 +55,16 @@ def _ptq(large: bool, num_classes: int) -> Recipe:
         "ptq",
         "a minute or two, for W4A8 and more: ranges and integers found layer by layer, and no training",
         _optimized(large, 32 if large else 128, 30 if large else 60),
+        _distilled(large, num_classes, 0),
+    )
+
+
+def _images(large: bool, num_classes: int) -> Recipe:
+    """What ptq makes of images of the user's; samples are only held out, to judge the student by."""
+    return Recipe(
+        "images",
+        "a minute: as ptq, but from images of yours alone (--images); samples only judge the student",
+        _ptq(large, num_classes).synthesis.replace(num_optimized=0),
         _distilled(large, num_classes, 0),
     )
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from qimera import __version__
 from qimera.config.base import Settings
+from qimera.config.given_images import GivenImages
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.errors import ConfigError, describe_value
@@ -39,6 +40,9 @@ class RunSettings(Settings):
     seed: int = Field(0, ge=0, le=MAX_SEED)
     bank: str = ""
     """Path of a bank made earlier; empty for one of the run's own."""
+
+    images: GivenImages | None = None
+    """What is remembered of the user's images that join the bank; None where there are none."""
 
     logits: str = ""
     """Which of several outputs of the model holds the logits; empty if detected."""

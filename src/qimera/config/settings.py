@@ -179,8 +179,8 @@ class SynthesisSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "SynthesisSettings":
-        if self.num_generated + self.num_optimized < 2:
-            raise ValueError("num_generated and num_optimized must give at least 2 samples together")
+        if self.num_generated + self.num_optimized == 1:
+            raise ValueError("num_generated and num_optimized must give at least 2 samples together, or none at all")
         return self
 
 

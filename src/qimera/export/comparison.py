@@ -114,7 +114,7 @@ def _time_text(found: Comparison) -> str:
 
 def sample_pixels(student: Student, samples: SampleBank | None) -> UInt8[Tensor, "batch channel height width"]:
     """Return the pixels that a comparison runs on: of ``samples``, evenly spread, or noise where there are none."""
-    if samples is not None:
+    if samples is not None and len(samples):
         return samples.pixels[torch.linspace(0, len(samples) - 1, min(MAX_SAMPLES, len(samples))).long()]
     spec = student.input_spec
     scales = 1 + int(np.log2(min(spec.shape[1:])) // 1) // 2

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def calibration_batches(
     bank: SampleBank, batch_size: int = 1, num_samples: int | None = None
 ) -> Iterator[Float[np.ndarray, "batch channel height width"]]:
-    """Yield normalised float32 images of ``bank`` in their order, held-out and superposed ones left out.
+    """Yield normalised float32 images of ``bank`` in their order, held-out and superposed samples left out.
 
     Args:
         bank: From ``qimera.synthesize``, or loaded.
@@ -108,4 +108,5 @@ def _chosen(bank: SampleBank, batch_size: int, num_samples: int | None) -> Int[T
         if value is not None and value < 1:
             raise ConfigError(f"{name}: must be 1 or more, given {value}")
     single = shows_one_class(bank.soft_labels[: bank.num_training])
+    single[bank.num_training - bank.num_images :] = True
     return (single if bool(single.any()) else ~single).nonzero().flatten()[:num_samples]

@@ -223,7 +223,8 @@ class Compensation:
 
     def error(self, weight: Float[Tensor, "..."]) -> Float[Tensor, ""]:
         """Return the mean square of what ``weight`` and a bias that suits it leave of the target."""
-        return self._left(weight.reshape(self._rows.shape)).var(1).mean()
+        correction = min(1, self._target.shape[1] - 1)  # one position, of a single image, says nothing beside a bias
+        return self._left(weight.reshape(self._rows.shape)).var(1, correction=correction).mean()
 
     def _left(self, rows: Float[Tensor, "group output input"]) -> Float[Tensor, "group position output"]:
         return self._target - self._inputs @ rows.mT
@@ -236,7 +237,12 @@ class Compensation:
 def _suiting_damping(
     inputs: Float[Tensor, "group position input"], missing: Float[Tensor, "group position output"]
 ) -> float:
-    """Return the damping with which what one half of the images is missing says most about the other half."""
+    """Return the damping with which what one half of the images is missing says most about the other half.
+
+    A single position has no halves; it gets the strongest.
+    """
+    if inputs.shape[1] < 2:
+        return max(_DAMPINGS)
     errors = torch.zeros(len(_DAMPINGS), device=inputs.device)
     halves = list(zip(inputs.chunk(2, 1), missing.chunk(2, 1), strict=True))  # positions come image by image
     for (seen, lacking), (unseen, lacking_there) in zip(halves, reversed(halves), strict=True):

@@ -130,7 +130,7 @@ class Report(Settings):
 
 
 def shown_images(bank: SampleBank) -> Tensor:
-    """Return a few dozen normalised images, held-out ones where there are any."""
+    """Return a few dozen normalised images, held-out ones where there are any; none of a bank that holds none."""
     few = bank.input_spec.has_large_images
     images = bank.held_out.images if bank.settings.num_held_out else bank.take(slice(None)).images
     return images[: _NUM_LARGE_IMAGES if few else _NUM_IMAGES]

@@ -54,7 +54,7 @@ def write_page(report: Report, teacher: Teacher, bank: SampleBank, real: Tensor 
         bank: Samples that the student was trained on.
         real: Normalised real images, if the user has any, for the plot of features.
     """
-    page = environment.get_template("page.html.j2")
+    page, bank = environment.get_template("page.html.j2"), bank.synthetic  # never shows images of the user's
     return page.render(report=report, summary=report.summary, pictures=_draw(report, teacher, bank, real))
 
 
@@ -75,7 +75,7 @@ def _draw(report: Report, teacher: Teacher, bank: SampleBank, real: Tensor | Non
         layers=figures.draw_layers(report.costly_layers) if report.costly_layers else "",
         ranges=figures.draw_ranges(report.costly_layers),
         statistics=figures.draw_statistics(in_order) if in_order else "",
-        margins=figures.draw_margins(margins[single], margins[~single]),
+        margins=figures.draw_margins(margins[single], margins[~single]) if len(margins) else "",
         plane=plane,
         plane_classes=plane_classes,
         grid=grid,

@@ -63,6 +63,9 @@ class Summary(Settings):
     num_held_out: int = 0
     """Synthetic samples in the bank that no student learns from."""
 
+    num_images: int = 0
+    """Unlabelled images of the user's that the student was made from beside the samples, or alone."""
+
     num_steps: int
     """Training steps of the student."""
 
@@ -100,6 +103,14 @@ class Summary(Settings):
         """In points; None where there is no estimate."""
         return None if self.estimate is None else self.estimate.drop
 
+    @property
+    def images_text(self) -> str:
+        """What is said of the user's images; empty where there are none."""
+        if not self.num_images:
+            return ""
+        images = "1 unlabelled image" if self.num_images == 1 else f"{self.num_images:,} unlabelled images"
+        return f"{images} of yours, so this model was not made without data"
+
     @classmethod
     def of_run(
         cls,
@@ -128,7 +139,8 @@ class Summary(Settings):
             allocation=allocation,
             recipe=settings.recipe,
             seed=settings.seed,
-            num_samples=bank.num_training,
+            num_samples=bank.num_training - bank.num_images,
+            num_images=bank.num_images,
             num_held_out=bank.settings.num_held_out,
             num_steps=settings.distillation.num_steps,
             estimate=estimate,
@@ -151,7 +163,10 @@ class Summary(Settings):
             "bits": f"{self.bits}{exceptions}, scheme {self.scheme}, target {self.target}",
             "budget": "\n".join(self.allocation),
             "recipe": f"{self.recipe}, seed {self.seed}",
-            "bank": f"{self.num_samples} synthetic samples{held_out}, {_readable_seconds(self.bank_seconds)}",
+            "bank": f"{self.num_samples} synthetic samples{held_out}, {_readable_seconds(self.bank_seconds)}"
+            if self.num_samples or self.num_held_out
+            else "no synthetic samples",
+            "images": self.images_text,
             "student": f"{self.num_steps} steps, {_readable_seconds(self.student_seconds)}",
             "size": f"{readable_bytes(self.student_bytes)} instead of {readable_bytes(self.teacher_bytes)}, "
             f"{self.teacher_bytes / self.student_bytes:.1f} times smaller",

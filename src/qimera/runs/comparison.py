@@ -38,6 +38,9 @@ class ComparedRun(Settings):
     recipe: str
     """Name of the recipe."""
 
+    num_images: int
+    """Unlabelled images of the user's that the student was made from too."""
+
     seed: int
     """Start of all random numbers."""
 
@@ -81,6 +84,7 @@ def compared(run: RunDirectory) -> ComparedRun:
         layer_bits=summary.layer_bits,
         budget=summary.budget,
         recipe=summary.recipe,
+        num_images=summary.num_images,
         seed=summary.seed,
         bytes=summary.student_bytes,
         estimated_drop=estimate and round(estimate.drop, 3),
@@ -164,7 +168,7 @@ def _cells(found: ComparedRun) -> dict[str, str]:
     return {
         "run": found.run,
         "bits": found.budget or found.bits + (f", {found.layer_bits}" if found.layer_bits else ""),
-        "recipe": found.recipe,
+        "recipe": found.recipe + (f", {found.num_images:,} images" if found.num_images else ""),
         "seed": str(found.seed),
         "size": readable_bytes(found.bytes),
         "estimated drop": estimate,

@@ -74,7 +74,15 @@ class RunDirectory:
                         settings.save(temporary)
                     return cls(path, settings)
         run = cls(path, RunSettings.load(settings_file))
-        differences = _differences(run._settings_as_given(), settings)
+        there = run._settings_as_given()
+        before, now = (each.images and each.images.sha256 for each in (there, settings))
+        if before != now:
+            then, given = (each.images.text() if each.images else "no images of yours" for each in (there, settings))
+            raise ConfigError(
+                f"{path}: holds a run that learns from {then}, given {given}; give the same --images, or choose "
+                "another --output"
+            )
+        differences = _differences(there, settings)
         if differences and settings != run.settings:
             listed = "; ".join(differences[:_MAX_LISTED])
             rest = f"; and {len(differences) - _MAX_LISTED} more" if len(differences) > _MAX_LISTED else ""

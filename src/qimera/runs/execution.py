@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qimera import pipeline
 from qimera.assessment.data import LabelledImages
@@ -24,7 +25,8 @@ from qimera.mixed_precision.budget import check_budget
 from qimera.quantization.student import Student
 from qimera.report.summary import Summary
 from qimera.runs.directory import ALLOCATION, BANK, STUDENT, RunDirectory
-from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.bank import NOTHING_TO_LEARN_FROM, SampleBank, check_bank
+from qimera.synthesis.parts import needs_generator
 from qimera.teacher.teacher import Teacher
 
 
@@ -33,8 +35,12 @@ def check_run(settings: RunSettings, teacher: Teacher, bank: SampleBank | None) 
 
     Raises:
         ConfigError: bits for an unknown layer, a budget out of reach, a start that the scheme lacks, fresh samples or
-            training without a generator, or a choice without held-out samples.
+            training without a generator, a choice without held-out samples, or nothing to make a student from.
     """
+    if bank is not None:
+        check_bank(bank, teacher)
+    elif not settings.images and not settings.synthesis.num_generated + settings.synthesis.num_optimized:
+        raise ConfigError(NOTHING_TO_LEARN_FROM)
     check_layer_bits(settings.quantization.layer_bits, [layer.name for layer in teacher.layers])
     check_budget(teacher, settings.quantization)
     ways = (settings.distillation, *settings.alternatives)
@@ -66,6 +72,7 @@ def carry_out(
     bank: SampleBank | None,
     progress: ProgressCallback,
     device: torch.device | str = "cpu",
+    images: Tensor | None = None,
 ) -> Summary:
     """Make what is missing in the run directory, and return its summary.
 
@@ -75,13 +82,15 @@ def carry_out(
         bank: The bank that the settings name; None for one of the run's own.
         progress: Called after every step.
         device: Where to train.
+        images: Pixels of the user's images that the settings remember, for a bank of the run's own.
 
     Raises:
-        ConfigError: the run is finished, but its model had other weights then; or another process is at work in it.
+        ConfigError: the run is finished, but its model had other weights then; another process is at work in it; or
+            the user's images are needed and not given.
         DivergenceError: a loss became NaN or infinite.
     """
     with run.occupied():
-        return _carry_out(run, teacher, bank, progress, find_device(device))
+        return _carry_out(run, teacher, bank, progress, find_device(device), images)
 
 
 def _carry_out(
@@ -90,13 +99,14 @@ def _carry_out(
     bank: SampleBank | None,
     progress: ProgressCallback,
     device: torch.device,
+    images: Tensor | None,
 ) -> Summary:
     if from_main(lambda: run.is_finished):
         return from_main(_summary_of, run, teacher)
     if is_main():
         with replacing(run.teacher_file) as temporary:
             teacher.save(temporary)
-    samples = bank if bank is not None else _own_bank(run, teacher, progress, device)
+    samples = bank if bank is not None else _own_bank(run, teacher, progress, device, images)
     if run.settings.quantization.budget:
         _find_bits(run, teacher, samples, progress)
     student, chosen = _make_student(run, teacher, samples, progress, device)
@@ -146,7 +156,7 @@ def load_student(run: RunDirectory) -> tuple[Student, Teacher]:
 
 
 def load_bank(run: RunDirectory, teacher: Teacher) -> SampleBank:
-    """Return the bank that the run's student was trained on."""
+    """Return the bank that the run's student was trained on, without images of the user's that it does not hold."""
     return SampleBank.load(Path(run.settings.bank) if run.settings.bank else run.bank_directory, teacher)
 
 
@@ -160,13 +170,20 @@ def _summary_of(run: RunDirectory, teacher: Teacher) -> Summary:
     return summary
 
 
-def _own_bank(run: RunDirectory, teacher: Teacher, progress: ProgressCallback, device: torch.device) -> SampleBank:
-    if not from_main(lambda: run.has_bank):
-        settings, checkpoints = run.settings, run.checkpoints_directory / BANK
+def _own_bank(
+    run: RunDirectory, teacher: Teacher, progress: ProgressCallback, device: torch.device, images: Tensor | None
+) -> SampleBank:
+    settings, checkpoints, given = run.settings, run.checkpoints_directory / BANK, run.settings.images
+    has_bank = from_main(lambda: run.has_bank)
+    if given and images is None and not (has_bank and given.kept):
+        raise ConfigError(f"--images: the run learns from {given.text()}, which it has not kept; give them again")
+    if not has_bank:
         with run.recording(BANK, progress) as record:
             bank = pipeline.synthesize(
                 teacher,
                 settings=settings.synthesis,
+                images=images,
+                keep_images=given is not None and given.kept,
                 seed=settings.seed,
                 device=device,
                 checkpoints=checkpoints,
@@ -176,7 +193,8 @@ def _own_bank(run: RunDirectory, teacher: Teacher, progress: ProgressCallback, d
             bank.save(run.bank_directory)
             Checkpoints(checkpoints).forget()
     # Read back: a run that is interrupted here and continued must see the same samples.
-    return from_main(SampleBank.load, run.bank_directory, teacher)
+    bank = from_main(SampleBank.load, run.bank_directory, teacher)
+    return bank if images is None else from_main(bank.with_images, images, teacher)
 
 
 def _find_bits(run: RunDirectory, teacher: Teacher, bank: SampleBank, progress: ProgressCallback) -> None:
@@ -220,4 +238,4 @@ def _make_student(
 def _has_generator(settings: RunSettings, bank: SampleBank | None) -> bool:
     if bank is not None:
         return bank.synthesizer is not None
-    return settings.synthesis.num_generated > 0 or settings.synthesis.direct.start == "generator"
+    return needs_generator(settings.synthesis)

@@ -73,7 +73,8 @@ def report_run(run: RunDirectory, real: Tensor | None = None) -> Report:
 
 
 def collect(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleBank) -> Report:
-    """Return what the report of a finished run says."""
+    """Return what the report of a finished run says; nothing of layers where no sample is left to look at them with."""
+    images = shown_images(bank)
     return Report(
         summary=run.summary(),
         settings=_without_directories(run.settings),
@@ -81,7 +82,7 @@ def collect(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleB
         multiply_adds=total_multiply_adds(teacher.module),
         bit_operations=bit_operations(teacher, student.settings),
         bank=diagnose(bank, teacher),
-        layers=tuple(layer_reports(student, shown_images(bank))),
+        layers=tuple(layer_reports(student, images) if len(images) else ()),
         curves=tuple(curves(run.metrics.lines())),
         exports=tuple(Export.load(path) for path in sorted(run.path.glob("export-*.json"))),
     )

@@ -5,10 +5,10 @@ GDFQ and Qimera train a generator anew for every bit width (deviation D17).
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,10 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qimera.config.given_images import GivenImages, digests_of
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import SynthesisSettings
 from qimera.errors import ConfigError
 from qimera.machine.files import naming, save_tensors, sync_directory, sync_tree
+from qimera.synthesis.samples import Batches, Samples
 from qimera.synthesis.synthesizer import Synthesizer
 from qimera.teacher.teacher import Teacher
 
@@ -29,28 +31,11 @@ _SHARD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Some samples of a bank."""
-
-    images: Float[Tensor, "batch channel height width"]
-    """Normalised."""
-    soft_labels: Float[Tensor, "batch num_classes"]
-    logits: Float[Tensor, "batch num_classes"]
-    """The teacher's."""
-
-    def to(self, device: torch.device) -> "Samples":
-        """Return them on ``device``; a GPU fetches them while the processor goes on."""
-        parts = [self.images, self.soft_labels, self.logits]
-        if device.type == "cuda":
-            parts = [part.pin_memory() for part in parts]
-        return Samples(*(part.to(device, non_blocking=True) for part in parts))
-
-
-@dataclass(frozen=True)
 class SampleBank:
     """Synthetic samples of one teacher, as 8-bit pixels, and the synthesizer that can draw more.
 
-    The last ``settings.num_held_out`` samples are held out: ``batches`` never yields them.
+    The last ``settings.num_held_out`` samples are held out: ``batches`` never yields them. Images of the user's, if
+    there are any, stand before those.
     """
 
     pixels: UInt8[Tensor, "sample channel height width"]
@@ -62,6 +47,10 @@ class SampleBank:
     teacher_hash: str
     synthesizer: Synthesizer | None = None
     """The trained generator, when the settings train one."""
+    images: GivenImages | None = None
+    """What is remembered of the user's images that joined; None where none did."""
+    num_images: int = 0
+    """Images of the user's that the bank holds; 0 too where it remembers them alone."""
 
     @classmethod
     def from_images(
@@ -88,16 +77,65 @@ class SampleBank:
         synthesizer: Synthesizer | None = None,
     ) -> "SampleBank":
         """Ask the teacher what it makes of these pixels."""
-        with torch.no_grad():
-            logits = torch.cat([teacher(teacher.input_spec.normalize(part)) for part in pixels.split(64)])
+        logits = _answers(pixels, teacher)
         return cls(pixels, soft_labels, logits, teacher.input_spec, settings, seed, teacher.hash, synthesizer)
+
+    def with_images(
+        self, pixels: UInt8[Tensor, "image channel height width"], teacher: Teacher, *, keep: bool = False
+    ) -> "SampleBank":
+        """Return a bank in which unlabelled images of the user's join the samples that students learn from.
+
+        Their soft labels are the teacher's own answers. They are never held out. A bank that holds these images
+        already is returned as it is.
+
+        Args:
+            pixels: 0 darkest and 255 brightest; ``load_images`` reads them.
+            teacher: That of the bank.
+            keep: Whether ``save`` writes the images too; without it, a bank on disk remembers their hash alone.
+
+        Raises:
+            ConfigError: there are none, they are of another shape, the bank has other images, or another teacher.
+        """
+        check_teacher(self, teacher)
+        if not len(pixels) or tuple(pixels.shape[1:]) != self.input_spec.shape:
+            raise ConfigError(
+                f"images: expected one or more of shape {self.input_spec.shape}, given {tuple(pixels.shape)}"
+            )
+        given = GivenImages.of(pixels, kept=keep)
+        if self.images is not None and self.images.sha256 != given.sha256:
+            raise ConfigError(f"images: the bank was made with {self.images.text()}, given {given.text()}")
+        remembered = given if keep or self.images is None else self.images
+        if self.num_images:
+            return replace(self, images=remembered)
+        digests = digests_of(pixels)
+        pixels = pixels[sorted(range(len(pixels)), key=lambda index: digests[index])]
+        logits = _answers(pixels, teacher)
+        before, after = slice(self.num_training), slice(self.num_training, None)
+        return replace(
+            self,
+            pixels=torch.cat([self.pixels[before], pixels, self.pixels[after]]),
+            soft_labels=torch.cat([self.soft_labels[before], logits.softmax(1), self.soft_labels[after]]),
+            logits=torch.cat([self.logits[before], logits, self.logits[after]]),
+            images=remembered,
+            num_images=len(pixels),
+        )
+
+    @property
+    def synthetic(self) -> "SampleBank":
+        """The bank without the user's images, which it goes on to remember."""
+        if not self.num_images:
+            return self
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[self.num_training - self.num_images : self.num_training] = False
+        pixels, soft_labels, logits = (each[kept] for each in (self.pixels, self.soft_labels, self.logits))
+        return replace(self, pixels=pixels, soft_labels=soft_labels, logits=logits, num_images=0)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     @property
     def num_training(self) -> int:
-        """Samples that students may learn from; they come first."""
+        """Samples that students may learn from, the user's images among them; they come first."""
         return len(self) - self.settings.num_held_out
 
     @property
@@ -119,7 +157,7 @@ class SampleBank:
 
     def batches(self, batch_size: int, rng: torch.Generator) -> "Batches":
         """Yield batches without end, each training sample once before any comes again, in random order."""
-        return Batches(self, min(batch_size, self.num_training), rng)
+        return Batches(self.take, self.num_training, min(batch_size, self.num_training), rng)
 
     @property
     def hash(self) -> str:
@@ -131,6 +169,8 @@ class SampleBank:
     def save(self, directory: Path | str) -> None:
         """Write shards, generator and manifest; the directory appears complete or not at all.
 
+        Images of the user's are written only if they are to be kept; else the manifest remembers their hash.
+
         Raises:
             ConfigError: it exists already.
         """
@@ -141,7 +181,7 @@ class SampleBank:
         partial.mkdir(parents=True)
         try:
             with naming(directory):
-                self._write(partial)
+                (self if self.images and self.images.kept else self.synthetic)._write(partial)
                 sync_tree(partial)  # before what it was made from is removed
                 partial.rename(directory)
                 sync_directory(directory.parent)
@@ -150,9 +190,9 @@ class SampleBank:
             raise
 
     def _write(self, directory: Path) -> None:
-        per_shard = max(1, _SHARD_BYTES // self.pixels[0].numel())
+        per_shard = max(1, _SHARD_BYTES // math.prod(self.input_spec.shape))
         shards = []
-        for number, start in enumerate(range(0, len(self), per_shard)):
+        for number, start in enumerate(range(0, max(1, len(self)), per_shard)):
             part = slice(start, start + per_shard)
             shards.append(f"samples-{number:05}.safetensors")
             tensors = {"pixels": self.pixels[part], "soft_labels": self.soft_labels[part], "logits": self.logits[part]}
@@ -167,6 +207,7 @@ class SampleBank:
             "shards": shards,
             "input": self.input_spec.model_dump(),
             "settings": self.settings.model_dump(),
+            "images": self.images and self.images.model_dump(),
         }
         (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
@@ -191,6 +232,7 @@ class SampleBank:
                     f"{teacher.hash[:12]}); synthesise a bank for this model and its weights"
                 )
             settings, input_spec = _read_settings(directory, manifest["settings"], manifest["input"])
+            images = GivenImages.model_validate(manifest["images"]) if manifest.get("images") else None
             if input_spec != teacher.input_spec:
                 raise ConfigError(
                     f"bank {directory}: made for images of {input_spec}, this teacher takes {teacher.input_spec}"
@@ -207,28 +249,16 @@ class SampleBank:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
             raise ConfigError(f"bank {directory}: damaged ({error}); synthesise it again") from error
         _check_shapes(directory, parts, teacher)
-        if settings.num_held_out >= len(parts[0]):
+        num_images = images.count if images and images.kept else 0
+        if settings.num_held_out + num_images + (images is None) > len(parts[0]):
             raise ConfigError(
-                f"bank {directory}: damaged ({settings.num_held_out} of {len(parts[0])} samples are held out); "
-                "synthesise it again"
+                f"bank {directory}: damaged ({settings.num_held_out} of {len(parts[0])} samples are held out"
+                + (f", and {num_images} are images of yours" if num_images else "")
+                + "); synthesise it again"
             )
         synthesizer = _load_synthesizer(directory / "generator.safetensors", teacher, settings)
-        return cls(parts[0], parts[1], parts[2], teacher.input_spec, settings, seed, owner, synthesizer)
-
-
-class Batches(Iterator[Samples]):
-    """Batches of a bank's training samples without end; with the random generator, ``order`` says which come next."""
-
-    def __init__(self, bank: SampleBank, batch_size: int, rng: torch.Generator) -> None:
-        self._bank, self._batch_size, self._rng = bank, batch_size, rng
-        self.order = torch.empty(0, dtype=torch.int64)
-        """Positions of samples that are drawn already and not yet used."""
-
-    def __next__(self) -> Samples:
-        if len(self.order) < self._batch_size:
-            self.order = torch.cat([self.order, torch.randperm(self._bank.num_training, generator=self._rng)])
-        chosen, self.order = self.order[: self._batch_size], self.order[self._batch_size :]
-        return self._bank.take(chosen)
+        spec = teacher.input_spec
+        return cls(parts[0], parts[1], parts[2], spec, settings, seed, owner, synthesizer, images, num_images)
 
 
 def _read_settings(directory: Path, settings: object, input_spec: object) -> tuple[SynthesisSettings, InputSpec]:
@@ -236,6 +266,15 @@ def _read_settings(directory: Path, settings: object, input_spec: object) -> tup
         return SynthesisSettings.model_validate(settings), InputSpec.model_validate(input_spec)
     except ConfigError as error:
         raise ConfigError(f"bank {directory}: {error}") from error
+
+
+def _answers(
+    pixels: UInt8[Tensor, "sample channel height width"], teacher: Teacher
+) -> Float[Tensor, "sample num_classes"]:
+    if not len(pixels):
+        return torch.empty(0, teacher.num_classes)
+    with torch.no_grad():
+        return torch.cat([teacher(teacher.input_spec.normalize(part)) for part in pixels.split(64)])
 
 
 def _check_shapes(directory: Path, parts: list[Tensor], teacher: Teacher) -> None:
@@ -258,7 +297,25 @@ def _load_synthesizer(path: Path, teacher: Teacher, settings: SynthesisSettings)
 
 
 def check_bank(bank: SampleBank, teacher: Teacher) -> None:
-    """Raise ConfigError if ``bank`` is of another teacher, or of other images."""
+    """Raise ConfigError if no student of ``teacher`` can learn from ``bank``."""
+    check_teacher(bank, teacher)
+    if bank.images is not None and not bank.num_images:
+        raise ConfigError(
+            f"images: the bank was made with {bank.images.text()}, and does not hold them; give them again (--images, "
+            "or bank.with_images in Python)"
+        )
+    if not bank.num_training:
+        raise ConfigError(NOTHING_TO_LEARN_FROM)
+
+
+NOTHING_TO_LEARN_FROM = (
+    "num_generated and num_optimized: both are 0, and there are no images of yours, so there is nothing to make a "
+    "student from; give --images, or one of them above 0"
+)
+
+
+def check_teacher(bank: SampleBank, teacher: Teacher) -> None:
+    """Raise ConfigError if ``bank`` is of another teacher, or of images of another kind."""
     if bank.teacher_hash != teacher.hash:
         raise ConfigError(
             f"bank: made for another teacher (hash {bank.teacher_hash[:12]}, this model has {teacher.hash[:12]}); "

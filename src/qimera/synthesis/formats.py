@@ -25,6 +25,7 @@ def write_bank(bank: SampleBank, path: Path | str, form: BankFormat = "bank") ->
 
     Args:
         bank: What to write; held-out samples too, last.
+            Images of the user's are written only if they are to be kept.
         path: What becomes of it, a directory or a file.
         form: ``bank``: the directory that qimera reads. ``npz``: one file of ``images`` (sample, height, width,
             channel; uint8), ``labels`` (the class of the largest share), ``soft_labels`` and the teacher's ``logits``.
@@ -39,6 +40,8 @@ def write_bank(bank: SampleBank, path: Path | str, form: BankFormat = "bank") ->
     if form == "bank":
         bank.save(path)
         return
+    if not (bank.images and bank.images.kept):
+        bank = bank.synthetic
     if path.exists():
         raise ConfigError(f"bank {path}: exists already; choose another place or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +70,7 @@ def _facts(bank: SampleBank) -> dict[str, str]:
         "mean": json.dumps(spec.mean),
         "std": json.dumps(spec.std),
         "num_held_out": str(bank.settings.num_held_out),
+        "num_images": str(bank.num_images),
     }
 
 

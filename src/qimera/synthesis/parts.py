@@ -39,16 +39,32 @@ def parts_of(settings: SynthesisSettings, num_classes: int, rng: torch.Generator
     """
     drawn = _sizes(settings.num_generated, settings.generator.batch_size)
     optimized = _sizes(settings.num_optimized, settings.direct.batch_size)
-    if optimized:
+    if _holds_out_optimized(settings):
         optimized += _sizes(settings.num_held_out, settings.direct.batch_size)
     else:
         drawn += _sizes(settings.num_held_out, settings.generator.batch_size)
     kinds = [(size, False) for size in drawn] + [(size, True) for size in optimized]
+    if not kinds:
+        return []
     turns = take_turns(sum(size for size, _ in kinds), num_classes, rng).split([size for size, _ in kinds])
     return [
         Part(number, first, kind[1], kinds.count(kind))
         for number, (first, kind) in enumerate(zip(turns, kinds, strict=True))
     ]
+
+
+def optimizes(settings: SynthesisSettings) -> bool:
+    """Return whether any sample is optimised directly."""
+    return settings.num_optimized > 0 or (settings.num_held_out > 0 and _holds_out_optimized(settings))
+
+
+def needs_generator(settings: SynthesisSettings) -> bool:
+    """Return whether any sample is drawn from the generator, or starts as one that is."""
+    return settings.num_generated > 0 or (settings.direct.start == "generator" and optimizes(settings))
+
+
+def _holds_out_optimized(settings: SynthesisSettings) -> bool:
+    return settings.num_optimized > 0 or settings.num_generated == 0
 
 
 def _sizes(total: int, size: int) -> list[int]:

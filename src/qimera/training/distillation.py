@@ -28,7 +28,8 @@ from qimera.machine.progress import COMPILING, Progress, ProgressCallback, is_re
 from qimera.quantization.losses import block_outputs, feature_loss, kl_loss
 from qimera.quantization.student import Student
 from qimera.synthesis.augmentation import blend_at_random, flip_at_random, shift_each
-from qimera.synthesis.bank import SampleBank, Samples
+from qimera.synthesis.bank import SampleBank
+from qimera.synthesis.samples import Samples
 from qimera.synthesis.synthesizer import SynthesizerTraining
 from qimera.teacher.teacher import Teacher
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from qimera.config.settings import DirectSettings, DistillationSettings, GeneratorSettings, SynthesisSettings
 from qimera.quantization.student import Student
+from qimera.synthesis.parts import optimizes
 from qimera.synthesis.synthesizer import Synthesizer
 from qimera.teacher.teacher import Teacher
 
@@ -29,7 +30,7 @@ _S = TypeVar("_S", DirectSettings, GeneratorSettings, DistillationSettings)
 
 def images_in_memory(settings: SynthesisSettings, teacher: Teacher) -> SynthesisSettings:
     """Return the settings with batches of optimised images that fit into ``memory_gib``."""
-    if not settings.num_optimized:
+    if not optimizes(settings):
         return settings
     written = written_bytes(lambda: teacher.forward_with_taps(_few_images(teacher)))
     direct = _fitting(settings.direct, "direct.batch_size", written, settings.memory_gib)
