@@ -11,6 +11,7 @@ from torch import Tensor
 from qimera.export.comparison import Comparison, compare
 from qimera.quantization.student import Student
 from qimera.runs.directory import RunDirectory
+from qimera.runs.model_card import card_beside, write_model_card
 from tests.command_line import qimera, said
 
 
@@ -106,3 +107,31 @@ def _compared_with_the_negative(
     latencies: list[float],
 ) -> Comparison:
     return compare(runtime, expected, -actual, num_layers, float_layers, latencies)
+
+
+def test_export_writes_a_model_card_beside_the_file_and_the_report_links_to_it(
+    tmp_path: Path, finished_run: Path
+) -> None:
+    result = qimera("export", finished_run, "--format", "pt2", "--output", tmp_path / "x.pt2", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["model_card"] == str(tmp_path / "MODEL_CARD.md")
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "| `x.pt2` |" in card
+    assert "No images and no labels were used" in card
+    assert str(tmp_path) not in card
+    assert str(finished_run.parent) not in card
+    assert "| `x.pt2` |" in (finished_run / "MODEL_CARD.md").read_text()
+    assert 'href="MODEL_CARD.md"' in (finished_run / "report.html").read_text()
+
+
+def test_a_card_of_another_model_beside_the_file_stays(tmp_path: Path, finished_run: Path) -> None:
+    run = RunDirectory.open(finished_run)
+    (tmp_path / "MODEL_CARD.md").write_text("# My own")
+    write_model_card(run, tmp_path / "y.onnx")
+    assert (tmp_path / "MODEL_CARD.md").read_text() == "# My own"
+    assert "a model in full precision" in (tmp_path / "y-MODEL_CARD.md").read_text()
+    (tmp_path / "MODEL_CARD.md").unlink()
+    write_model_card(run, tmp_path / "y.onnx")
+    write_model_card(run, tmp_path / "z.onnx")
+    assert card_beside(run, tmp_path / "z.onnx") == tmp_path / "MODEL_CARD.md"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["MODEL_CARD.md", "y-MODEL_CARD.md"]

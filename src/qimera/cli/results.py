@@ -240,6 +240,9 @@ class ExportedFile(Found):
     file: str
     """Path of it."""
 
+    model_card: str
+    """Path of the page beside it that says what it is."""
+
     format: str
     """``onnx``, ``pt2``, ``aotinductor``, ``executorch`` or ``litert``."""
 

@@ -136,6 +136,7 @@ def export(
         from qimera.cli.results import ExportedFile
         from qimera.runs.directory import RunDirectory
         from qimera.runs.exporting import FILE_NAMES, export_run
+        from qimera.runs.model_card import card_beside
         from qimera.runs.reporting import report_run
 
         directory = RunDirectory.open(run)
@@ -151,7 +152,9 @@ def export(
         )
         if directory.report_page_file.exists():
             report_run(directory)
-        found = ExportedFile(run=str(run), file=str(path), format=form, **asdict(verification))
+        card = card_beside(directory, path)
+        found = ExportedFile(run=str(run), file=str(path), model_card=str(card), format=form, **asdict(verification))
         out.result(found, f"{path}: {verification.text()}")
+        out.hint(f"model card: {card}")
         if not (directory.evaluation_file).exists():
             out.hint(f"next: qimera evaluate {run} --data PATH, if you have labelled images")

@@ -15,6 +15,7 @@ from qimera.litert.export import export_litert
 from qimera.machine.files import replacing
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import load_bank, load_student
+from qimera.runs.model_card import write_model_card
 
 ExportFormat = Literal["onnx", "pt2", "aotinductor", "executorch", "litert"]
 
@@ -46,7 +47,7 @@ def export_run(
     integer_logits: bool = False,
     min_agreement: float = MIN_AGREEMENT,
 ) -> Verification:
-    """Write the student of ``run`` to ``path``, verified on the run's bank, and record the verification.
+    """Write the student of ``run`` to ``path``, verified on the run's bank, with a record of that and a model card.
 
     Raises:
         ConfigError: the folder of ``path`` is not there, the labels cannot be read or do not fit, or an option is not
@@ -73,6 +74,7 @@ def export_run(
     verification = _EXPORTS[form](student, path, bank, **options)
     with replacing(run.path / f"export-{form}.json") as temporary:
         temporary.write_text(json.dumps({"file": path.name, **asdict(verification)}, indent=2) + "\n", encoding="utf-8")
+    write_model_card(run, path)
     return verification
 
 

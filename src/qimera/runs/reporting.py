@@ -14,11 +14,12 @@ from qimera.graph.costs import total_multiply_adds
 from qimera.machine.files import replacing
 from qimera.mixed_precision.budget import bit_operations
 from qimera.quantization.student import Student
-from qimera.report.content import Export, Measured, Report, curves, shown_images
+from qimera.report.content import Measured, Report, curves, shown_images
 from qimera.report.layers import layer_reports
 from qimera.report.page import write_page
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import load_bank, load_student
+from qimera.runs.model_card import exports_of, write_model_card
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import short_source
 from qimera.teacher.teacher import Teacher
@@ -58,6 +59,8 @@ def keep_evaluation(run: RunDirectory, path: Path, images: LabelledImages, resul
 def report_run(run: RunDirectory, real: Tensor | None = None) -> Report:
     """Write ``report.json`` and ``report.html`` into the run's directory, and return what they say.
 
+    The model card is written again too, if there are exported files.
+
     Args:
         run: Finished.
         real: Normalised real images, if the user has any, for the plot of features.
@@ -69,6 +72,8 @@ def report_run(run: RunDirectory, real: Tensor | None = None) -> Report:
         report.save(temporary)
     with replacing(run.report_page_file) as temporary:
         temporary.write_text(write_page(report, teacher, bank, real), encoding="utf-8")
+    if report.exports:
+        write_model_card(run)
     return report
 
 
@@ -84,7 +89,7 @@ def collect(run: RunDirectory, student: Student, teacher: Teacher, bank: SampleB
         bank=diagnose(bank, teacher),
         layers=tuple(layer_reports(student, images) if len(images) else ()),
         curves=tuple(curves(run.metrics.lines())),
-        exports=tuple(Export.load(path) for path in sorted(run.path.glob("export-*.json"))),
+        exports=exports_of(run),
     )
 
 
