@@ -8,6 +8,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 DROPS = RESULTS / "drops"
 INGREDIENTS = RESULTS / "ingredients"
+FEW_IMAGES = RESULTS / "few_images"
 PARETO = RESULTS / "pareto"
 WITHOUT_NORMS = RESULTS / "without_norms"
 QUEUE = Path(__file__).parents[1] / "queue" / "results"
@@ -212,6 +213,26 @@ def without_norms() -> str:
         drops = " | ".join(_drop_and_agreement(found.get(bits, [])) for bits in widths)
         every = [each for group in found.values() for each in group]
         rows.append(f"| {network} | {samples} | {drops} | {_seeds(every)} | {every[0]['num_images']:,} |\n")
+    return "".join(rows)
+
+
+def few_images() -> str:
+    """One row per network and number of images of the user's: drops beside samples and from images alone."""
+    rows = [
+        "| network | images of yours | beside the samples of `ptq` | images alone | agreement, beside | alone |\n",
+        "|---|---|---|---|---|---|\n",
+    ]
+    found: dict[tuple[str, int], dict[str, list[Result]]] = {}
+    for path in sorted(FEW_IMAGES.glob("*/*.json")):
+        each = json.loads(path.read_text())
+        found.setdefault((each["network"], each["count"]), {}).setdefault(each["way"], []).append(each)
+    for (network, count), ways in sorted(found.items()):
+        cells = [
+            _mean(ways[way], key) + (_lone(ways[way]) if key == "drop" else "") if way in ways else ""
+            for key in ("drop", "agreement")
+            for way in ("beside", "alone")
+        ]
+        rows.append(f"| {network} | {count:,} | {' | '.join(cells)} |\n")
     return "".join(rows)
 
 

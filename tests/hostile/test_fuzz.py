@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from qimera.assessment.data import load_labelled_images
+from qimera.assessment.unlabelled import load_images
 from qimera.config.run_settings import RunSettings
 from qimera.config.settings import DistillationSettings, QuantizationSettings
 from qimera.errors import QimeraError
@@ -70,6 +71,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory, teacher: Teacher, bank: 
     save_file(TinyNet().state_dict(), folder / "weights.safetensors")
     pixels = np.random.default_rng(0).integers(0, 256, (6, *SPEC.shape[1:], SPEC.shape[0]), np.uint8)
     np.savez_compressed(folder / "test.npz", images=pixels, labels=np.arange(6) % NUM_CLASSES)
+    np.save(folder / "images.npy", pixels)
     for number in range(2):
         (folder / "images" / str(number)).mkdir(parents=True)
         Image.fromarray(pixels[number]).save(folder / "images" / str(number) / "a.png")
@@ -108,6 +110,9 @@ def subjects(teacher: Teacher) -> dict[str, Subject]:
         ),
         "npz": Subject(["test.npz"], lambda folder: images(folder / "test.npz"), 2.0),
         "images": Subject(["images/0/a.png", "images/1/a.png"], lambda folder: images(folder / "images")),
+        "own npz": Subject(["test.npz"], lambda folder: load_images(folder / "test.npz", SPEC)),
+        "own npy": Subject(["images.npy"], lambda folder: load_images(folder / "images.npy", SPEC)),
+        "own images": Subject(["images/0/a.png"], lambda folder: load_images(folder / "images", SPEC)),
     }
 
 

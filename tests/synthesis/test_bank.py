@@ -218,6 +218,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "made for images of",
     ),
     "no settings": (lambda d: change_manifest(d, lambda m: m.update(settings=3)), "damaged"),
+    "images of no number": (
+        lambda d: change_manifest(d, lambda m: m.update(images={"count": 0, "sha256": "ab", "kept": False})),
+        "count: .* given 0",
+    ),
+    "images of no record": (lambda d: change_manifest(d, lambda m: m.update(images=[3])), "damaged"),
     "later format": (lambda d: change_manifest(d, lambda m: m.update(format_version=99)), "format version 99"),
     "shard missing": (lambda d: (d / "samples-00000.safetensors").unlink(), "is missing"),
     "shard cut off": (lambda d: cut(d / "samples-00000.safetensors"), "damaged"),

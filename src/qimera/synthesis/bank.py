@@ -231,8 +231,7 @@ class SampleBank:
                     f"bank {directory}: made for another teacher (hash {owner[:12]}, this model has "
                     f"{teacher.hash[:12]}); synthesise a bank for this model and its weights"
                 )
-            settings, input_spec = _read_settings(directory, manifest["settings"], manifest["input"])
-            images = GivenImages.model_validate(manifest["images"]) if manifest.get("images") else None
+            settings, input_spec, images = _read_settings(directory, manifest)
             if input_spec != teacher.input_spec:
                 raise ConfigError(
                     f"bank {directory}: made for images of {input_spec}, this teacher takes {teacher.input_spec}"
@@ -261,9 +260,16 @@ class SampleBank:
         return cls(parts[0], parts[1], parts[2], spec, settings, seed, owner, synthesizer, images, num_images)
 
 
-def _read_settings(directory: Path, settings: object, input_spec: object) -> tuple[SynthesisSettings, InputSpec]:
+def _read_settings(
+    directory: Path, manifest: dict[str, object]
+) -> tuple[SynthesisSettings, InputSpec, GivenImages | None]:
+    given = manifest.get("images")  # banks of qimera 0.2.0 have no such key
     try:
-        return SynthesisSettings.model_validate(settings), InputSpec.model_validate(input_spec)
+        return (
+            SynthesisSettings.model_validate(manifest["settings"]),
+            InputSpec.model_validate(manifest["input"]),
+            None if given is None else GivenImages.model_validate(given),
+        )
     except ConfigError as error:
         raise ConfigError(f"bank {directory}: {error}") from error
 
