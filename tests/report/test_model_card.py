@@ -131,3 +131,9 @@ def test_a_card_is_known_to_belong_to_its_student() -> None:
     assert belongs_to(text, summary(warnings=("later",)))
     assert not belongs_to(text, summary(finished="2026-12-01T10:00:00+00:00"))
     assert not belongs_to("# My own card", summary())
+
+
+def test_names_that_a_user_gave_are_no_markdown() -> None:
+    text = card(model="<script>`[x](y)|.py:build", layer_bits="a`b=w8a8")
+    assert "# _script___x_(y)_.py:build at w4a4" in text
+    assert "except `a_b=w8a8`" in text

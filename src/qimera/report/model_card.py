@@ -1,5 +1,6 @@
 """A finished run and its exported files -> a page that travels with the files and says what they are."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 from qimera.config.run_settings import RunSettings
@@ -34,7 +35,7 @@ def _lines(
     summary: Summary, settings: RunSettings, measured: Measured | None, exports: Sequence[Export]
 ) -> Iterator[str]:
     yield _marker(summary)
-    yield f"# {summary.model} at {summary.bits}\n"
+    yield f"# {_plain(summary.model)} at {summary.bits}\n"
     yield (
         f"An image classifier of {summary.num_classes} classes, quantized from a model in full precision by "
         f"[Qimera](https://arxiv.org/abs/2111.02625) (qimera {summary.versions.get('qimera', '')}, "
@@ -58,10 +59,10 @@ def _lines(
 
 def _facts(summary: Summary, settings: RunSettings) -> dict[str, str]:
     spec = settings.input
-    exceptions = f", except `{summary.layer_bits}`" if summary.layer_bits else ""
+    exceptions = f", except `{_plain(summary.layer_bits)}`" if summary.layer_bits else ""
     shape = " x ".join(map(str, spec.shape))
     return {
-        "Full-precision model": f"{summary.model}, hash of graph and weights `{summary.teacher_hash}`",
+        "Full-precision model": f"{_plain(summary.model)}, hash of graph and weights `{summary.teacher_hash}`",
         "Bits": f"{summary.bits} (weights and activations){exceptions}",
         "Scheme": f"{summary.scheme}, for {summary.target}",
         "Recipe": f"{summary.recipe}, seed {summary.seed}, {summary.num_steps:,} training steps",
@@ -88,7 +89,7 @@ def _accuracy(summary: Summary, measured: Measured | None) -> str:
     if measured is not None:
         interval = "" if measured.drop_low is None else f" ({measured.drop_low:.2f} to {measured.drop_high:.2f}, 90 %)"
         return (
-            f"Measured on {measured.num_images:,} labelled images (`{measured.data}`): top-1 "
+            f"Measured on {measured.num_images:,} labelled images (`{_plain(measured.data)}`): top-1 "
             f"{measured.student_top1:.2f} %, in full precision {measured.teacher_top1:.2f} %, a drop of "
             f"{measured.drop:.2f} points{interval}. On {measured.agreement:.1f} % of the images both give the same "
             "class, right or wrong."
@@ -110,9 +111,10 @@ def _files(summary: Summary, exports: Sequence[Export]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for export in exports:
         for each in export.comparisons:
+            layers = f"{each['integer_layers']} of {export.num_layers}"
             yield (
-                f"| `{export.file}` | {readable_bytes(export.num_bytes)} | {each['runtime']} | {export.num_samples} "
-                f"| {each['agreement']:.2f} % | {each['integer_layers']} of {export.num_layers} |"
+                f"| `{_plain(export.file)}` | {readable_bytes(export.num_bytes)} | {each['runtime']} "
+                f"| {export.num_samples} | {each['agreement']:.2f} % | {layers} |"
             )
     refusals = [refusal for export in exports for refusal in export.refusals]
     if refusals:
@@ -126,6 +128,11 @@ def _limits(measured: Measured | None) -> Iterator[str]:
     if measured is None:
         yield "Nobody has seen its answers to real images yet. Compare both models on labelled images first."
     yield "Fairness, robustness, and images of another kind were not examined."
+
+
+def _plain(text: str) -> str:
+    """Return a name that a user gave so that it cannot be taken for Markdown or HTML."""
+    return re.sub(r"[`|<>\[\]\s]", "_", text)
 
 
 def _listed(values: tuple[float, ...]) -> str:
