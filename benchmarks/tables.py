@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.accuracy.tables import (
     drops,
+    few_images,
     pareto,
     peers,
     published,
@@ -22,6 +23,7 @@ from benchmarks.accuracy.tables import (
 from benchmarks.estimation.tables import estimation_tables
 from benchmarks.export.tables import agreement, inference, litert
 from benchmarks.pictures.tables import features
+from benchmarks.privacy.tables import privacy_tables
 from benchmarks.speed.tables import speed_tables
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +34,8 @@ EXPORT_TARGETS = ROOT / "docs" / "export-targets.md"
 MIXED_PRECISION = ROOT / "docs" / "mixed-precision.md"
 INGREDIENTS = ROOT / "docs" / "ingredients.md"
 REPRODUCTION = ROOT / "docs" / "reproduction.md"
+PRIVACY = ROOT / "docs" / "privacy.md"
+YOUR_IMAGES = ROOT / "docs" / "your-images.md"
 SPEED_PAGE = ROOT / "docs" / "speed.md"
 
 
@@ -47,6 +51,8 @@ def main() -> None:
     update(REPRODUCTION, {"reproduction": reproduction(), "features": features()}, check=check)
     update(SPEED_PAGE, speed_tables(), check=check)
     update(ESTIMATION_PAGE, {**estimation_tables(), "recipes": told()}, check=check)
+    update(PRIVACY, privacy_tables(), check=check)
+    update(YOUR_IMAGES, {"few_images": few_images()}, check=check)
     update(MIXED_PRECISION, {"pareto": pareto()}, check=check)
     update(EXPORT_TARGETS, {"inference": inference(), "agreement": agreement(), "litert": litert()}, check=check)
 

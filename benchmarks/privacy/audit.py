@@ -32,9 +32,8 @@ from qimera.cli.console import ProgressDisplay
 WORK = BANKS / "privacy"
 NETWORKS = ("resnet20_cifar10", "mobilenetv2_cifar10", "mnist_cnn", "control_cifar10")
 NUM_SAMPLES = 256
-NUM_GENERATOR_STEPS = 200
 MOST_MEMBERS = 4000
-RANKS = {False: 300, True: 1000}
+RANKS = {False: 300, True: 700}
 """Nearest images that are remembered of a sample; more where few of all images were trained on."""
 LOOKS_AT = "resnet20_cifar100"
 """Whose features are compared: it was trained on images that none of the other networks has seen."""
@@ -87,19 +86,20 @@ def subject_of(name: str) -> Subject:
 def banks_of(subject: Subject) -> dict[str, Tensor]:
     """Return the pixels (sample, channel, height, width) of every bank by its name, leaking ones last."""
     spec, num_classes = subject.teacher.input_spec, subject.teacher.num_classes
-    direct = recipe("ptq", spec, num_classes).synthesis
-    drawn = recipe("qimera", spec, num_classes).synthesis
-    generator = drawn.generator.replace(num_steps=NUM_GENERATOR_STEPS)
-    count = {"num_optimized": NUM_SAMPLES, "num_held_out": 0}
-    both = _bank(subject, "generator", drawn.replace(**count, num_generated=NUM_SAMPLES, generator=generator))
+    few = {"num_optimized": NUM_SAMPLES, "num_held_out": 0}
+    ptq, qimera = (recipe(name, spec, num_classes).synthesis.replace(**few) for name in ("ptq", "qimera"))
+    refined, direct = _bank(subject, "qimera", qimera), _bank(subject, "ptq", ptq)
+    assert refined.synthesizer is not None
+    with torch.no_grad():
+        drawn = refined.synthesizer(refined.synthesizer.draw(NUM_SAMPLES, torch.Generator().manual_seed(0)))[0]
     found = {
-        "generator": both.pixels[:NUM_SAMPLES],
-        "generator, refined": both.pixels[NUM_SAMPLES:],
-        "direct": _bank(subject, "direct", direct.replace(**count)).pixels,
+        "generator": spec.to_pixels(drawn),
+        "generator, refined": refined.pixels[:NUM_SAMPLES],
+        "direct": direct.pixels[:NUM_SAMPLES],
     }
     if subject.is_control:
-        long = direct.direct.replace(num_steps=400)
-        found["direct, 400 steps"] = _bank(subject, "direct-long", direct.replace(**count, direct=long)).pixels
+        long = ptq.replace(direct=ptq.direct.replace(num_steps=400))
+        found["direct, 400 steps"] = _bank(subject, "ptq-long", long).pixels
     rng = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(subject.trained), generator=rng)[:NUM_SAMPLES]
     copies = torch.from_numpy(subject.trained[chosen.numpy()]).permute(0, 3, 1, 2).float()
@@ -115,7 +115,10 @@ def banks_of(subject: Subject) -> dict[str, Tensor]:
 
 
 def _bank(subject: Subject, name: str, settings: SynthesisSettings) -> SampleBank:
-    path = WORK / f"bank-{subject.name}-{name}"
+    """Return the bank of a recipe that another benchmark has made, or a smaller one."""
+    path = BANKS / f"{subject.name}-{name}-0"
+    if not path.exists():
+        path = WORK / f"bank-{subject.name}-{name}"
     if not path.exists():
         with ProgressDisplay() as progress:
             synthesize(subject.teacher, settings=settings, seed=0, progress=progress).save(path)
@@ -224,7 +227,8 @@ def infer_membership(subject: Subject) -> list[dict[str, object]]:
             (subject.others, subject.other_labels, chosen[1]),
         )
     )
-    bank = SampleBank.load(WORK / f"bank-{subject.name}-direct", subject.teacher)
+    few = recipe("ptq", subject.teacher.input_spec, subject.teacher.num_classes).synthesis
+    bank = _bank(subject, "ptq", few.replace(num_optimized=NUM_SAMPLES, num_held_out=0))
     student = quantize(subject.teacher, bank, "w4a4", recipe="ptq")
     networks: dict[str, nn.Module] = {"teacher": subject.teacher, "student, W4A4": student}
     losses = {

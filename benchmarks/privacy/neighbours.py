@@ -90,13 +90,14 @@ class Verdict:
     standing_out_others: float
     """The same for other images: what happens without copying."""
     copies: int
-    """Samples whose nearest trained image stands out more than any sample's nearest other image does."""
+    """Trained images that stand out for a sample more than any other image does for any sample."""
 
     @property
     def p_copies(self) -> float:
         """The probability of so many by chance (precedence test).
 
-        Of equal numbers from one distribution, each extreme one is as likely of the first kind as of the second.
+        Of equal numbers from one distribution, each extreme one is as likely of the first kind as of the second. Images
+        count, not samples, because one image can stand out for many samples.
         """
         return float(0.5**self.copies)
 
@@ -116,7 +117,8 @@ def judge(
         for _ in range(num_shuffles)
     ]
     low, high = torch.tensor(means).quantile(torch.tensor([0.05, 0.95])).expm1().mul(100).tolist()
-    trained, others = standing_out(found, is_trained), standing_out(found, ~is_trained)
+    trained, others = standing_out(found, is_trained), standing_out(found, _thinned(~is_trained, is_trained, rng))
+    first = found.index.gather(1, is_trained[found.index].long().argmax(1, keepdim=True))[:, 0]
     return Verdict(
         nearer=100 * math.expm1(mean),
         low=low,
@@ -124,8 +126,17 @@ def judge(
         p_nearer=(1 + sum(each >= mean - 1e-9 for each in means)) / (1 + num_shuffles),
         standing_out=float(trained.min()),
         standing_out_others=float(others.min()),
-        copies=int((trained < others.min()).sum()),
+        copies=len(first[trained < others.min()].unique()),
     )
+
+
+def _thinned(
+    others: Bool[Tensor, " image"], trained: Bool[Tensor, " image"], rng: torch.Generator
+) -> Bool[Tensor, " image"]:
+    """Return as many of the others as there are trained images, at most: few images stand out more than many do."""
+    chosen = others.nonzero().flatten()
+    chosen = chosen[torch.randperm(len(chosen), generator=rng)[: int(trained.sum())]]
+    return torch.zeros_like(others).index_fill(0, chosen, True)
 
 
 def auc(members: Float[Tensor, " member"], others: Float[Tensor, " other"]) -> float:
