@@ -20,6 +20,7 @@ from benchmarks.accuracy.tables import (
     told,
     without_norms,
 )
+from benchmarks.estimation.coverage import coverage
 from benchmarks.estimation.tables import estimation_tables
 from benchmarks.export.tables import agreement, inference, litert
 from benchmarks.pictures.tables import features
@@ -50,7 +51,7 @@ def main() -> None:
     update(INGREDIENTS, ingredients, check=check)
     update(REPRODUCTION, {"reproduction": reproduction(), "features": features()}, check=check)
     update(SPEED_PAGE, speed_tables(), check=check)
-    update(ESTIMATION_PAGE, {**estimation_tables(), "recipes": told()}, check=check)
+    update(ESTIMATION_PAGE, {**estimation_tables(), "recipes": told(), "coverage": coverage()}, check=check)
     update(PRIVACY, privacy_tables(), check=check)
     update(YOUR_IMAGES, {"few_images": few_images()}, check=check)
     update(MIXED_PRECISION, {"pareto": pareto()}, check=check)

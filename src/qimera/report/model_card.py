@@ -95,9 +95,10 @@ def _accuracy(summary: Summary, measured: Measured | None) -> str:
             "class, right or wrong."
         )
     if summary.estimate is not None:
+        caution = f" Here, {summary.caution}." if summary.caution else ""
         return (
-            f"Not measured. Estimated without real images: {summary.estimate.text()}. An estimate is no measurement; "
-            "measure the model before you rely on it."
+            f"Not measured. Estimated without real images: {summary.estimate.text()}.{caution} An estimate is no "
+            "measurement; measure the model before you rely on it."
         )
     reason = "a warning below doubts the samples" if summary.num_held_out else "no samples were held out"
     return f"Unknown: it was not measured, and there is no estimate, because {reason}. Measure the model first."

@@ -104,6 +104,13 @@ class Summary(Settings):
         return None if self.estimate is None else self.estimate.drop
 
     @property
+    def caution(self) -> str:
+        """What a person should know of the estimate beside its interval; empty where there is nothing."""
+        if self.estimate is None or self.num_steps < _TRAINED:
+            return ""
+        return "trained students lose more than their samples tell, so take this for too low"
+
+    @property
     def images_text(self) -> str:
         """What is said of the user's images; empty where there are none."""
         if not self.num_images:
@@ -173,13 +180,16 @@ class Summary(Settings):
             "estimate": "none, because of the warning above" if self.num_held_out else "none without held-out samples",
         }
         if self.estimate is not None:
-            facts["estimate"] = self.estimate.text()
+            facts["estimate"] = "\n".join(filter(None, (self.estimate.text(), self.caution)))
         elif self.bank_agreement is not None:
             facts["estimate"] = f"none; {self.bank_agreement:.1f} % agreement on synthetic samples it was trained on"
         return "".join(
             f"{name:<11}{textwrap.indent(fact, ' ' * 11).lstrip()}\n" for name, fact in facts.items() if fact
         )
 
+
+_TRAINED = 1000
+"""Steps from which an estimate is too low (benchmarks/estimation/coverage.py)."""
 
 _WIDTH = 69
 """Characters of a line of a warning."""
