@@ -15,6 +15,7 @@ from qimera.cli.results import Synthesis
 from qimera.cli.tables import bank_facts
 from qimera.config.run_settings import RunSettings
 from qimera.errors import ConfigError
+from qimera.report import figures
 from qimera.report.summary import Summary
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import carry_out, load_bank
@@ -132,11 +133,18 @@ def test_settings_are_not_started_with_images_that_they_do_not_remember(run: Pat
     assert re.search(r"--images: .* remembers 12 images of yours .* given 3 images of yours", said(result))
 
 
-def test_images_that_are_kept_are_in_the_bank_and_not_on_the_page(tmp_path: Path, images: Path) -> None:
-    path = tmp_path / "run"
+def test_images_that_are_kept_are_in_the_bank_and_not_on_the_page(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, shown, draw = tmp_path / "run", [], figures.picture
+    monkeypatch.setattr(figures, "picture", lambda rows: shown.append(rows) or draw(rows))
     result = quantize(path, "--images", images, "--keep-images", "--set", "synthesis.num_held_out=0")
     assert result.exit_code == 0, result.stderr
     assert holds_any(path / "bank", images)
+    own = {image.tobytes() for image in np.load(images)}
+    drawn = [image.permute(1, 2, 0).contiguous().numpy().tobytes() for rows in shown for image in rows.flatten(0, 1)]
+    assert drawn
+    assert not own & set(drawn)
     assert "This page does not show them" in re.sub(r"\s+", " ", (path / "report.html").read_text())
     loaded = load(path)
     assert (loaded.bank.num_images, loaded.bank.num_training) == (12, 28)
