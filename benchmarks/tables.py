@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.accuracy.tables import (
     drops,
+    ends,
     few_images,
     pareto,
     peers,
@@ -37,6 +38,7 @@ INGREDIENTS = ROOT / "docs" / "ingredients.md"
 REPRODUCTION = ROOT / "docs" / "reproduction.md"
 PRIVACY = ROOT / "docs" / "privacy.md"
 YOUR_IMAGES = ROOT / "docs" / "your-images.md"
+RECIPES_PAGE = ROOT / "docs" / "recipes.md"
 SPEED_PAGE = ROOT / "docs" / "speed.md"
 
 
@@ -50,6 +52,7 @@ def main() -> None:
     ingredients = {"peers": peers(), "superposition": superposition(), "without_norms": without_norms()}
     update(INGREDIENTS, ingredients, check=check)
     update(REPRODUCTION, {"reproduction": reproduction(), "features": features()}, check=check)
+    update(RECIPES_PAGE, {"ends": ends()}, check=check)
     update(SPEED_PAGE, speed_tables(), check=check)
     update(ESTIMATION_PAGE, {**estimation_tables(), "recipes": told(), "coverage": coverage()}, check=check)
     update(PRIVACY, privacy_tables(), check=check)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.accuracy.drops resnet20_cifar10 --bits w4a4 w3a3 --seeds 0 1 2
     python -m benchmarks.accuracy.drops resnet20_cifar100 --bits w3a3 --no-superposition
+    python -m benchmarks.accuracy.drops resnet20_cifar10 --first-last-bits 8  # rows of a table of their own
     python -m benchmarks.accuracy.drops resnet20_cifar10 --samples noise  # the floor: nearest integers
     python -m benchmarks.accuracy.drops resnet20_cifar10 --samples real   # the ceiling: trained on real images
 
@@ -71,7 +72,10 @@ def _run_seed(
         for bits in missing:
             weight_bits, activation_bits = parse_bits(bits)
             quantization = QuantizationSettings(
-                weight_bits=weight_bits, activation_bits=activation_bits, scheme=options.scheme
+                weight_bits=weight_bits,
+                activation_bits=activation_bits,
+                first_last_bits=options.first_last_bits,
+                scheme=options.scheme,
             )
             start = time.perf_counter()
             student = quantize_with(
@@ -156,6 +160,7 @@ def _write(
         "bits": bits,
         "recipe": options.recipe,
         "scheme": options.scheme,
+        "first_last_bits": options.first_last_bits,
         "superposition": not options.no_superposition,
         "samples": options.samples,
         "seed": seed,
@@ -174,7 +179,8 @@ def _write(
 
 
 def _path(options: argparse.Namespace, bits: str, seed: int) -> Path:
-    return DROPS / options.network / f"{bits}-{options.scheme}-{options.recipe}{_variant(options)}-{seed}.json"
+    ends = f"-ends{options.first_last_bits}" if options.first_last_bits else ""
+    return DROPS / options.network / f"{bits}{ends}-{options.scheme}-{options.recipe}{_variant(options)}-{seed}.json"
 
 
 def _variant(options: argparse.Namespace) -> str:
@@ -191,6 +197,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--recipe", default="fast")
     parser.add_argument("--scheme", default="hardware", choices=("hardware", "paper"))
+    parser.add_argument("--first-last-bits", type=int, default=0, help="of the first and the last layer")
     parser.add_argument("--no-superposition", action="store_true")
     parser.add_argument("--samples", default="bank", choices=("bank", "noise", "real"), help="what the student sees")
     parser.add_argument("--threads", type=int, default=2)

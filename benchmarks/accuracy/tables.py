@@ -76,8 +76,9 @@ def _lone(found: list[Result]) -> str:
     return " (one seed)" if len(found) == 1 else ""
 
 
-def _recipes() -> dict[tuple[Any, ...], list[Result]]:
-    return _grouped("network", "bits", "recipe", samples="bank", superposition=True, scheme="hardware")
+def _recipes(first_last_bits: int = 0) -> dict[tuple[Any, ...], list[Result]]:
+    kind = {"samples": "bank", "superposition": True, "scheme": "hardware"}
+    return _grouped("network", "bits", "recipe", first_last_bits=first_last_bits, **kind)
 
 
 def _place(network: str, bits: str, recipe: str) -> tuple[str, int, str]:
@@ -103,6 +104,25 @@ def drops() -> str:
             f"| {network} | {bits.upper()} | {recipe} | {found[0]['full_precision']:.2f} | {_mean(found, 'top1')} | "
             f"**{_mean(found, 'drop')}** | {_mean(found, 'agreement')} | {' | '.join(limits)} | {_seeds(found)} | "
             f"{' + '.join(minutes)} |\n"
+        )
+    return "".join(rows)
+
+
+def ends() -> str:
+    """One row per network, width and recipe: the first and the last layer at 8 bits against as many bits as all."""
+    rows = [
+        "| network | bits | recipe | drop | first and last layer at 8 bits | gained | seeds |\n",
+        "|---|---|---|---|---|---|---|\n",
+    ]
+    plain = _recipes()
+    for (network, bits, recipe), found in sorted(_recipes(8).items(), key=lambda item: _place(*item[0])):
+        seeds = {each["seed"] for each in found}
+        beside = [each for each in plain.get((network, bits, recipe), []) if each["seed"] in seeds]
+        before = {each["seed"]: each["drop"] for each in beside}
+        gains = [{"gain": before[each["seed"]] - each["drop"]} for each in found if each["seed"] in before]
+        rows.append(
+            f"| {network} | {bits.upper()} | {recipe} | {_mean(beside, 'drop') if beside else ''} | "
+            f"**{_mean(found, 'drop')}** | {_mean(gains, 'gain') if gains else ''} | {_seeds(found)} |\n"
         )
     return "".join(rows)
 
@@ -269,13 +289,14 @@ def pareto() -> str:
 def _results() -> list[Result]:
     """Return the accuracies."""
     paths = sorted(DROPS.glob("*/*.json"))
-    return [{"samples": "bank", **json.loads(path.read_text())} for path in paths]
+    return [{"samples": "bank", "first_last_bits": 0, **json.loads(path.read_text())} for path in paths]
 
 
-def _grouped(*keys: str, **only: object) -> dict[tuple[Any, ...], list[Result]]:
+def _grouped(*keys: str, first_last_bits: int = 0, **only: object) -> dict[tuple[Any, ...], list[Result]]:
+    """Return results by the values of these keys; those with other bits at both ends are never among the others."""
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for result in _results():
-        if all(result[key] == value for key, value in only.items()):
+        if all(result[key] == value for key, value in (only | {"first_last_bits": first_last_bits}).items()):
             groups.setdefault(tuple(result[key] for key in keys), []).append(result)
     return groups
 

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from qimera.assessment.unlabelled import load_images
-from qimera.config.bits import check_layer_bits, parse_bits, parse_layer_bits
+from qimera.config.bits import parse_bits, parse_layer_bits
 from qimera.config.input_spec import InputSpec
 from qimera.config.recipe_names import DEFAULT_RECIPE
 from qimera.config.recipes import Recipe, recipe as recipe_called
@@ -24,6 +24,7 @@ from qimera.machine.divergence import are_read
 from qimera.machine.progress import COMPILING, Progress, ProgressCallback, silent
 from qimera.machine.seeds import Stream, check_seed, generator_for
 from qimera.mixed_precision.allocation import allocate
+from qimera.quantization.ends import with_rules_for_ends
 from qimera.quantization.equalization import restore_limits_
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import NOTHING_TO_LEARN_FROM, SampleBank, check_bank
@@ -100,6 +101,7 @@ def quantize(
     scheme: str = "hardware",
     target: str = "onnxruntime",
     layer_bits: str = "",
+    first_last_bits: int = 0,
     budget: str = "",
     settings: DistillationSettings | None = None,
     recipe: str | None = None,
@@ -118,7 +120,9 @@ def quantize(
         target: Runtime whose kernels decide where tensors are rounded: ``onnxruntime``, ``openvino``, ``inductor`` or
             ``xnnpack``.
         layer_bits: Exceptions by layer name, such as ``conv1=8,*fc*=w8a4``.
-        budget: Such as ``size=0.14``; layers that ``layer_bits`` does not name get the bits of ``allocate_bits``.
+        first_last_bits: Bits of the layers that read the images and of the one that returns the logits, for weights and
+            inputs; 0 for those of all others. ``layer_bits`` wins.
+        budget: Such as ``size=0.14``; layers that neither of the two decides on get the bits of ``allocate_bits``.
         settings: How to train, where no recipe does.
         recipe: How to train, such as ``ptq`` (not at all); ``fast`` where neither is given.
         seed: Same seed, settings, bank and machine: same student, bit for bit, on the CPU.
@@ -139,6 +143,7 @@ def quantize(
         scheme=scheme,
         target=target,
         layer_bits=parse_layer_bits(layer_bits),
+        first_last_bits=first_last_bits,
         budget=budget,
     )
     teacher = as_teacher(model, bank.input_spec)
@@ -167,7 +172,7 @@ def quantize_with(
     check_bank(bank, teacher)
     seed = check_seed(seed)
     check_start(quantization, distillation)
-    check_layer_bits(quantization.layer_bits, [layer.name for layer in teacher.layers])
+    quantization = with_rules_for_ends(quantization, teacher)
     if bank.settings.generator.adversarial_weight and not distillation.generator_steps_per_step:
         raise ConfigError("adversarial_weight: works against a student; set generator_steps_per_step to 1 or more")
     if distillation.generator_steps_per_step and bank.synthesizer is None:

@@ -191,6 +191,16 @@ class RunOptions:
             help="Exceptions by layer name, such as 'conv1=8,*fc*=w8a4'.",
         ),
     ] = None
+    first_last_bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=2,
+            max=8,
+            rich_help_panel=_QUANTIZATION,
+            help="Bits of the first and the last layer, as papers give them 8. Default: those of all others.",
+        ),
+    ] = None
     budget: Annotated[
         str | None,
         typer.Option(

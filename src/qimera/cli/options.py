@@ -20,6 +20,7 @@ from qimera.config.recipes import Recipe, recipe
 from qimera.config.run_settings import RunSettings
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError
+from qimera.quantization.ends import with_rules_for_ends
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import absolute_source, known_input, load_model
 from qimera.teacher.teacher import Teacher
@@ -73,6 +74,7 @@ def _quantization(options: RunOptions) -> QuantizationSettings:
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         layer_bits=parse_layer_bits(options.layer_bits or ""),
+        first_last_bits=options.first_last_bits or 0,
         scheme=options.scheme or "hardware",
         target=options.target or "onnxruntime",
         budget=options.budget or "",
@@ -123,7 +125,11 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
         distillation=row.distillation,
         alternatives=tuple(each.distillation for each in others),
     )
-    return Resolved(_changed(settings, options), teacher, bank, images)
+    return Resolved(_with_every_rule(_changed(settings, options), teacher), teacher, bank, images)
+
+
+def _with_every_rule(settings: RunSettings, teacher: Teacher) -> RunSettings:
+    return settings.replace(quantization=with_rules_for_ends(settings.quantization, teacher))
 
 
 def images_and_bank(
@@ -218,7 +224,7 @@ def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) 
     if given and not (settings.images and settings.images.sha256 == given.sha256):
         remembered = settings.images.text() if settings.images else "none"
         raise ConfigError(f"--images: {path} remembers {remembered}, given {given.text()}")
-    return Resolved(settings, teacher, bank, images)
+    return Resolved(_with_every_rule(settings, teacher), teacher, bank, images)
 
 
 def recipes_for(teacher: Teacher, names: str | None) -> list[Recipe]:

@@ -152,8 +152,7 @@ class DirectSettings(Settings):
     def _check(self) -> "DirectSettings":
         if not (self.ce_weight or self.bns_weight or self.tv_weight):
             raise ValueError(
-                "ce_weight, bns_weight and tv_weight are all 0, so that images would stay as they start; set one of "
-                "them above 0"
+                "ce_weight, bns_weight and tv_weight are all 0: images would stay as they are; set one above 0"
             )
         return self
 
@@ -199,7 +198,6 @@ class QuantizationSettings(Settings):
     activation_bits: int = Field(4, ge=2, le=8)
     scheme: Literal["hardware", "paper"] = "hardware"
     """``hardware``: what integer kernels need. ``paper``: as GDFQ and Qimera quantize, for comparison only."""
-
     target: Literal["onnxruntime", "openvino", "inductor", "xnnpack"] = "onnxruntime"
     """Whose kernels decide where tensors are rounded (hardware scheme). Those of OpenVINO and Inductor add the other
     branch to a convolution's sums before they round, those of ONNX Runtime and XNNPACK after."""
@@ -207,9 +205,13 @@ class QuantizationSettings(Settings):
     layer_bits: tuple[LayerBits, ...] = ()
     """Exceptions by layer name; the last matching pattern wins."""
 
+    first_last_bits: Literal[0, 2, 3, 4, 5, 6, 7, 8] = 0
+    """Bits of the layers that read the network's input and of the one that returns the logits; 0 for those of all
+    others. A run writes them into ``layer_bits``, before the exceptions that were given."""
+
     budget: str = ""
-    """Share of full precision that all layers may take together, such as ``size=0.14`` or ``bops=0.05``; empty for no
-    limit. A run chooses bits for the layers that ``layer_bits`` does not name, and adds them to it."""
+    """Share of full precision for all layers together, such as ``size=0.14`` or ``bops=0.05``; empty for no limit. A
+    run chooses bits for the layers that ``layer_bits`` does not name, and adds them to it."""
 
     edge_bits: int = Field(8, ge=2, le=8)
     """Bits of tensors that enter additions, concatenations and pooling (hardware scheme)."""
@@ -250,12 +252,10 @@ class DistillationSettings(Settings):
     start: Literal["compensated", "nearest"] = "nearest"
     """The student before the first step: every weight at its nearest integer, or errors of rounding made up for, layer
     after layer (scheme ``hardware``, deviation D29). The second is far better where few steps follow, and worse after
-    thousands, since it has moved the weights to suit the samples: ResNet-20, W3A3, 2000 steps, 3.6 against 4.7 points
-    below full precision."""
+    thousands (ResNet-20, W3A3, 2000 steps: 4.7 instead of 3.6 points lost)."""
 
     equalize: bool = True
-    """Scale channels between layers where that lessens the error of the layer that reads them (start ``compensated``,
-    deviation D30): MobileNetV1, W4A4, without training, 58.5 to 62.9 percent."""
+    """Scale channels between layers where that lessens the error behind them (``compensated``, deviation D30)."""
 
     batch_size: int = Field(16, ge=1)
     """Small batches give more steps for the same compute: at W3A3 2 points more with 32 than with 64 (ours)."""

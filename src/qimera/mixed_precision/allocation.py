@@ -6,12 +6,13 @@ import textwrap
 from torch import nn
 
 from qimera.config.base import Settings
-from qimera.config.bits import check_layer_bits, parse_bits, parse_layer_bits, spell_layer_bits
+from qimera.config.bits import parse_bits, parse_layer_bits, spell_layer_bits
 from qimera.config.settings import LayerBits, QuantizationSettings
 from qimera.machine.progress import ProgressCallback, silent
 from qimera.mixed_precision.budget import Budget, LayerChoice, check_budget, fixed_cost, layer_choices
 from qimera.mixed_precision.knapsack import Option, solve_knapsack
 from qimera.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
+from qimera.quantization.ends import with_rules_for_ends
 from qimera.synthesis.bank import SampleBank, check_bank
 from qimera.teacher.teacher import Teacher, as_teacher
 
@@ -93,6 +94,7 @@ def allocate_bits(
     bits: str = "w4a4",
     *,
     layer_bits: str = "",
+    first_last_bits: int = 0,
     sensitivity: Sensitivity | None = None,
     seed: int = 0,
     progress: ProgressCallback = silent,
@@ -107,6 +109,8 @@ def allocate_bits(
             share of those at 32 bits.
         bits: What the budget leaves open: with ``size``, the activation bits of every layer.
         layer_bits: Bits by layer name that are kept, and count in the budget.
+        first_last_bits: Bits of the first and the last layer that are kept, and count in the budget; 0 if these two are
+            to be chosen as well.
         sensitivity: Of an earlier call, or of ``measure_sensitivity``; it does not depend on the budget.
         seed: Same seed, bank and machine: same allocation.
         progress: Called after every layer.
@@ -116,7 +120,11 @@ def allocate_bits(
     """
     weight_bits, activation_bits = parse_bits(bits)
     quantization = QuantizationSettings(
-        weight_bits=weight_bits, activation_bits=activation_bits, layer_bits=parse_layer_bits(layer_bits), budget=budget
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        layer_bits=parse_layer_bits(layer_bits),
+        first_last_bits=first_last_bits,
+        budget=budget,
     )
     teacher = as_teacher(model, bank.input_spec)
     check_bank(bank, teacher)
@@ -133,7 +141,7 @@ def allocate(
     progress: ProgressCallback = silent,
 ) -> Allocation:
     """``allocate_bits`` with every setting spelled out."""
-    check_layer_bits(quantization.layer_bits, [layer.name for layer in teacher.layers])
+    quantization = with_rules_for_ends(quantization, teacher)
     check_budget(teacher, quantization)
     budget = Budget.parse(quantization.budget)
     choices = layer_choices(teacher, quantization, budget)

@@ -146,7 +146,10 @@ class HardwareQuantizer(Quantizer):
 
 
 class PaperQuantizer(Quantizer):
-    """As GDFQ and Qimera quantize: all weights asymmetric min-max per channel, activations after ReLU only."""
+    """As GDFQ and Qimera quantize: all weights asymmetric min-max per channel, activations after ReLU only.
+
+    What a ReLU returns gets the most bits that any of its readers asks for.
+    """
 
     def __init__(self, settings: QuantizationSettings) -> None:
         super().__init__()
@@ -159,7 +162,7 @@ class PaperQuantizer(Quantizer):
                 bits = self.settings.bits_of(layer_name(node))[0]
                 _annotation(node).input_qspec_map[node_at(node, 1)] = _minmax_weight_spec(model, node, bits)
             elif node.target in RELUS:
-                low, high = integer_range(self.settings.activation_bits, signed=False)
+                low, high = integer_range(max(self._widths(node)), signed=False)
                 _annotation(node).output_qspec = QuantizationSpec(
                     dtype=torch.uint8,
                     quant_min=low,
@@ -168,6 +171,16 @@ class PaperQuantizer(Quantizer):
                     observer_or_fake_quant_ctr=MinMaxFakeQuantize.with_args(),  # type: ignore[no-untyped-call]
                 )
         return model
+
+    def _widths(self, tensor: Node) -> Iterator[int]:
+        """Yield the bits at which each reader of ``tensor`` wants it, as it is, moved about or pooled."""
+        for user in tensor.users:
+            if has_parameter(user):
+                yield self.settings.bits_of(layer_name(user))[1]
+            elif is_move(user) or user.target in POOLINGS:
+                yield from self._widths(user)
+            else:
+                yield self.settings.activation_bits
 
     def validate(self, model: GraphModule) -> None:
         """Accept every annotated graph."""

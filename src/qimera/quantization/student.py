@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from qimera.config.bits import check_layer_bits
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError, first_line
@@ -24,6 +23,7 @@ from qimera.graph.folding import fold_batch_norms, unfold_batch_norms, unshare_b
 from qimera.graph.nodes import WEIGHTED, node_at, tensor_of, to_channels_last_, with_outputs
 from qimera.machine.acceleration import to_device_
 from qimera.machine.files import save_tensors
+from qimera.quantization.ends import with_rules_for_ends
 from qimera.quantization.equalization import edge_into, scale_channels_
 from qimera.quantization.exact import with_exact_sums
 from qimera.quantization.fake_quantize import (
@@ -55,8 +55,7 @@ class Student(nn.Module):
 
     def __init__(self, teacher: Teacher, settings: QuantizationSettings) -> None:
         super().__init__()
-        check_layer_bits(settings.layer_bits, [layer.name for layer in teacher.layers])
-        self.settings = settings
+        self.settings = settings = with_rules_for_ends(settings, teacher)
         self.input_spec = teacher.input_spec
         self.num_classes = teacher.num_classes
         self.teacher_hash = teacher.hash

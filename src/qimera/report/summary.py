@@ -12,6 +12,7 @@ from qimera.assessment.estimation import Estimate
 from qimera.config.base import Settings
 from qimera.config.bits import spell_layer_bits
 from qimera.config.run_settings import RunSettings
+from qimera.quantization.ends import rules_beside_ends
 from qimera.quantization.sizes import float_bytes, packed_bytes
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import short_source
@@ -44,6 +45,9 @@ class Summary(Settings):
 
     layer_bits: str
     """Exceptions by layer name, as ``--layer-bits`` takes them, including those that a budget chose."""
+
+    first_last_bits: int = 0
+    """Bits of the first and the last layer, unless ``layer_bits`` names them; 0 for those of all others."""
 
     budget: str = ""
     """Such as ``size=0.14``; empty where there was none."""
@@ -141,7 +145,8 @@ class Summary(Settings):
             bits=f"w{quantization.weight_bits}a{quantization.activation_bits}",
             scheme=quantization.scheme,
             target=quantization.target,
-            layer_bits=spell_layer_bits(quantization.layer_bits),
+            layer_bits=spell_layer_bits(rules_beside_ends(quantization, teacher)),
+            first_last_bits=quantization.first_last_bits,
             budget=quantization.budget,
             allocation=allocation,
             recipe=settings.recipe,
@@ -162,12 +167,13 @@ class Summary(Settings):
 
     def text(self) -> str:
         """Return the summary for a person, one fact per line."""
+        ends = f", first and last layer at {self.first_last_bits}" if self.first_last_bits else ""
         exceptions = f", except {self.layer_bits}" if self.layer_bits and not self.allocation else ""
         held_out = f" and {self.num_held_out} held out" if self.num_held_out else ""
         facts = {
             "warning": "\n".join(textwrap.fill(warning, _WIDTH, subsequent_indent="  ") for warning in self.warnings),
             "model": f"{self.model} ({self.num_classes} classes, teacher {self.teacher_hash[:12]})",
-            "bits": f"{self.bits}{exceptions}, scheme {self.scheme}, target {self.target}",
+            "bits": f"{self.bits}{ends}{exceptions}, scheme {self.scheme}, target {self.target}",
             "budget": "\n".join(self.allocation),
             "recipe": f"{self.recipe}, seed {self.seed}",
             "bank": f"{self.num_samples} synthetic samples{held_out}, {_readable_seconds(self.bank_seconds)}"

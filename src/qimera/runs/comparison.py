@@ -32,6 +32,9 @@ class ComparedRun(Settings):
     layer_bits: str
     """Exceptions by layer name, as ``--layer-bits`` takes them."""
 
+    first_last_bits: int
+    """Bits of the first and the last layer, unless ``layer_bits`` names them; 0 for those of all others."""
+
     budget: str
     """Such as ``size=0.14``; empty if there was none."""
 
@@ -82,6 +85,7 @@ def compared(run: RunDirectory) -> ComparedRun:
         teacher=summary.teacher_hash,
         bits=summary.bits,
         layer_bits=summary.layer_bits,
+        first_last_bits=summary.first_last_bits,
         budget=summary.budget,
         recipe=summary.recipe,
         num_images=summary.num_images,
@@ -167,7 +171,7 @@ def _cells(found: ComparedRun) -> dict[str, str]:
         estimate = f"{found.estimated_drop:.2f} ({found.estimated_low:.1f} to {found.estimated_high:.1f})"
     return {
         "run": found.run,
-        "bits": found.budget or found.bits + (f", {found.layer_bits}" if found.layer_bits else ""),
+        "bits": _bits(found),
         "recipe": found.recipe + (f", {found.num_images:,} images" if found.num_images else ""),
         "seed": str(found.seed),
         "size": readable_bytes(found.bytes),
@@ -176,6 +180,11 @@ def _cells(found: ComparedRun) -> dict[str, str]:
         "agree (%)": "" if found.agreement is None else f"{found.agreement:.1f}",
         "time": f"{found.seconds:.0f} s",
     }
+
+
+def _bits(found: ComparedRun) -> str:
+    ends = f"first and last {found.first_last_bits}" if found.first_last_bits else ""
+    return ", ".join(filter(None, (found.budget or found.bits, ends, "" if found.budget else found.layer_bits)))
 
 
 def _that_fit(rows: Sequence[dict[str, str]], width: int) -> list[str]:

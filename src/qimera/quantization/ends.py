@@ -1,0 +1,42 @@
+"""``first_last_bits`` and a teacher -> rules by layer name, as for any other layer."""
+
+import glob
+
+from qimera.config.bits import check_layer_bits
+from qimera.config.settings import LayerBits, QuantizationSettings
+from qimera.quantization.scheme import reading_network_input
+from qimera.teacher.teacher import Teacher
+
+
+def first_and_last_layers(teacher: Teacher) -> list[str]:
+    """Return the names of the layers that read the network's input, and of the one that returns the logits."""
+    ends = {*reading_network_input(teacher.module), teacher.classifier.name}
+    return list(dict.fromkeys(layer.name for layer in teacher.layers if layer.name in ends))
+
+
+def with_rules_for_ends(settings: QuantizationSettings, teacher: Teacher) -> QuantizationSettings:
+    """Return settings whose ``layer_bits`` begin with the rules that ``first_last_bits`` asks for.
+
+    Rules that were given by name come after them, and win. Settings that have the rules already are returned as they
+    are.
+
+    Raises:
+        ConfigError: a rule fits no layer.
+    """
+    check_layer_bits(settings.layer_bits, [layer.name for layer in teacher.layers])
+    rules = _rules(settings, teacher)
+    if settings.layer_bits[: len(rules)] == rules:
+        return settings
+    return settings.replace(layer_bits=(*rules, *settings.layer_bits))
+
+
+def rules_beside_ends(settings: QuantizationSettings, teacher: Teacher) -> tuple[LayerBits, ...]:
+    """Return ``layer_bits`` without the rules that ``first_last_bits`` brought."""
+    rules = _rules(settings, teacher)
+    return settings.layer_bits[len(rules) if settings.layer_bits[: len(rules)] == rules else 0 :]
+
+
+def _rules(settings: QuantizationSettings, teacher: Teacher) -> tuple[LayerBits, ...]:
+    bits = settings.first_last_bits
+    names = first_and_last_layers(teacher) if bits else []
+    return tuple(LayerBits(pattern=glob.escape(name), weight_bits=bits, activation_bits=bits) for name in names)
