@@ -8,9 +8,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera import InputSpec, QuantizationSettings, Student, Teacher
+from qimera.graph.nodes import has_bias, has_parameter, tensor_of, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
-from qimera.quantization.rounding import _DAMPINGS, _round_rows, _suiting_damping
+from qimera.quantization.rounding import (
+    _DAMPINGS,
+    _round_rows,
+    adapted,
+    choose_positions,
+    inputs_at,
+    outputs_at,
+    suiting_damping,
+)
 
+INPUT_OF_9_BY_8 = InputSpec(shape=(3, 9, 8), mean=(0.5,) * 3, std=(0.25,) * 3)
 SPEC = InputSpec(shape=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
@@ -92,13 +102,13 @@ def test_layers_seen_at_few_positions_are_damped_more(num_positions: int, least:
     inputs = torch.randn(1, num_positions, 64, generator=rng) @ mixing
     missing = 0.1 * inputs @ torch.randn(64, 8, generator=rng)
     missing += missing.std() * torch.randn(missing.shape, generator=rng)
-    damping = _suiting_damping(inputs, missing)
+    damping = suiting_damping(inputs, missing)
     assert damping in _DAMPINGS
     assert least <= damping <= most
 
 
 def test_a_layer_that_misses_nothing_and_sees_nothing_is_damped_too() -> None:
-    assert _suiting_damping(torch.zeros(2, 1, 3), torch.zeros(2, 1, 4)) in _DAMPINGS
+    assert suiting_damping(torch.zeros(2, 1, 3), torch.zeros(2, 1, 4)) in _DAMPINGS
 
 
 @torch.no_grad()
@@ -124,3 +134,49 @@ def test_rounding_comes_close_to_the_best_of_all_integers() -> None:
         nearest += float(missed(row.round()))
         best += float(missed(levels).min())
     assert best <= found < 0.5 * (best + nearest)
+
+
+# --- what a layer sees ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 8, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 3)),
+        nn.Conv2d(6, 12, 3, padding=1, groups=3, bias=False),
+        nn.Conv2d(6, 4, 1),
+        nn.Flatten(),
+    ],
+    ids=["two numbers each", "groups", "single pixels", "linear"],
+)
+def test_what_a_layer_sees_times_its_weight_is_what_it_returns_there(layer: nn.Module) -> None:
+    model = nn.Sequential(layer, *([] if isinstance(layer, nn.Flatten) else [nn.Flatten()]))
+    features = model(torch.zeros(1, 6, 9, 8)).shape[1]
+    teacher = Teacher.capture(nn.Sequential(nn.Conv2d(3, 6, 1), *model, nn.Linear(features, 4)), INPUT_OF_9_BY_8)
+    nodes = [node for node in teacher.module.graph.nodes if has_parameter(node)]
+    node = nodes[-1 if isinstance(layer, nn.Flatten) else 1]
+    images = torch.randn(5, 3, 9, 8, generator=torch.Generator().manual_seed(0))
+    _, (entering, leaving) = with_outputs(teacher.module, [node.args[0].name, node.name])(images)
+    weight = tensor_of(teacher.module, node.args[1])
+    bias = tensor_of(teacher.module, node.args[2]) if has_bias(node) else None
+    chosen = choose_positions(node, leaving, 20, torch.Generator().manual_seed(1))
+    seen = inputs_at(node, weight, entering, chosen)
+    assert len(set(chosen.tolist())) == seen.shape[1] <= 20
+    products = seen @ weight.reshape(len(seen), -1, seen.shape[2]).mT
+    # rtol and atol: sums are in another order
+    torch.testing.assert_close(products, outputs_at(node, weight, bias, leaving, chosen), rtol=1e-4, atol=1e-5)
+
+
+def test_adapted_weights_are_those_of_ridge_regression() -> None:
+    """The weight's change solves least squares with a row for each input's damping; the bias takes the mean left."""
+    rng = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(4, 5, generator=rng), torch.randn(4, generator=rng)
+    inputs, target = torch.randn(1, 50, 5, generator=rng), torch.randn(1, 50, 4, generator=rng)
+    power = inputs[0].square().mean()
+    rows = torch.cat([inputs[0], (0.3 * power * 50).sqrt() * torch.eye(5)])
+    missing = torch.cat([target[0] - inputs[0] @ weight.T, torch.zeros(5, 4)])
+    change = torch.linalg.lstsq(rows, missing).solution.T
+    found, shifted = adapted(weight, bias, inputs, target, 0.3)
+    torch.testing.assert_close(found, weight + change, rtol=1e-4, atol=1e-5)  # normal equations in float32
+    left = target[0] - inputs[0] @ (weight + change).T
+    torch.testing.assert_close(shifted, bias + left.mean(0), rtol=1e-4, atol=1e-5)

@@ -1,5 +1,6 @@
 """A teacher and its bank -> how far its answers go wrong when a single layer is quantized, at every width."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,16 @@ from qimera.mixed_precision.budget import WIDTHS
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.losses import kl_loss
 from qimera.quantization.ranges import integer_range, weight_range
-from qimera.quantization.rounding import Compensation, can_compensate, look_at_layer
+from qimera.quantization.rounding import (
+    Compensation,
+    adapted,
+    can_compensate,
+    choose_positions,
+    inputs_at,
+    look_at_layer,
+    outputs_at,
+    suiting_damping,
+)
 from qimera.quantization.scheme import reading_network_input
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
@@ -24,7 +34,10 @@ from qimera.teacher.teacher import Teacher
 _NUM_SAMPLES = 128
 _NUM_LARGE_SAMPLES = 32
 
-_MAX_COMPENSATED_BITS = 4
+_MIN_POSITIONS = 1024
+_POSITIONS_PER_INPUT = 5
+"""Positions at which layers behind the one that is tried are fitted: fewer than for rounding, as it happens often."""
+
 _NUM_FOLLOWERS = 12
 """Layers behind the one that is tried that may make up for it; more would cost time and win little."""
 
@@ -88,17 +101,17 @@ def measure_sensitivity(
 
 
 def _losses(trial: "_Trial", quantize: Callable[[int, bool], "_Outputs"]) -> list[float]:
-    """Return the loss at each width; where it is small anyway, the share that is made up for is that of 4 bits."""
-    losses, share = [], 1.0
-    for bits in WIDTHS:
-        alone = trial.loss(quantize(bits, False), 0)
-        if bits <= _MAX_COMPENSATED_BITS:
-            compensated = trial.loss(quantize(bits, True), _NUM_FOLLOWERS)
-            share = min(1.0, compensated / alone) if alone > 0 else 1.0
-            losses.append(min(alone, compensated))
-        else:
-            losses.append(share * alone)
-    return losses
+    """Return the loss at each width, of 2 to 8 bits.
+
+    Up to 4 bits the layers that follow make up for what they can. Above, the loss is what the layer does alone, times
+    the share that remains at 4 bits, which is measured at 6 bits; a bit more or less is a factor of 4 there, as the
+    squared error of any rounding has it.
+    """
+    losses = [trial.loss(quantize(bits, True), _NUM_FOLLOWERS) for bits in (2, 3, 4)]
+    alone_at_4, alone_at_6 = (trial.loss(quantize(bits, False), 0) for bits in (4, 6))
+    share = min(1.0, losses[2] / alone_at_4) if alone_at_4 > 0 else 1.0
+    at_4, at_6 = share * alone_at_4, share * alone_at_6
+    return [*losses[:2], at_4, math.sqrt(at_4 * at_6), at_6, at_6 / 4, at_6 / 16]
 
 
 def _add(found: dict[str, list[float]], name: str, losses: list[float]) -> None:
@@ -121,6 +134,8 @@ class _Trial:
         self._runs = SteppedRun(self._module, fit_on), SteppedRun(self._module, judge_on)
         self._position, self._entering = 0, (fit_on, judge_on)
         self._own: Compensation | None = None
+        self._targets: dict[int, tuple[Tensor, Tensor]] = {}
+        self._dampings: dict[int, float] = {}
 
     def advance_before(self, layer: Node) -> None:
         """Go on to the next layer to be tried."""
@@ -129,7 +144,12 @@ class _Trial:
             run.advance_before(layer.name)
         fit_on, judge_on = (run.value(node_at(layer, 0).name) for run in self._runs)
         self._entering = fit_on, judge_on
-        self._own = self._compensation(self._position, fit_on)
+        weight, bias = self._parameters(layer)
+        self._own = None
+        if can_compensate(layer, weight):
+            rng, leaving = torch.Generator().manual_seed(self._seed), self._leaving[self._position]
+            seen = look_at_layer(layer, weight, bias, fit_on, leaving, rng)
+            self._own = Compensation(weight, bias, *seen, self._dampings.get(self._position))
 
     def loss(self, outputs: _Outputs, num_followers: int) -> float:
         """Return the divergence if the layer returned ``outputs``, and so many that follow made up for it."""
@@ -141,12 +161,11 @@ class _Trial:
             layer = self.layers[position]
             fitting.advance_before(layer.name)
             entering = fitting.value(node_at(layer, 0).name)
-            compensation = self._compensation(position, entering)
-            if compensation is not None:
+            parameters = self._adapted(position, entering)
+            if parameters is not None:
                 judging.advance_before(layer.name)
-                adapted = compensation.adapted()
-                fitting.put(_call(layer, entering, *adapted))
-                judging.put(_call(layer, judging.value(node_at(layer, 0).name), *adapted))
+                fitting.put(_call(layer, entering, *parameters))
+                judging.put(_call(layer, judging.value(node_at(layer, 0).name), *parameters))
         ended = judging.finish()
         assert isinstance(ended, tuple)
         # float64: at 8 bits the divergence is smaller than the rounding errors of its terms in float32.
@@ -178,23 +197,41 @@ class _Trial:
         )
         quantizer.fit_(self._entering[0], "mse")
         fit_on, judge_on = (quantizer(each) for each in self._entering)
-        compensation = self._compensation(self._position, fit_on) if compensated else None
-        new = self._parameters(layer) if compensation is None else compensation.adapted()
+        new = (self._adapted(self._position, fit_on) if compensated else None) or self._parameters(layer)
         return _call(layer, fit_on, *new), _call(layer, judge_on, *new)
 
     def _parameters(self, layer: Node) -> tuple[Tensor, Tensor | None]:
         bias = tensor_of(self._module, node_at(layer, 2)) if has_bias(layer) else None
         return tensor_of(self._module, node_at(layer, 1)), bias
 
-    def _compensation(self, position: int, entering: Tensor) -> Compensation | None:
-        """Return what brings the layer's output for these inputs closest to what it was."""
+    def _look(self, position: int, entering: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """Return what a layer sees now, what it should return, and the damping that suits both; None for some kinds.
+
+        The damping is that of the first look at the layer.
+        """
         layer = self.layers[position]
         weight, bias = self._parameters(layer)
         if not can_compensate(layer, weight):
             return None
-        rng = torch.Generator().manual_seed(self._seed)
-        leaving = self._leaving[position]
-        return Compensation(weight, bias, *look_at_layer(layer, weight, bias, entering, leaving, rng))
+        if position not in self._targets:
+            wanted = max(_MIN_POSITIONS, _POSITIONS_PER_INPUT * weight[0].numel())
+            rng, leaving = torch.Generator().manual_seed(self._seed), self._leaving[position]
+            chosen = choose_positions(layer, leaving, wanted, rng)
+            self._targets[position] = chosen, outputs_at(layer, weight, bias, leaving, chosen)
+        chosen, target = self._targets[position]
+        inputs = inputs_at(layer, weight, entering, chosen)
+        if position not in self._dampings:
+            rows = weight.reshape(len(inputs), -1, inputs.shape[2])
+            self._dampings[position] = suiting_damping(inputs, target - inputs @ rows.mT)
+        return inputs, target, self._dampings[position]
+
+    def _adapted(self, position: int, entering: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Return the weight and the bias that bring the layer's output for these inputs closest to what it was."""
+        look = self._look(position, entering)
+        if look is None:
+            return None
+        weight, bias = self._parameters(self.layers[position])
+        return adapted(weight, bias, *look)
 
 
 def _call(layer: Node, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.nn import functional as F
 
 from qimera.graph.nodes import WEIGHTED, aten, node_at, tensor_of
 from qimera.graph.stepping import SteppedRun
@@ -164,22 +163,73 @@ def look_at_layer(
     """Return what enters the layer at some random positions of every image, and what its weights should make of it."""
     num_inputs = weight[0].numel()
     wanted = max(_MIN_POSITIONS, _POSITIONS_PER_INPUT * num_inputs)
+    chosen = choose_positions(node, leaving, wanted, rng)
+    return inputs_at(node, weight, entering, chosen), outputs_at(node, weight, bias, leaving, chosen)
+
+
+def choose_positions(node: Node, leaving: Tensor, wanted: int, rng: torch.Generator) -> Int[Tensor, " position"]:
+    """Return ``wanted`` random positions of what the layer returns, as many of every image, counted through all images.
+
+    Where there are not so many, they are all.
+    """
     if node.target is aten.linear.default:
-        leaving = leaving.reshape(-1, len(weight)) - (0 if bias is None else bias)
-        inputs = entering.reshape(-1, num_inputs)
-        chosen = torch.randperm(len(inputs), generator=rng)[:wanted].to(inputs.device)
-        return inputs[chosen][None], leaving[chosen][None]
-    leaving = leaving.flatten(2) - (0 if bias is None else bias[:, None])
+        return torch.randperm(leaving[..., 0].numel(), generator=rng)[:wanted].to(leaving.device)
+    images, size = len(leaving), leaving.shape[2:].numel()
+    each = min(size, -(-wanted // images))
+    drawn = [index * size + torch.randperm(size, generator=rng)[:each] for index in range(images)]
+    return torch.cat(drawn).to(leaving.device)
+
+
+def inputs_at(
+    node: Node, weight: Tensor, entering: Tensor, chosen: Int[Tensor, " position"]
+) -> Float[Tensor, "group position input"]:
+    """Return what the weights of the layer are multiplied by at the chosen positions."""
+    num_inputs = weight[0].numel()
+    if node.target is aten.linear.default:
+        return entering.reshape(-1, num_inputs)[chosen][None]
+    stride, padding, dilation = (_pair(node, *each) for each in ((3, 1), (4, 0), (5, 1)))
+    height, width = entering.shape[2:]
+    kernel = weight.shape[2:]
+    columns = _length(width, kernel[1], stride[1], padding[1], dilation[1])
+    rows = _length(height, kernel[0], stride[0], padding[0], dilation[0])
+    image, row, column = chosen // (rows * columns), chosen // columns % rows, chosen % columns
+    pixels = entering.permute(0, 2, 3, 1).flatten(0, 2)  # (batch * height * width, channel)
+    parts = []
+    for down in range(kernel[0]):
+        for right in range(kernel[1]):
+            y = row * stride[0] - padding[0] + down * dilation[0]
+            x = column * stride[1] - padding[1] + right * dilation[1]
+            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            seen = pixels[(image * height + y.clamp(0, height - 1)) * width + x.clamp(0, width - 1)]
+            parts.append(torch.where(inside[:, None], seen, 0.0))
+    patches = torch.stack(parts, 2)  # (position, channel, kernel)
     groups = int(_argument(node, 6, 1))
-    stride, padding, dilation = (_argument(node, index, default) for index, default in ((3, 1), (4, 0), (5, 1)))
-    each = min(leaving.shape[2], -(-wanted // len(entering)))
-    patches, targets = [], []
-    for image, target in zip(entering.split(1), leaving.split(1), strict=True):
-        chosen = torch.randperm(target.shape[2], generator=rng)[:each].to(image.device)
-        seen = F.unfold(image, weight.shape[2:], dilation, padding, stride)  # (1, channel * kernel, position)
-        patches.append(seen[0, :, chosen].unflatten(0, (groups, num_inputs)))
-        targets.append(target[0, :, chosen].unflatten(0, (groups, len(weight) // groups)))
-    return torch.cat(patches, 2).transpose(1, 2), torch.cat(targets, 2).transpose(1, 2)
+    return patches.reshape(len(chosen), groups, num_inputs).permute(1, 2, 0).contiguous().mT
+
+
+def outputs_at(
+    node: Node, weight: Tensor, bias: Tensor | None, leaving: Tensor, chosen: Int[Tensor, " position"]
+) -> Float[Tensor, "group position output"]:
+    """Return what the weights of the layer should make of their inputs there, which is without its bias."""
+    is_linear = node.target is aten.linear.default
+    values = leaving.reshape(-1, len(weight)) if is_linear else leaving.permute(0, 2, 3, 1).flatten(0, 2)
+    values = values[chosen] - (0 if bias is None else bias)
+    if is_linear:
+        return values[None]
+    groups = int(_argument(node, 6, 1))
+    return values.reshape(len(chosen), groups, -1).permute(1, 2, 0).contiguous().mT
+
+
+def _pair(node: Node, index: int, default: int) -> tuple[int, int]:
+    """Return an argument of a convolution that is one number for both directions, or one for each."""
+    given = _argument(node, index, default)
+    first, *rest = given if isinstance(given, list | tuple) else [given]
+    return int(first), int(rest[0] if rest else first)
+
+
+def _length(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Return how many positions a convolution computes along one direction."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _bias(module: GraphModule, layer: Node) -> Tensor | None:
@@ -204,11 +254,14 @@ class Compensation:
         bias: Float[Tensor, " channel"] | None,
         inputs: Float[Tensor, "group position input"],
         target: Float[Tensor, "group position output"],
+        damping: float | None = None,
     ) -> None:
+        """``damping`` is the one that suits these inputs unless it is known."""
         self._shape, self._bias, self._inputs, self._target = weight.shape, bias, inputs, target
         rows = weight.reshape(len(inputs), -1, inputs.shape[2])
         missing = target - inputs @ rows.mT
-        self._moments = _damped(_products(inputs, inputs), _suiting_damping(inputs, missing))
+        damping = suiting_damping(inputs, missing) if damping is None else damping
+        self._moments = _damped(_products(inputs, inputs), damping)
         self._rows = rows + _products(missing, inputs) @ _inverse(self._moments)
 
     def rounded(
@@ -216,10 +269,6 @@ class Compensation:
     ) -> tuple[Float[Tensor, "..."], Float[Tensor, " channel"] | None]:
         """Return the weight on the grid of ``quantizer``, and the bias that goes with it."""
         return self._with_bias(_round_rows(self._rows, quantizer, self._moments, len(self._rows)))
-
-    def adapted(self) -> tuple[Float[Tensor, "..."], Float[Tensor, " channel"] | None]:
-        """Return weight and bias in full precision, changed for inputs that are not what they were."""
-        return self._with_bias(self._rows)
 
     def error(self, weight: Float[Tensor, "..."]) -> Float[Tensor, ""]:
         """Return the mean square of what ``weight`` and a bias that suits it leave of the target."""
@@ -234,7 +283,31 @@ class Compensation:
         return rows.view(self._shape), bias
 
 
-def _suiting_damping(
+def adapted(
+    weight: Float[Tensor, "..."],
+    bias: Float[Tensor, " channel"] | None,
+    inputs: Float[Tensor, "group position input"],
+    target: Float[Tensor, "group position output"],
+    damping: float,
+) -> tuple[Float[Tensor, "..."], Float[Tensor, " channel"] | None]:
+    """Return weight and bias in full precision, changed for inputs that are not what they were.
+
+    Args:
+        weight: Of the layer.
+        bias: Of the layer, if it has one.
+        inputs: What the weight is multiplied by now.
+        target: What should come out, without the bias.
+        damping: What is added to the power of the inputs, as a share of its mean.
+    """
+    rows = weight.reshape(len(inputs), -1, inputs.shape[2])
+    moments = _products(inputs, inputs)
+    missing = _products(target, inputs) - rows @ moments
+    rows = rows + torch.cholesky_solve(missing.mT, torch.linalg.cholesky(_damped(moments, damping))).mT
+    left = target.mean(1) - (rows @ inputs.mean(1)[:, :, None])[:, :, 0]  # (group, output)
+    return rows.reshape(weight.shape), None if bias is None else bias + left.flatten()
+
+
+def suiting_damping(
     inputs: Float[Tensor, "group position input"], missing: Float[Tensor, "group position output"]
 ) -> float:
     """Return the damping with which what one half of the images is missing says most about the other half.
