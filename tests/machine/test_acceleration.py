@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from qimera.config.settings import DistillationSettings, QuantizationSettings
-from qimera.machine.acceleration import autocast, compiled, has_fast_bfloat16, is_compiled, narrow_gradients_
+from qimera.machine.acceleration import (
+    autocast,
+    compiled,
+    has_fast_bfloat16,
+    is_compiled,
+    narrow_gradients_,
+    quick_gradients_,
+)
 from qimera.machine.modes import Precision
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
@@ -124,3 +131,28 @@ def test_narrow_gradients_are_nearly_those_of_float32_and_what_is_computed_the_v
         assert float((exact - narrow).norm() / exact.norm()) < 0.01
     differ = any(not torch.equal(exact, narrow) for exact, narrow in zip(*gradients, strict=True))
     assert differ == (groups == 1)  # depthwise convolutions are slower in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "size"),
+    [(3, 2, 1, (9, 12)), (5, 2, 2, (13, 8)), (3, (2, 1), (1, 0), (10, 10)), (2, 2, 0, (9, 9)), (3, 3, 0, (11, 10))],
+)
+def test_quick_gradients_are_those_of_the_convolution(kernel: Any, stride: Any, padding: Any, size: Any) -> None:
+    layer = nn.Conv2d(6, 6, kernel, stride=stride, padding=padding, groups=6).double()
+    x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
+    program = torch.export.export(nn.Sequential(layer), (x,)).module()
+    assert isinstance(program, torch.fx.GraphModule)
+    (plain,) = torch.autograd.grad(program(x).square().sum(), x)
+    (target,) = {node.target for node in quick_gradients_(program).graph.nodes if "conv" in node.name and node.args}
+    assert target is not torch.ops.aten.conv2d.default
+    assert torch.equal(program(x), layer(x))
+    (quick,) = torch.autograd.grad(program(x).square().sum(), x)
+    torch.testing.assert_close(quick, plain)
+
+
+def test_only_depthwise_convolutions_with_strides_get_quick_gradients() -> None:
+    layers = [nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 8, 3, stride=2, groups=4)]
+    program = torch.export.export(nn.Sequential(*layers), (torch.randn(1, 4, 19, 19),)).module()
+    assert isinstance(program, torch.fx.GraphModule)
+    before = [node.target for node in program.graph.nodes]
+    assert [node.target for node in quick_gradients_(program).graph.nodes] == before

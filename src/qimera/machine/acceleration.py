@@ -161,6 +161,62 @@ class _NarrowConv2d(Function):
         return dx.to(dy.dtype), dweight.to(dy.dtype), dbias, None, None, None
 
 
+def quick_gradients_(module: GraphModule) -> GraphModule:
+    """Let depthwise convolutions with strides hand gradients to their inputs in a tenth of the time; return ``module``.
+
+    oneDNN computes them at 0.5 billion multiply-adds a second on one core, and those without strides at 20 to 40. The
+    gradient is the convolution, with the flipped weight, of the gradient behind it with zeros between its values.
+    """
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.conv2d.default):
+        weight = node.args[1]
+        if len(node.args) == 7 and isinstance(weight, torch.fx.Node) and weight.op == "get_attr":
+            stride, padding, dilation, groups = node.args[3:]
+            owner, _, name = str(weight.target).rpartition(".")
+            kernel = getattr(module.get_submodule(owner), name).shape
+            within = isinstance(padding, list) and all(a < b for a, b in zip(padding, kernel[2:], strict=True))
+            if within and kernel[:2] == (groups, 1) and dilation == [1, 1] and stride != [1, 1]:
+                node.target = _strided_depthwise
+    module.recompile()
+    return module
+
+
+def _strided_depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    _dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    y = _StridedDepthwise.apply(x, weight, bias, list(stride), list(padding), groups)  # type: ignore[no-untyped-call]
+    assert isinstance(y, Tensor)
+    return y
+
+
+class _StridedDepthwise(Function):
+    """A convolution of every channel alone, whose gradient to its input is one without strides; weights get none."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, groups):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(weight)
+        ctx.geometry, ctx.size, ctx.dtype = (stride, padding, groups), x.shape, x.dtype
+        return torch.ops.aten.conv2d.default(x, weight, bias, stride, padding, [1, 1], groups)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        (weight,) = ctx.saved_tensors
+        (down, right), padding, groups = ctx.geometry
+        kernel = weight.shape[2:]
+        height, width = (ctx.size[2 + i] + 2 * padding[i] - kernel[i] + 1 for i in (0, 1))
+        spread = dy.new_zeros(*dy.shape[:2], height, width).contiguous(memory_format=torch.channels_last)
+        spread[:, :, ::down, ::right] = dy
+        flipped = weight.flip(2, 3).to(dy.dtype)
+        around = [size - 1 - each for size, each in zip(kernel, padding, strict=True)]
+        dx = torch.ops.aten.conv2d.default(spread, flipped, None, [1, 1], around, [1, 1], groups)
+        return dx.to(ctx.dtype), None, None, None, None, None
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Return ``x`` in float32 if it is narrower: sums over many values need the digits."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -31,7 +31,7 @@ from qimera.graph.nodes import (
     with_outputs,
 )
 from qimera.graph.shapes import propagate_shapes_
-from qimera.machine.acceleration import to_device_
+from qimera.machine.acceleration import quick_gradients_, to_device_
 from qimera.teacher.capture import capture
 
 
@@ -100,6 +100,8 @@ class Teacher(nn.Module):
         self._attentions = [node.name for node in attention_outputs(self.module)]
         names = [*(tap.node for tap in self.batch_norms), *self._layer_norms, *self._attentions]
         self._tapped = with_outputs(self.module, names)
+        if self.input_spec.has_large_images:  # small ones would gain little, and keep the digits that they had
+            quick_gradients_(self._tapped)
 
     @classmethod
     def capture(cls, model: nn.Module, input_spec: InputSpec, logits: str = "") -> "Teacher":
