@@ -8,6 +8,7 @@ from qimera.config.settings import DirectSettings
 from qimera.errors import DivergenceError
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.losses import bns_loss, total_variation
+from qimera.synthesis.pixels import sum_of_scales
 from qimera.teacher.teacher import Teacher
 from tests.networks import NUM_CLASSES, SPEC
 
@@ -196,3 +197,17 @@ def test_noise_has_half_the_variance_of_normalised_images(
 def test_noise_of_several_scales_is_smoother() -> None:
     rough, smooth = (noise_images(16, (3, 32, 32), scales, seeded(0)) for scales in (1, 4))
     assert float(total_variation(smooth)) < 0.5 * float(total_variation(rough))
+
+
+# --- scales -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(100, 97), (13, 9)])
+def test_the_sum_of_scales_is_that_of_each_image_enlarged(size: tuple[int, int]) -> None:
+    """Large images are enlarged by products of matrices, small ones one by one."""
+    height, width = size
+    shapes = [(-(-height // 2**level), -(-width // 2**level)) for level in range(4)]
+    scales = [torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
+    expected = sum(F.interpolate(each, size=size, mode="bilinear") for each in scales)
+    torch.testing.assert_close(sum_of_scales(scales), expected, rtol=1e-5, atol=1e-5)  # sums in another order
+    assert sum_of_scales(scales[:1]) is scales[0]

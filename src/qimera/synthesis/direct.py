@@ -14,7 +14,7 @@ from qimera.machine.checkpoint import Checkpoint, State
 from qimera.machine.divergence import check_finite
 from qimera.synthesis.augmentation import flip_at_random, shift_batch
 from qimera.synthesis.losses import realism_terms, soft_cross_entropy, total_of, total_variation
-from qimera.synthesis.pixels import enlarged, within_limits
+from qimera.synthesis.pixels import sum_of_scales, within_limits
 from qimera.teacher.teacher import Teacher
 
 COLOUR = 0.3
@@ -151,6 +151,4 @@ def _scales(start: Tensor, num_scales: int) -> list[Tensor]:
 
 def _compose(scales: list[Tensor], low: Tensor, high: Tensor) -> Tensor:
     """Return the images that the scales add up to, within the valid range."""
-    size = (scales[0].shape[2], scales[0].shape[3])
-    images = sum((enlarged(coarse, size) for coarse in scales[1:]), scales[0])
-    return within_limits(images, low, high).contiguous(memory_format=torch.channels_last)
+    return within_limits(sum_of_scales(scales), low, high).contiguous(memory_format=torch.channels_last)
