@@ -29,6 +29,7 @@ from qimera.cli.output import INTERRUPTED, Output, speaking
 from qimera.cli.reference_commands import recipes, schema
 from qimera.cli.run_commands import compare, evaluate, export, report
 from qimera.errors import ConfigError
+from qimera.machine.allocator import reuse_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +49,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
+    reuse_freed_memory()
     try:
         app()
     except SystemExit as ending:
