@@ -1,10 +1,9 @@
 """First ranges and first integers of a student, layer after layer, each behind its quantized predecessors."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -21,6 +20,7 @@ from qimera.quantization.equalization import (
     scaled,
 )
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, round_to_grid
+from qimera.quantization.positions import argument_of, look_at_layer
 from qimera.quantization.scheme import quantizer_of
 
 _DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -29,10 +29,6 @@ _DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
 Weights then suit the samples less and other images more, which layers with many inputs and few positions need: last
 layers are given 3, first ones 0.03.
 """
-
-_MIN_POSITIONS = 8192
-_POSITIONS_PER_INPUT = 20
-"""Positions that a layer is seen at: enough to know each of its inputs' products with every other."""
 
 _MAX_INPUTS = 8192
 """Inputs of one output from which a layer keeps its nearest integers: the matrix of products would not fit."""
@@ -141,12 +137,8 @@ def _weight_quantizer(module: GraphModule, node: Node) -> LearnedStepFakeQuantiz
 
 def can_compensate(layer: Node, weight: Tensor) -> bool:
     """Whether the layer is of the kinds for which integers are found that make up for each other's errors."""
-    known = layer.target in (aten.conv2d.default, aten.linear.default) and not isinstance(_argument(layer, 4, 0), str)
+    known = layer.target in (aten.conv2d.default, aten.linear.default) and not isinstance(argument_of(layer, 4, 0), str)
     return known and weight[0].numel() <= _MAX_INPUTS
-
-
-def _argument(node: Node, index: int, default: Any) -> Any:
-    return node.args[index] if len(node.args) > index else default
 
 
 def _seen(
@@ -155,81 +147,6 @@ def _seen(
     weight, bias = tensor_of(student, parameter_of(node, 1)), _bias(student, node)
     entering, leaving = mine.value(node_at(node, 0).name), theirs.value(node.name)
     return Compensation(weight, bias, *look_at_layer(node, weight, bias, entering, leaving, rng))
-
-
-def look_at_layer(
-    node: Node, weight: Tensor, bias: Tensor | None, entering: Tensor, leaving: Tensor, rng: torch.Generator
-) -> tuple[Float[Tensor, "group position input"], Float[Tensor, "group position output"]]:
-    """Return what enters the layer at some random positions of every image, and what its weights should make of it."""
-    num_inputs = weight[0].numel()
-    wanted = max(_MIN_POSITIONS, _POSITIONS_PER_INPUT * num_inputs)
-    chosen = choose_positions(node, leaving, wanted, rng)
-    return inputs_at(node, weight, entering, chosen), outputs_at(node, weight, bias, leaving, chosen)
-
-
-def choose_positions(node: Node, leaving: Tensor, wanted: int, rng: torch.Generator) -> Int[Tensor, " position"]:
-    """Return ``wanted`` random positions of what the layer returns, as many of every image, counted through all images.
-
-    Where there are not so many, they are all.
-    """
-    if node.target is aten.linear.default:
-        return torch.randperm(leaving[..., 0].numel(), generator=rng)[:wanted].to(leaving.device)
-    images, size = len(leaving), leaving.shape[2:].numel()
-    each = min(size, -(-wanted // images))
-    drawn = [index * size + torch.randperm(size, generator=rng)[:each] for index in range(images)]
-    return torch.cat(drawn).to(leaving.device)
-
-
-def inputs_at(
-    node: Node, weight: Tensor, entering: Tensor, chosen: Int[Tensor, " position"]
-) -> Float[Tensor, "group position input"]:
-    """Return what the weights of the layer are multiplied by at the chosen positions."""
-    num_inputs = weight[0].numel()
-    if node.target is aten.linear.default:
-        return entering.reshape(-1, num_inputs)[chosen][None]
-    stride, padding, dilation = (_pair(node, *each) for each in ((3, 1), (4, 0), (5, 1)))
-    height, width = entering.shape[2:]
-    kernel = weight.shape[2:]
-    columns = _length(width, kernel[1], stride[1], padding[1], dilation[1])
-    rows = _length(height, kernel[0], stride[0], padding[0], dilation[0])
-    image, row, column = chosen // (rows * columns), chosen // columns % rows, chosen % columns
-    pixels = entering.permute(0, 2, 3, 1).flatten(0, 2)  # (batch * height * width, channel)
-    parts = []
-    for down in range(kernel[0]):
-        for right in range(kernel[1]):
-            y = row * stride[0] - padding[0] + down * dilation[0]
-            x = column * stride[1] - padding[1] + right * dilation[1]
-            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            seen = pixels[(image * height + y.clamp(0, height - 1)) * width + x.clamp(0, width - 1)]
-            parts.append(torch.where(inside[:, None], seen, 0.0))
-    patches = torch.stack(parts, 2)  # (position, channel, kernel)
-    groups = int(_argument(node, 6, 1))
-    return patches.reshape(len(chosen), groups, num_inputs).permute(1, 2, 0).contiguous().mT
-
-
-def outputs_at(
-    node: Node, weight: Tensor, bias: Tensor | None, leaving: Tensor, chosen: Int[Tensor, " position"]
-) -> Float[Tensor, "group position output"]:
-    """Return what the weights of the layer should make of their inputs there, which is without its bias."""
-    is_linear = node.target is aten.linear.default
-    values = leaving.reshape(-1, len(weight)) if is_linear else leaving.permute(0, 2, 3, 1).flatten(0, 2)
-    values = values[chosen] - (0 if bias is None else bias)
-    if is_linear:
-        return values[None]
-    groups = int(_argument(node, 6, 1))
-    return values.reshape(len(chosen), groups, -1).permute(1, 2, 0).contiguous().mT
-
-
-def _pair(node: Node, index: int, default: int) -> tuple[int, int]:
-    """Return an argument of a convolution that is one number for both directions, or one for each."""
-    given = _argument(node, index, default)
-    first, *rest = given if isinstance(given, list | tuple) else [given]
-    return int(first), int(rest[0] if rest else first)
-
-
-def _length(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Return how many positions a convolution computes along one direction."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _bias(module: GraphModule, layer: Node) -> Tensor | None:
