@@ -3,16 +3,17 @@
     python -m benchmarks.export.litert resnet20_cifar10 mobilenetv2_cifar10 --bits w8a8 w4a8 w4a4 w3a3
 
 The students are made without training on a small bank, as recipe ptq makes them. Bank and students are kept. Images and
-labels score, and nothing else. Times are medians of one image on one thread, taken in turns with the model in full
-precision, which is a LiteRT file too. The built-in kernels, which are slow, see the first images alone.
+labels score, and nothing else. Times are medians of one image on one thread, in seconds of the processor, so that other
+work on the machine counts little; they are taken in turns with the model in full precision, which is a LiteRT file too.
+``--times`` takes those of finished results again. The built-in kernels, which are slow, see the first images alone.
 """
 
 import argparse
 import json
+import statistics
 import time
 import warnings
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 
 import numpy as np
@@ -23,7 +24,7 @@ from benchmarks.measurement import BANKS, command_line, machine_name, without_re
 from benchmarks.zoo import load_subject
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Student, Teacher, recipe, synthesize
 from qimera.config.bits import parse_bits
-from qimera.export.comparison import compare, latencies_ms, multiplying
+from qimera.export.comparison import compare, multiplying
 from qimera.litert.runtime import Runtime
 from qimera.lowering.model import lower, lower_full_precision
 from qimera.pipeline import quantize_with
@@ -32,6 +33,7 @@ LARGE = 224
 """Side in pixels from which samples are few."""
 
 NUM_BUILT_IN = 500
+WARM_UP, ROUNDS = 5, 200
 SEED = 0
 
 
@@ -41,11 +43,22 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     for network in options.networks:
+        if options.times:
+            _time_again(network)
+            continue
         missing = without_result(options.bits, lambda bits, network=network: RESULTS / f"{network}-{bits}.json")
         if missing:
             teacher, images = load_subject(network)
             for bits in missing:
                 _write(network, bits, _measure(_student(network, teacher, bits), images))
+
+
+def _time_again(network: str) -> None:
+    teacher, _ = load_subject(network)
+    for path in sorted(RESULTS.glob(f"{network}-*.json")):
+        found = json.loads(path.read_text())
+        found |= _times(_student(network, teacher, found["bits"]))
+        path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _student(network: str, teacher: Teacher, bits: str) -> Student:
@@ -71,10 +84,10 @@ def _bank(network: str, teacher: Teacher) -> SampleBank:
 
 def _measure(student: Student, images: LabelledImages) -> dict[str, object]:
     lowered = lower(student)
-    content, reference = lowered.content(), lower_full_precision(student).content()
+    content = lowered.content()
     names = list(multiplying(student).values())
     float_layers = [name for name in names if name in lowered.writer.float_layers]
-    on_phones, built_in, full = Runtime(content, xnnpack=True), Runtime(content, xnnpack=False), Runtime(reference)
+    on_phones, built_in = Runtime(content), Runtime(content, xnnpack=False)
     expected, actual, of_built_in = [], [], []
     for pixels, _ in images.batches(50):
         batch = student.input_spec.normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2)).contiguous()
@@ -86,10 +99,8 @@ def _measure(student: Student, images: LabelledImages) -> dict[str, object]:
             of_built_in.append(built_in(inputs))
     logits, found, others = (np.concatenate(each) for each in (expected, actual, of_built_in))
     comparison = compare("XNNPACK", logits, found, len(names), float_layers)
-    milliseconds = latencies_ms([partial(run, inputs[:1]) for run in (on_phones, full)])
     return {
         "num_bytes": len(content),
-        "float_bytes": len(reference),
         "num_layers": len(names),
         "num_images": len(logits),
         "agreement": comparison.agreement,
@@ -103,8 +114,29 @@ def _measure(student: Student, images: LabelledImages) -> dict[str, object]:
             "num_images": len(others),
             "agreement": compare("built-in", logits[: len(others)], others, len(names), []).agreement,
         },
-        "milliseconds": {"file": round(milliseconds[0], 4), "full precision": round(milliseconds[1], 4)},
-        "speedup": round(milliseconds[1] / milliseconds[0], 2),
+        **_times(student),
+    }
+
+
+def _times(student: Student) -> dict[str, object]:
+    """Return the times of a student's file and of the model in full precision, and the latter's size."""
+    reference = lower_full_precision(student).content()
+    runs = [Runtime(content) for content in (lower(student).content(), reference)]
+    channels, *sides = student.input_spec.shape
+    image = np.random.default_rng(SEED).standard_normal((1, *sides, channels), np.float32)
+    seconds: list[list[float]] = [[], []]
+    for run in runs:
+        run(image)
+    for _ in range(WARM_UP + ROUNDS):
+        for run, times in zip(runs, seconds, strict=True):
+            start = time.process_time()
+            run.again()
+            times.append(time.process_time() - start)
+    file, full = (1000 * statistics.median(times[WARM_UP:]) for times in seconds)
+    return {
+        "float_bytes": len(reference),
+        "milliseconds": {"file": round(file, 4), "full precision": round(full, 4)},
+        "speedup": round(full / file, 2),
     }
 
 
@@ -132,6 +164,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="+")
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8", "w4a4", "w3a3"])
+    parser.add_argument("--times", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 

@@ -1,4 +1,5 @@
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,29 @@ def test_export_writes_a_program_that_torch_loads(finished_run: Path) -> None:
     assert json.loads((finished_run / "export-pt2.json").read_text())["num_layers"] == 3
 
 
+def test_export_writes_a_file_for_phones(tmp_path: Path, finished_run: Path) -> None:
+    pytest.importorskip("ai_edge_litert", reason="pip install 'qimera[litert]'")
+    (tmp_path / "labels.txt").write_text("".join(f"class {number}\n" for number in range(10)))
+    options = ("--include-preprocessing", "--integer-logits", "--labels", tmp_path / "labels.txt")
+    result = qimera("export", finished_run, "--format", "litert", *options)
+    assert result.exit_code == 0, result.stderr
+    assert "XNNPACK: same class" in result.stdout
+    assert "partitions of XNNPACK: 1\n" in result.stdout
+    with zipfile.ZipFile(finished_run / "student.tflite") as files:
+        assert files.read("labels.txt").decode().splitlines()[3] == "class 3"
+    on_phones, built_in = json.loads((finished_run / "export-litert.json").read_text())["comparisons"]
+    assert (on_phones["partitions"], on_phones["outside"], on_phones["note"]) == (1, [], "")
+    assert "round twice" in built_in["note"]
+
+
 def test_options_of_another_format_are_refused(tmp_path: Path, finished_run: Path) -> None:
     options = ("--format", "pt2", "--include-preprocessing", "--output", tmp_path / "x.pt2")
     result = qimera("export", finished_run, *options)
     assert result.exit_code == 2
     assert "are for --format onnx and litert, given --format pt2" in said(result)
+    result = qimera("export", finished_run, "--integer-logits", "--output", tmp_path / "x.onnx")
+    assert result.exit_code == 2
+    assert "--integer-logits is for --format litert, given --format onnx" in said(result)
 
 
 def test_a_file_below_the_threshold_is_not_written(

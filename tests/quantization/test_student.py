@@ -124,6 +124,19 @@ def test_with_eight_bits_the_student_answers_as_the_teacher(teacher: Teacher, to
     assert float(agreement) >= 0.99
 
 
+def test_a_student_made_with_minus_128_is_read_with_minus_127(
+    tmp_path: Path, teacher: Teacher, toy_images: Tensor
+) -> None:
+    student = student_of(teacher, toy_images[:16], "w8a8")
+    with torch.no_grad():
+        for weight, step in student.weight_steps():
+            weight[0] = -128 * step[0]
+    student.save_state(tmp_path / "student.safetensors")
+    again = Student.load_state(tmp_path / "student.safetensors", teacher, student.settings)
+    integers = dict(again.converted().named_buffers())["conv1.weight"]
+    assert int(integers.min()) == int(integers[0].min()) == -127
+
+
 def test_more_bits_bring_the_logits_nearer_to_the_teachers(teacher: Teacher, toy_images: Tensor) -> None:
     errors = []
     for bits in ("w2a2", "w3a3", "w4a4", "w8a8"):

@@ -56,6 +56,10 @@ class Runtime:
             found[name] = (value.astype(np.float32) - zero_point) * scale if name == "logits" and scale else value
         return found
 
+    def again(self) -> None:
+        """Compute once more for the last image, without what it takes to bring it here."""
+        self._interpreter.invoke()
+
     def kernels(self) -> Kernels:
         """Return which operations are in partitions of XNNPACK: those between a partition's inputs and outputs."""
         operations = self._interpreter._get_ops_details()
