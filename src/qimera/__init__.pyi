@@ -44,6 +44,7 @@ from .export.comparison import (
     Comparison as Comparison,
     Verification as Verification,
 )
+from .export.coreml import export_coreml as export_coreml
 from .export.executorch import export_executorch as export_executorch
 from .export.onnx import export_onnx as export_onnx
 from .export.program import (

@@ -10,6 +10,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 from torch import Tensor
 
 from qimera.export.comparison import Comparison, compare
+from qimera.export.coreml import NOT_RUN
 from qimera.quantization.student import Student
 from qimera.runs.directory import RunDirectory
 from qimera.runs.model_card import card_beside, write_model_card
@@ -73,6 +74,21 @@ def test_export_writes_a_file_for_phones(tmp_path: Path, finished_run: Path) -> 
     on_phones, built_in = json.loads((finished_run / "export-litert.json").read_text())["comparisons"]
     assert (on_phones["partitions"], on_phones["outside"], on_phones["note"]) == (1, [], "")
     assert "round twice" in built_in["note"]
+
+
+@pytest.mark.slow
+def test_export_says_that_a_package_for_core_ml_was_not_run(tmp_path: Path, finished_run: Path) -> None:
+    pytest.importorskip("coremltools", reason="pip install 'qimera[coreml]'")
+    for _ in range(2):  # a package that is there is replaced
+        result = qimera("export", finished_run, "--format", "coreml", "--output", tmp_path / "x.mlpackage")
+        assert result.exit_code == 0, result.stderr
+        assert "was not run" in result.stdout
+    record = json.loads((finished_run / "export-coreml.json").read_text())
+    assert record["not_run"] == NOT_RUN
+    assert record["comparisons"] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["x.mlpackage"]
+    with_labels = ("--format", "coreml", "--include-preprocessing", "--output", tmp_path / "x.mlpackage")
+    assert "are for --format onnx, given --format coreml" in said(qimera("export", finished_run, *with_labels))
 
 
 def test_options_of_another_format_are_refused(tmp_path: Path, finished_run: Path) -> None:

@@ -79,7 +79,7 @@ def test_everything_in_a_folder_is_brought_to_the_disk(tmp_path: Path, journal: 
 
 WITHOUT_ONNX = """
 import sys
-for name in ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino", "executorch", "ai_edge_litert"):
+for name in ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino", "executorch", "coremltools", "ai_edge_litert"):
     sys.modules[name] = None
 import torch
 from qimera import *

@@ -244,7 +244,7 @@ class ExportedFile(Found):
     """Path of the page beside it that says what it is."""
 
     format: str
-    """``onnx``, ``pt2``, ``aotinductor``, ``executorch`` or ``litert``."""
+    """``onnx``, ``pt2``, ``aotinductor``, ``executorch``, ``litert`` or ``coreml``."""
 
     num_layers: int
     """Layers and products of activations."""
@@ -260,6 +260,9 @@ class ExportedFile(Found):
 
     refusals: tuple[str, ...] = ()
     """Runtimes that cannot run the file at all, other than the student's target, and why."""
+
+    not_run: str = ""
+    """Why the file was not run at all, in formats that no runtime here can run; empty for all others."""
 
 
 class WrittenReport(Found):

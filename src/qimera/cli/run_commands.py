@@ -96,11 +96,12 @@ def export(
     run: Run,
     *,
     form: Annotated[
-        Literal["onnx", "pt2", "aotinductor", "executorch", "litert"],
+        Literal["onnx", "pt2", "aotinductor", "executorch", "litert", "coreml"],
         typer.Option(
             "--format",
             metavar="NAME",
-            help="onnx, pt2 (torch.export program), aotinductor (compiled package), executorch or litert (for phones).",
+            help="onnx, pt2 (torch.export program), aotinductor (compiled package), executorch or litert (for phones), or "
+            "coreml (experimental).",
         ),
     ] = "onnx",
     file: Annotated[

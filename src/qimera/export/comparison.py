@@ -85,8 +85,13 @@ class Verification:
     refusals: tuple[str, ...] = ()
     """Runtimes that cannot run the file at all, other than the student's target, and why."""
 
+    not_run: str = ""
+    """Why the file was not run at all, in formats that no runtime here can run; empty for all others."""
+
     def text(self) -> str:
         """Return a few lines for people."""
+        if self.not_run:
+            return f"file size {self.num_bytes:,} bytes; its steps and integers are the student's.\n{self.not_run}\n"
         lines = [f"file size {self.num_bytes:,} bytes, compared with the student on {self.num_samples} samples"]
         for each in self.comparisons:
             lines.append(

@@ -60,6 +60,7 @@ class Export(Settings):
     num_samples: int
     comparisons: tuple[dict[str, Any], ...]
     refusals: tuple[str, ...] = ()
+    not_run: str = ""
 
 
 class Curve(Settings):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from qimera.errors import ConfigError
 from qimera.export.comparison import MIN_AGREEMENT, Verification
+from qimera.export.coreml import export_coreml
 from qimera.export.executorch import export_executorch
 from qimera.export.onnx import export_onnx
 from qimera.export.program import export_aotinductor, export_pt2
@@ -17,7 +18,7 @@ from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import load_bank, load_student
 from qimera.runs.model_card import write_model_card
 
-ExportFormat = Literal["onnx", "pt2", "aotinductor", "executorch", "litert"]
+ExportFormat = Literal["onnx", "pt2", "aotinductor", "executorch", "litert", "coreml"]
 
 FILE_NAMES: dict[ExportFormat, str] = {
     "onnx": "student.onnx",
@@ -55,7 +56,7 @@ def export_run(
         UnsupportedModelError: something in the student has no counterpart in the format.
         VerificationError: the file disagrees with the student.
     """
-    if not path.parent.is_dir() or path.is_dir():
+    if not path.parent.is_dir() or (path.is_dir() and form != "coreml"):
         raise ConfigError(f"--output: {path} must be a file in a folder that exists")
     if form not in ("onnx", "litert") and (include_preprocessing or labels_file is not None):
         raise ConfigError(
@@ -71,7 +72,7 @@ def export_run(
         options |= {"include_preprocessing": include_preprocessing, "labels": labels, "time_full_precision": True}
     if form == "litert":
         options["integer_logits"] = integer_logits
-    verification = _EXPORTS[form](student, path, bank, **options)
+    verification = export_coreml(student, path) if form == "coreml" else _EXPORTS[form](student, path, bank, **options)
     with replacing(run.path / f"export-{form}.json") as temporary:
         temporary.write_text(json.dumps({"file": path.name, **asdict(verification)}, indent=2) + "\n", encoding="utf-8")
     write_model_card(run, path)
