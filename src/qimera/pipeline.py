@@ -117,8 +117,8 @@ def quantize(
         bank: From ``synthesize``, or loaded.
         bits: Such as ``w4a8``: weight bits, activation bits, 2 to 8.
         scheme: ``hardware`` (what integer kernels need) or ``paper`` (as GDFQ and Qimera quantize).
-        target: Runtime whose kernels decide where tensors are rounded: ``onnxruntime``, ``openvino``, ``inductor`` or
-            ``xnnpack``.
+        target: Runtime whose kernels decide where tensors are rounded: ``onnxruntime``, ``openvino``, ``inductor``,
+            ``xnnpack``, ``litert``, ``litert-builtin`` or ``tflm`` (microcontrollers).
         layer_bits: Exceptions by layer name, such as ``conv1=8,*fc*=w8a4``.
         first_last_bits: Bits of the layers that read the images and of the one that returns the logits, for weights and
             inputs; 0 for those of all others. ``layer_bits`` wins.

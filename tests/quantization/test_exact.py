@@ -14,7 +14,7 @@ from qimera.config.input_spec import InputSpec
 from qimera.config.settings import QuantizationSettings
 from qimera.export.onnx_model import onnx_model
 from qimera.graph.nodes import WEIGHTED
-from qimera.quantization.exact import _ExactAddition, _ExactLayer, _ExactProduct, with_exact_sums
+from qimera.quantization.exact import ExactLayer, ExactProduct, _ExactAddition, with_exact_sums
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.student import Student
 from qimera.teacher.teacher import Teacher
@@ -32,7 +32,7 @@ class _OnLevels(torch.fx.Interpreter):
     def call_module(self, target: str, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
         result = super().call_module(target, args, kwargs)
         module = self.fetch_attr(target)
-        if isinstance(module, _ExactLayer):
+        if isinstance(module, ExactLayer):
             steps = [quantizer.scale for quantizer in module.quantizers[:2]]
             for value, step in zip(args, steps, strict=False):
                 levels = value / step
@@ -45,7 +45,7 @@ class _OnLevels(torch.fx.Interpreter):
 def test_every_layer_reads_whole_numbers_of_steps(name: str) -> None:
     student, images = student_of(name, 4)
     exact = with_exact_sums(student.module)
-    layers = [each for each in exact.modules() if isinstance(each, _ExactLayer)]
+    layers = [each for each in exact.modules() if isinstance(each, ExactLayer)]
     assert len(layers) == sum(node.target in WEIGHTED for node in student.module.graph.nodes)
     with torch.no_grad():
         _OnLevels(exact).run(images)
@@ -171,9 +171,9 @@ def test_products_are_those_of_onnx_runtime(inner: int) -> None:
     result.log_scale.data += math.log(inner)
     a, b = (torch.randint(256, shape, generator=rng) for shape in ((30, inner), (inner, 20)))
     with torch.no_grad():
-        values = _ExactProduct(first, second, result)(_values(a, first), _values(b, second))
+        values = ExactProduct(first, second, result)(_values(a, first), _values(b, second))
         levels = (values / result.scale + result.zero_point).round().clamp(0, 255).to(torch.uint8)
-        sums = _ExactProduct(first, second, None)(_values(a, first), _values(b, second))
+        sums = ExactProduct(first, second, None)(_values(a, first), _values(b, second))
     exact = (a - first.zero_point).double() @ (b - second.zero_point).double()
     assert torch.equal(sums, exact.float() * (first.scale * second.scale).detach())
     assert np.array_equal(levels.numpy(), _qlinear("QLinearMatMul", a, b, first, second, result))
@@ -205,13 +205,13 @@ def _in_double(bias: Tensor | None, rest: list[object]) -> list[object]:
     return [None if bias is None else bias.double(), *rest[1:]]
 
 
-def _layers_with_inputs(student: Student, images: Tensor) -> list[tuple[list[object], _ExactLayer]]:
-    found: list[tuple[list[object], _ExactLayer]] = []
+def _layers_with_inputs(student: Student, images: Tensor) -> list[tuple[list[object], ExactLayer]]:
+    found: list[tuple[list[object], ExactLayer]] = []
 
     class Recorder(torch.fx.Interpreter):
         def call_module(self, target: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
             module = self.fetch_attr(target)
-            if isinstance(module, _ExactLayer):
+            if isinstance(module, ExactLayer):
                 found.append((list(args), module))
             return super().call_module(target, args, kwargs)
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qimera.cli import completion
+from qimera.machine.modes import Target
 
 _MODEL, _QUANTIZATION, _CHECKS, _OUTPUT = "Model", "Quantization", "Checks", "Computing and output"
 """Groups of options in the help of a command."""
@@ -219,11 +220,12 @@ class RunOptions:
         ),
     ] = None
     target: Annotated[
-        Literal["onnxruntime", "openvino", "inductor", "xnnpack"] | None,
+        Target | None,
         typer.Option(
             metavar="NAME",
             rich_help_panel=_QUANTIZATION,
-            help="Runtime to match: onnxruntime, openvino, inductor or xnnpack. Default: onnxruntime.",
+            help="Runtime to match: onnxruntime, openvino, inductor, xnnpack, litert, litert-builtin or tflm. "
+            "Default: onnxruntime.",
         ),
     ] = None
     recipe: Recipe = None

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from qimera.config.base import Settings
 from qimera.errors import ConfigError
-from qimera.machine.modes import Compile, Precision
+from qimera.machine.modes import Compile, Precision, Target
 
 
 class LabelSettings(Settings):
@@ -198,9 +198,9 @@ class QuantizationSettings(Settings):
     activation_bits: int = Field(4, ge=2, le=8)
     scheme: Literal["hardware", "paper"] = "hardware"
     """``hardware``: what integer kernels need. ``paper``: as GDFQ and Qimera quantize, for comparison only."""
-    target: Literal["onnxruntime", "openvino", "inductor", "xnnpack"] = "onnxruntime"
-    """Whose kernels decide where tensors are rounded (hardware scheme). Those of OpenVINO and Inductor add the other
-    branch to a convolution's sums before they round, those of ONNX Runtime and XNNPACK after."""
+    target: Target = "onnxruntime"
+    """Whose kernels decide where tensors are rounded (hardware scheme), and how: OpenVINO and Inductor round behind the
+    addition after a convolution, all others before; ``litert-builtin`` and ``tflm`` (microcontrollers) round twice."""
 
     layer_bits: tuple[LayerBits, ...] = ()
     """Exceptions by layer name; the last matching pattern wins."""

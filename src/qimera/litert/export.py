@@ -9,6 +9,7 @@ import torch
 from qimera.errors import ConfigError
 from qimera.export.comparison import MIN_AGREEMENT, Verification, sample_pixels
 from qimera.machine.files import replacing
+from qimera.quantization.grids import Levels
 from qimera.quantization.ranges import affine_parameters
 from qimera.quantization.student import Student
 from qimera.synthesis.bank import SampleBank
@@ -56,10 +57,9 @@ def export_litert(
         raise ConfigError(f"labels: {len(labels)} names for {student.num_classes} classes; give one for each")
     from qimera.litert.metadata import ENTRY, associated_files, metadata
     from qimera.litert.verification import verify_litert
-    from qimera.lowering.grids import Levels
     from qimera.lowering.model import lower, lower_full_precision
 
-    levels = Levels(*_range_of_logits(student, samples), 0, 255) if integer_logits else None
+    levels = logits_levels(student, samples) if integer_logits else None
     lowered = lower(student, include_preprocessing=include_preprocessing, logits_levels=levels)
     lowered.writer.file.note(ENTRY, metadata(student, labels, include_preprocessing=include_preprocessing))
     content = lowered.content() + associated_files(student, labels)
@@ -74,12 +74,12 @@ def export_litert(
     return verification
 
 
-def _range_of_logits(student: Student, samples: SampleBank | None) -> tuple[float, int]:
-    """Return step and zero point of a grid that just covers the logits of the samples, and zero."""
+def logits_levels(student: Student, samples: SampleBank | None) -> Levels:
+    """Return the levels of a grid that just covers the logits of the samples, and zero."""
     if samples is None:
         raise ConfigError("integer logits: their range comes from the samples of a bank; give one")
     images = student.input_spec.normalize(sample_pixels(student, samples))
     with torch.no_grad():
         logits = torch.cat([student(batch) for batch in images.split(_BATCH)])
     scale, zero_point = affine_parameters(logits, 0, 255, symmetric=False)
-    return float(scale), int(zero_point)
+    return Levels(float(scale), int(zero_point), 0, 255)

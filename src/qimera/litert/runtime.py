@@ -90,3 +90,10 @@ def weights_in(content: bytes) -> Iterator[tuple[str, np.ndarray]]:
                 buffer = model.Buffers(tensor.Buffer())
                 if tensor.Type() == schema.TensorType.INT8 and buffer.DataLength():
                     yield tensor.Name().decode(), buffer.DataAsNumpy().view(np.int8)
+
+
+def operations_in(content: bytes) -> list[str]:
+    """Return the names of the operations that a file needs, each once."""
+    model = schema.Model.GetRootAs(content)
+    codes = (model.OperatorCodes(index).BuiltinCode() for index in range(model.OperatorCodesLength()))
+    return sorted({_NAMES[code] for code in codes})

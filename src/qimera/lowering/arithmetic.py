@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from qimera.errors import UnsupportedModelError
-from qimera.lowering.grids import Grid, Levels, grid_of
 from qimera.lowering.values import Constant, Deferred, Order, Tensor, Value
 from qimera.lowering.writer import Writer, activation
+from qimera.quantization.grids import Grid, Levels, grid_of
 
 _INTEGER_KINDS = ("ADD", "SUB", "MUL")
 _FUSING = (*_INTEGER_KINDS, "DIV")

@@ -7,7 +7,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from qimera.lowering.grids import Grid
+from qimera.quantization.grids import Grid
 
 _ALIGNMENT = 16
 """Bytes that kernels load at once from a constant; the schema asks for it, its Python classes do not heed it."""
@@ -84,15 +84,20 @@ class FlatFile:
         """Return a new tensor that an operation will write."""
         return self._tensor(name, shape, np.dtype(dtype), 0, grid)
 
-    def constant(self, name: str, value: np.ndarray, steps: Grid | Steps | None = None) -> int:
-        """Return a tensor with this content; the same content is stored once."""
-        content = np.ascontiguousarray(value).tobytes()
+    def constant(
+        self, name: str, value: np.ndarray, steps: Grid | Steps | None = None, *, is_int4: bool = False
+    ) -> int:
+        """Return a tensor with this content, integers of 4 bits two to a byte; the same content is stored once."""
+        content = _nibbles(value) if is_int4 else np.ascontiguousarray(value).tobytes()
         if (content, value.dtype) not in self._by_content:
             buffer = _Buffer()
             buffer.data = content
             self._buffers.append(buffer)
             self._by_content[content, value.dtype] = len(self._buffers) - 1
-        return self._tensor(name, value.shape, value.dtype, self._by_content[content, value.dtype], steps)
+        number = self._tensor(name, value.shape, value.dtype, self._by_content[content, value.dtype], steps)
+        if is_int4:
+            self.tensors[number].type = schema.TensorType.INT4
+        return number
 
     def _tensor(
         self, name: str, shape: Sequence[int], dtype: np.dtype[np.generic], buffer: int, steps: Grid | Steps | None
@@ -165,6 +170,12 @@ def _tensor_map(named: dict[str, int]) -> list[object]:
         entry.name, entry.tensorIndex = name, tensor
         maps.append(entry)
     return maps
+
+
+def _nibbles(levels: np.ndarray) -> bytes:
+    """Return integers from -8 to 7 in bytes, the first in the low half."""
+    halves = np.append(levels.reshape(-1), np.zeros(levels.size % 2, levels.dtype)).astype(np.uint8) & 15
+    return (halves[0::2] | halves[1::2] << 4).tobytes()
 
 
 _OPTIONS = {

@@ -8,13 +8,9 @@ import numpy as np
 
 from qimera.errors import UnsupportedModelError
 from qimera.lowering.flatbuffer import Steps
-from qimera.lowering.grids import Grid, Levels, grid_of, widening
 from qimera.lowering.values import CHANNELS_LAST, Constant, Deferred, Order, Tensor, Value
 from qimera.lowering.writer import VALID, Writer, activation
-
-_BIAS_LIMIT = 1 << 30
-_MAX_WINDOW = 1 << 8
-"""Positions up to which an average is a depthwise convolution, which rounds once; MEAN rounds twice."""
+from qimera.quantization.grids import LARGEST_WINDOW, Grid, Levels, fits_nibbles, grid_of, widening
 
 _INT32, _FLOAT32 = 2, 0
 
@@ -50,9 +46,12 @@ class _Scaled:
     bias_steps: np.ndarray
 
 
-def _scaled(weight: Parameter, bias: Parameter | None, entering: Grid, leaving: Grid) -> _Scaled:
+def _scaled(w: Writer, weight: Parameter, bias: Parameter | None, entering: Grid, leaving: Grid) -> _Scaled:
     """Return the parameters widened, and in the unit that the file gives each tensor."""
-    factor = widening(weight.levels, None if bias is None else bias.levels, _BIAS_LIMIT)
+    factor = 1
+    lowest, highest = int(weight.levels.min(initial=0)), int(weight.levels.max(initial=0))
+    if not (w.packs and fits_nibbles(lowest, highest)):
+        factor = widening(max(-lowest, highest), 0 if bias is None else int(np.abs(bias.levels).max(initial=0)))
     steps = weight.steps.astype(np.float64) / factor * leaving.unit / entering.unit
     zeros = np.zeros(len(steps), np.int32)
     added = zeros if bias is None else (bias.levels.astype(np.int64) * factor).astype(np.int32)
@@ -84,7 +83,7 @@ def convolution(
         options |= {"dilationHFactor": dilation[0], "dilationWFactor": dilation[-1], **_fused(result)}
         if is_depthwise:
             options["depthMultiplier"] = shape[1] // channels
-        parameters = _parameters(w, layer, weight, bias, (entering, result), order)
+        parameters = _parameters(w, layer, weight, bias, (entering, result), order, packs=True)
         w.file.operation(kind, [entering.tensor, *parameters], [result.tensor], 5 if groups > 1 else 3, **options)
         return w.noted(layer, result)
 
@@ -102,26 +101,30 @@ def _parameters(
     bias: Parameter | Constant | None,
     between: tuple[Value, Value],
     order: Order,
+    *,
+    packs: bool = False,
 ) -> list[int]:
     """Return the constants of a layer, its weight in ``order``: integers, or numbers where it computes with those.
 
-    ``between`` are what it reads and what it writes, whose last axis in memory is that of the channels.
+    ``between`` are what it reads and what it writes, whose last axis in memory is that of the channels. With ``packs``
+    microcontrollers have a kernel that reads int4.
     """
     entering, result = between
     if entering.grid is None or result.grid is None or isinstance(weight, Constant) or isinstance(bias, Constant):
         w.float_layers.append(layer)
         added = np.zeros(result.stored[-1], np.float32) if bias is None else bias.array
         return [_float_weight(w, layer, weight, order), w.file.constant(f"{layer}.bias", added)]
-    scaled, axis = _scaled(weight, bias, entering.grid, result.grid), order.index(weight.axis)
+    scaled, axis = _scaled(w, weight, bias, entering.grid, result.grid), order.index(weight.axis)
+    is_int4 = packs and w.is_micro and fits_nibbles(int(scaled.weight.min()), int(scaled.weight.max()))
     return [
-        w.file.constant(f"{layer}.weight", scaled.weight.transpose(order), Steps(scaled.steps, axis)),
+        w.file.constant(f"{layer}.weight", scaled.weight.transpose(order), Steps(scaled.steps, axis), is_int4=is_int4),
         w.file.constant(f"{layer}.bias", scaled.bias, Steps(scaled.bias_steps)),
     ]
 
 
 def _float_weight(w: Writer, layer: str, weight: Parameter | Constant, order: Order) -> int:
     """Return a weight as numbers, of which the file stores the integers where there are any."""
-    if isinstance(weight, Constant):
+    if isinstance(weight, Constant) or w.is_micro:  # where only tensors with one step can be dequantized
         return w.file.constant(f"{layer}.weight", weight.array.transpose(order))
     stored = weight.levels.transpose(order)
     integers = w.file.constant(f"{layer}.weight", stored, Steps(weight.steps, order.index(weight.axis)))
@@ -175,13 +178,14 @@ def linear(w: Writer, x: Tensor, weight: Parameter | Constant, bias: Parameter |
 
     def write(levels: Levels | None) -> Value:
         w.name = layer
-        in_integers = levels is not None or isinstance(weight, Parameter)
+        sums_integers = levels is None and isinstance(weight, Parameter) and not w.is_micro
+        in_integers = levels is not None or sums_integers
         source = w.on_grid(x) if in_integers else w.floats(x)
         ordered = _in_order_of_memory(weight, source)
         last = len(shape) - 1
         order = (*(axis for axis in source.order if axis != last), last)
         source = replace(source, parts=())
-        if levels is None and isinstance(ordered, Parameter):
+        if sums_integers and isinstance(ordered, Parameter):
             return _sums(w, layer, source, ordered, bias, shape, order)
         number, entering = w.read(source, order)
         result = w.output(shape, order, None if levels is None else grid_of(levels))
@@ -266,11 +270,12 @@ def average(w: Writer, x: Tensor, window: Sequence[int], stride: Sequence[int], 
 
     def write(levels: Levels | None) -> Value:
         w.name = name
-        if levels is None or size > _MAX_WINDOW:
+        if levels is None or size > LARGEST_WINDOW:
             return _mean(w, x, window, stride, padding, levels, maps)
         entering, mode = w.padded(w.on_grid(x), window, stride, padding, (1, 1), maps)
         result = w.output(maps, CHANNELS_LAST, grid_of(levels))
-        ones = Parameter(np.ones((x.shape[1], 1, *window), np.int8), np.full(x.shape[1], 1 / size))
+        factor = widening(1)
+        ones = Parameter(np.full((x.shape[1], 1, *window), factor, np.int8), np.full(x.shape[1], 1 / size / factor))
         options = {"padding": mode, "strideH": stride[0], "strideW": stride[-1], "depthMultiplier": 1}
         options |= {"dilationHFactor": 1, "dilationWFactor": 1, **_fused(result)}
         parameters = _parameters(w, name, ones, None, (entering, result), (1, 2, 3, 0))

@@ -13,11 +13,11 @@ from torch.fx.node import map_arg
 from qimera.errors import UnsupportedModelError
 from qimera.export.comparison import multiplying
 from qimera.graph.nodes import copied, logits_node, node_at
-from qimera.lowering.grids import Grid, Levels
 from qimera.lowering.layers import Parameter
 from qimera.lowering.operations import TABLE
 from qimera.lowering.values import CHANNELS_LAST, Constant, Tensor, Value
 from qimera.lowering.writer import Writer
+from qimera.quantization.grids import Grid, Levels
 from qimera.quantization.student import Student
 
 _DEQUANTIZE_CHANNELS = torch.ops.quantized_decomposed.dequantize_per_channel.default
@@ -43,7 +43,11 @@ class LoweredModel:
 
 
 def lower(
-    student: Student, *, include_preprocessing: bool = False, logits_levels: Levels | None = None
+    student: Student,
+    *,
+    include_preprocessing: bool = False,
+    logits_levels: Levels | None = None,
+    is_micro: bool = False,
 ) -> LoweredModel:
     """Return the student's graph for one image at a time.
 
@@ -51,6 +55,7 @@ def lower(
         student: Of scheme ``hardware``.
         include_preprocessing: Read uint8 pixels and normalise them inside.
         logits_levels: Where the logits are written as integers; without them, in floating point.
+        is_micro: For the kernels of microcontrollers.
 
     Raises:
         UnsupportedModelError: the student is of another scheme, or an operation has no counterpart.
@@ -61,7 +66,7 @@ def lower(
             "quantize with scheme hardware"
         )
     module = student.converted()
-    writer = Writer()
+    writer = Writer(packs=is_micro or student.settings.target == "tflm", is_micro=is_micro)
     images, name = _images(writer, student, include_preprocessing)
     output = _walk(writer, module, images, multiplying(student))
     writer.name = "logits"

@@ -10,9 +10,9 @@ import torch
 from qimera.errors import UnsupportedModelError
 from qimera.graph.nodes import aten
 from qimera.lowering import arithmetic, layers, moves
-from qimera.lowering.grids import Levels
 from qimera.lowering.values import Tensor, Value
 from qimera.lowering.writer import Writer
+from qimera.quantization.grids import Levels
 
 _integers = torch.ops.quantized_decomposed
 

@@ -9,12 +9,8 @@ from ai_edge_litert import schema_py_generated as schema
 
 from qimera.errors import UnsupportedModelError
 from qimera.lowering.flatbuffer import FlatFile
-from qimera.lowering.grids import Grid, Levels, grid_of
 from qimera.lowering.values import CHANNELS_LAST, Deferred, Order, Tensor, Value
-
-_FACTOR = 64
-"""An int8 constant whose step is 1/64: integers are multiplied by it to reach another grid, which rounds them once;
-QUANTIZE would round twice."""
+from qimera.quantization.grids import MOVING, Grid, Levels, grid_of, moving_step
 
 SAME, VALID = int(schema.Padding.SAME), int(schema.Padding.VALID)
 
@@ -27,7 +23,11 @@ def activation(name: str) -> int:
 class Writer:
     """Adds operations to a file, each with what it needs around it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, packs: bool = False, is_micro: bool = False) -> None:
+        self.packs = packs
+        """Whether weights of 4 bits keep their integers; else they are widened."""
+        self.is_micro = is_micro
+        """Whether the file is for microcontrollers: such weights are int4 where a kernel reads that."""
         self.file = FlatFile()
         self.float_layers: list[str] = []
         """Names of layers and products in floating point."""
@@ -243,9 +243,9 @@ class Writer:
         assert value.grid is not None
         if value.grid == grid:
             return value
-        step = value.grid.levels.step / value.grid.scale / _FACTOR * grid.unit
+        step = moving_step(value.grid, grid)
         factor = Grid(step, 0, Levels(step, 0, 0, 255))
-        constant = self.file.constant(f"{self.name}_factor", np.array([_FACTOR], np.int8), factor)
+        constant = self.file.constant(f"{self.name}_factor", np.array([MOVING], np.int8), factor)
         number = self.file.tensor(self.name, value.written, np.int8, grid)
         options = {"fusedActivationFunction": activation(grid.activation)}
         self.file.operation("MUL", [value.tensor, constant], [number], 2, **options)

@@ -16,7 +16,10 @@ _WHOLE = 1 << 24
 
 
 def with_exact_sums(module: GraphModule) -> GraphModule:
-    """Return a graph whose layers, products and additions of tensors on grids compute on levels; the rest is shared."""
+    """Return a graph whose layers, products and additions of tensors on grids compute on levels; the rest is shared.
+
+    The rounding is that of ONNX Runtime; ``with_int8_kernels`` has that of LiteRT.
+    """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(module.graph, mapping)
@@ -36,18 +39,23 @@ def with_exact_sums(module: GraphModule) -> GraphModule:
 
 def _exact_module(module: GraphModule, node: fx.Node) -> nn.Module | None:
     if node.target in WEIGHTED:
-        return _exact_layer(module, node)
-    return _exact_product(module, node) if node.target in MATRIX_PRODUCTS else _exact_addition(module, node)
+        return exact_layer(module, node)
+    return exact_product(module, node) if node.target in MATRIX_PRODUCTS else _exact_addition(module, node)
 
 
-def _exact_product(module: GraphModule, node: fx.Node) -> "_ExactProduct | None":
+def exact_product(module: GraphModule, node: fx.Node, *, rounds: bool = True) -> "ExactProduct | None":
+    """Return what computes a product of matrices on levels; None where one of them is on no grid.
+
+    Unless it ``rounds``, it returns numbers, which the quantizer behind it brings onto its grid.
+    """
     first, second = (quantizer_of(module, each) for each in node.args[:2])
     if not isinstance(first, LearnedStepFakeQuantize) or not isinstance(second, LearnedStepFakeQuantize):
         return None
-    return _ExactProduct(first, second, _quantizer_behind(module, node))
+    return ExactProduct(first, second, quantizer_behind(module, node) if rounds else None)
 
 
-def _exact_layer(module: GraphModule, layer: fx.Node) -> "_ExactLayer | None":
+def exact_layer(module: GraphModule, layer: fx.Node) -> "ExactLayer | None":
+    """Return what computes a layer on levels; None where something of it is on no grid."""
     activation, weight, bias = (quantizer_of(module, each) for each in (*layer.args, None, None)[:3])
     has_float_bias = len(layer.args) > 2 and layer.args[2] is not None and bias is None
     if has_float_bias or not isinstance(bias, PerChannelBiasFakeQuantize | None):
@@ -55,20 +63,20 @@ def _exact_layer(module: GraphModule, layer: fx.Node) -> "_ExactLayer | None":
     if not isinstance(activation, LearnedStepFakeQuantize) or not isinstance(weight, LearnedStepFakeQuantize):
         return None
     assert callable(layer.target)
-    return _ExactLayer(layer.target, activation, weight, _quantizer_behind(module, layer))
+    return ExactLayer(layer.target, activation, weight, quantizer_behind(module, layer))
 
 
 def _exact_addition(module: GraphModule, node: fx.Node) -> "_ExactAddition | None":
     if node.target not in ADDITIONS or node.kwargs:
         return None
     first, second = (quantizer_of(module, each) for each in node.args[:2])
-    behind = _quantizer_behind(module, node)
+    behind = quantizer_behind(module, node)
     if not isinstance(first, LearnedStepFakeQuantize) or not isinstance(second, LearnedStepFakeQuantize):
         return None
     return None if behind is None else _ExactAddition(first, second, behind)
 
 
-def _quantizer_behind(module: GraphModule, node: fx.Node) -> LearnedStepFakeQuantize | None:
+def quantizer_behind(module: GraphModule, node: fx.Node) -> LearnedStepFakeQuantize | None:
     """Return the quantizer to whose grid an integer kernel of ``node`` rounds its sums; None if it returns floats."""
     readers = {quantizer_of(module, user) if user.op == "call_module" else None for user in end_of_kernel(node).users}
     quantizer = readers.pop() if len(readers) == 1 else None
@@ -100,15 +108,15 @@ class _ExactAddition(nn.Module):
 
 
 def _levels_from_0(x: Tensor, quantizer: LearnedStepFakeQuantize) -> Tensor:
-    return _levels(x, quantizer.scale.detach()).add_(quantizer.zero_point)
+    return levels_of(x, quantizer.scale.detach()).add_(quantizer.zero_point)
 
 
 def _fused(x: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
     return torch.addcmul(addend.double(), x.double(), factor.double()).float()
 
 
-class _ExactProduct(nn.Module):
-    """The product of two tensors on grids: whole numbers, brought onto the grid of the result as in ``_ExactLayer``."""
+class ExactProduct(nn.Module):
+    """The product of two tensors on grids: whole numbers, brought onto the grid of the result as in ``ExactLayer``."""
 
     def __init__(
         self,
@@ -122,15 +130,21 @@ class _ExactProduct(nn.Module):
     def forward(
         self, a: Float[Tensor, "... row inner"], b: Float[Tensor, "... inner column"]
     ) -> Float[Tensor, "... row column"]:
+        """Return the product, rounded."""
         first, second, result = self.quantizers
-        step_a, step_b = first.scale.detach(), second.scale.detach()
-        levels = _levels(a, step_a), _levels(b, step_b)
+        return _requantized(self.sums(a, b).float(), first.scale.detach() * second.scale.detach(), result)
+
+    def sums(
+        self, a: Float[Tensor, "... row inner"], b: Float[Tensor, "... inner column"]
+    ) -> Float[Tensor, "... row column"]:
+        """Return the sums of products of levels, whole numbers: in float64 where float32 may not hold them."""
+        first, second, _ = self.quantizers
+        levels = levels_of(a, first.scale.detach()), levels_of(b, second.scale.detach())
         largest = a.shape[-1] * (first.quant_max - first.quant_min) * (second.quant_max - second.quant_min)
-        sums = torch.matmul(*(each if largest <= _WHOLE else each.double() for each in levels)).float()
-        return _requantized(sums, step_a * step_b, result)
+        return torch.matmul(*(each if largest <= _WHOLE else each.double() for each in levels))
 
 
-class _ExactLayer(nn.Module):
+class ExactLayer(nn.Module):
     """A convolution or linear layer of numbers on grids, computed on their levels.
 
     Products and sums of levels are whole numbers, which float32 holds exactly up to 2 ** 24. Summed in the unit of the
@@ -159,20 +173,27 @@ class _ExactLayer(nn.Module):
         bias: Float[Tensor, " channel"] | None = None,
         *arguments: object,
     ) -> Float[Tensor, "batch ..."]:
+        """Return what the layer comes to, rounded."""
         activation, weight_quantizer, result = self.quantizers
-        activation_step, weight_step = activation.scale.detach(), weight_quantizer.scale.detach()
-        levels = _levels(x, activation_step), _levels(weight, weight_step)
-        if _may_exceed_float32(levels[1], activation, weight_quantizer):
-            sums = self._large_sums(*levels, arguments)
-        else:
-            sums = self.layer(*levels, None, *arguments)
-        axis = -1 if self.layer is aten.linear.default else 1
-        shape = [-1 if each == axis % sums.ndim else 1 for each in range(sums.ndim)]
-        step = (activation_step * weight_step.reshape(-1)).repeat(sums.shape[axis] // weight_step.numel())
+        sums = self.sums(x, weight, *arguments)
+        step = activation.scale.detach() * self.by_channel(weight_quantizer.scale.detach(), sums)
         if bias is not None:
-            sums += _levels(bias, step).view(shape)
-        sums = sums.float()
-        return _requantized(sums, step.view(shape), result)
+            sums += levels_of(bias, step.flatten()).view_as(step)
+        return _requantized(sums.float(), step, result)
+
+    def sums(self, x: Float[Tensor, "batch ..."], weight: Float[Tensor, "..."], *arguments: object) -> Tensor:
+        """Return the sums of products of levels, whole numbers: in float64 where float32 may not hold them."""
+        activation, weight_quantizer, _ = self.quantizers
+        x, weight = levels_of(x, activation.scale.detach()), levels_of(weight, weight_quantizer.scale.detach())
+        if _may_exceed_float32(weight, activation, weight_quantizer):
+            return self._large_sums(x, weight, arguments)
+        return self.layer(x, weight, None, *arguments)
+
+    def by_channel(self, value: Tensor, sums: Tensor) -> Tensor:
+        """Return one number for each channel of the weight, or bias, lined up with ``sums``."""
+        axis = (-1 if self.layer is aten.linear.default else 1) % sums.ndim
+        shape = [-1 if each == axis else 1 for each in range(sums.ndim)]
+        return value.reshape(-1).repeat(sums.shape[axis] // value.numel()).view(shape)
 
     def _large_sums(
         self, x: Float[Tensor, "batch ..."], weight: Float[Tensor, "..."], arguments: tuple[object, ...]
@@ -215,5 +236,6 @@ def _may_exceed_float32(
     return largest * float(weight.abs().transpose(0, quantizer.ch_axis).flatten(1).sum(1).amax()) > _WHOLE
 
 
-def _levels(x: Tensor, step: Tensor) -> Tensor:
+def levels_of(x: Tensor, step: Tensor) -> Tensor:
+    """Return which multiple of ``step`` each value is."""
     return (x * (1 / step)).round_()

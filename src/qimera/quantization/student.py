@@ -25,7 +25,7 @@ from qimera.machine.acceleration import to_device_
 from qimera.machine.files import save_tensors
 from qimera.quantization.ends import with_rules_for_ends
 from qimera.quantization.equalization import edge_into, scale_channels_
-from qimera.quantization.exact import with_exact_sums
+from qimera.quantization.exact_int8 import with_exact_rounding
 from qimera.quantization.fake_quantize import (
     FakeQuantize,
     LearnedStepFakeQuantize,
@@ -61,7 +61,7 @@ class Student(nn.Module):
         self.teacher_hash = teacher.hash
         self.module = _prepare(teacher, settings)
         # Tuples, for neither holds parameters that the student owns beside those of self.module.
-        self._exact = (with_exact_sums(self.module),)
+        self._exact = (with_exact_rounding(self.module, settings.target),)
         self._reference = (fold_batch_norms(teacher.module),)
         self._teacher = (teacher,)
         self.channel_scales: dict[str, Float[Tensor, " channel"]] = {}
@@ -144,7 +144,7 @@ class Student(nn.Module):
         if self.device != before:
             for graph in (self.module, self.reference):
                 to_device_(graph, self.device)
-            self._exact = (with_exact_sums(self.module),)
+            self._exact = (with_exact_rounding(self.module, self.settings.target),)
         return self
 
     def forward(self, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch num_classes"]:
@@ -204,7 +204,7 @@ class Student(nn.Module):
             behind = [user for user in end.users if user.op == "call_module"]
             if behind:
                 quantizers[name] = behind[0]
-        exact = with_exact_sums(self.module)
+        exact = with_exact_rounding(self.module, self.settings.target)
         _, values = with_outputs(exact, [node.name for node in quantizers.values()])(images)
         found = {}
         for (name, node), value in zip(quantizers.items(), values, strict=True):
