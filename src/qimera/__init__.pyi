@@ -52,6 +52,7 @@ from .export.program import (
     export_pt2 as export_pt2,
 )
 from .litert.export import export_litert as export_litert
+from .litert.micro import export_tflm as export_tflm
 from .machine.progress import Progress as Progress
 from .mixed_precision.allocation import (
     Allocation as Allocation,

@@ -88,17 +88,17 @@ def test_export_says_that_a_package_for_core_ml_was_not_run(tmp_path: Path, fini
     assert record["comparisons"] == []
     assert [path.name for path in tmp_path.iterdir()] == ["x.mlpackage"]
     with_labels = ("--format", "coreml", "--include-preprocessing", "--output", tmp_path / "x.mlpackage")
-    assert "are for --format onnx, given --format coreml" in said(qimera("export", finished_run, *with_labels))
+    assert "is for --format onnx, litert or tflm" in said(qimera("export", finished_run, *with_labels))
 
 
 def test_options_of_another_format_are_refused(tmp_path: Path, finished_run: Path) -> None:
     options = ("--format", "pt2", "--include-preprocessing", "--output", tmp_path / "x.pt2")
     result = qimera("export", finished_run, *options)
     assert result.exit_code == 2
-    assert "are for --format onnx and litert, given --format pt2" in said(result)
+    assert "is for --format onnx, litert or tflm, given --format pt2" in said(result)
     result = qimera("export", finished_run, "--integer-logits", "--output", tmp_path / "x.onnx")
     assert result.exit_code == 2
-    assert "--integer-logits is for --format litert, given --format onnx" in said(result)
+    assert "--integer-logits is for --format litert or tflm, given --format onnx" in said(result)
 
 
 def test_a_file_below_the_threshold_is_not_written(

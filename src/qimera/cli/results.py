@@ -244,7 +244,7 @@ class ExportedFile(Found):
     """Path of the page beside it that says what it is."""
 
     format: str
-    """``onnx``, ``pt2``, ``aotinductor``, ``executorch``, ``litert`` or ``coreml``."""
+    """``onnx``, ``pt2``, ``aotinductor``, ``executorch``, ``litert``, ``tflm`` or ``coreml``."""
 
     num_layers: int
     """Layers and products of activations."""

@@ -96,12 +96,12 @@ def export(
     run: Run,
     *,
     form: Annotated[
-        Literal["onnx", "pt2", "aotinductor", "executorch", "litert", "coreml"],
+        Literal["onnx", "pt2", "aotinductor", "executorch", "litert", "tflm", "coreml"],
         typer.Option(
             "--format",
             metavar="NAME",
-            help="onnx, pt2 (torch.export program), aotinductor (compiled package), executorch or litert (for phones), or "
-            "coreml (experimental).",
+            help="onnx, pt2 (torch.export program), aotinductor (compiled package), executorch or litert (for phones), "
+            "tflm (for microcontrollers) or coreml (experimental).",
         ),
     ] = "onnx",
     file: Annotated[
@@ -118,7 +118,7 @@ def export(
     ] = None,
     integer_logits: Annotated[
         bool,
-        typer.Option("--integer-logits", help="litert: return int8 logits, their range taken from the samples."),
+        typer.Option("--integer-logits", help="litert, tflm: return int8 logits, their range taken from the samples."),
     ] = False,
     min_agreement: Annotated[
         float,

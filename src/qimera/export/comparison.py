@@ -66,6 +66,9 @@ class Comparison:
     outside: tuple[str, ...] = ()
     """Operations of a LiteRT file that XNNPACK leaves to the built-in kernels."""
 
+    arena_bytes: int | None = None
+    """Memory that the interpreter of a microcontroller takes beside the file. None elsewhere."""
+
     note: str = ""
     """Why less agreement is to be expected here, and is accepted."""
 
@@ -104,6 +107,8 @@ class Verification:
             if each.partitions is not None:
                 left = f"; outside of them: {', '.join(each.outside)}" if each.outside else ""
                 lines.append(f"  partitions of XNNPACK: {each.partitions}{left}")
+            if each.arena_bytes is not None:
+                lines.append(f"  memory of the interpreter: {each.arena_bytes:,} bytes")
             if each.note:
                 lines.append(f"  {each.note}")
         lines += [f"{refusal}; the student is not for it" for refusal in self.refusals]

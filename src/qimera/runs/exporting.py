@@ -13,12 +13,13 @@ from qimera.export.executorch import export_executorch
 from qimera.export.onnx import export_onnx
 from qimera.export.program import export_aotinductor, export_pt2
 from qimera.litert.export import export_litert
+from qimera.litert.micro import export_tflm
 from qimera.machine.files import replacing
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import load_bank, load_student
 from qimera.runs.model_card import write_model_card
 
-ExportFormat = Literal["onnx", "pt2", "aotinductor", "executorch", "litert", "coreml"]
+ExportFormat = Literal["onnx", "pt2", "aotinductor", "executorch", "litert", "tflm", "coreml"]
 
 FILE_NAMES: dict[ExportFormat, str] = {
     "onnx": "student.onnx",
@@ -26,6 +27,8 @@ FILE_NAMES: dict[ExportFormat, str] = {
     "aotinductor": "student-aotinductor.pt2",
     "executorch": "student.pte",
     "litert": "student.tflite",
+    "tflm": "student-tflm.tflite",
+    "coreml": "student.mlpackage",
 }
 
 
@@ -35,7 +38,15 @@ _EXPORTS: dict[ExportFormat, Callable[..., Verification]] = {
     "aotinductor": export_aotinductor,
     "executorch": export_executorch,
     "litert": export_litert,
+    "tflm": export_tflm,
 }
+
+_FORMATS_OF: dict[str, tuple[ExportFormat, ...]] = {
+    "include_preprocessing": ("onnx", "litert", "tflm"),
+    "labels": ("onnx", "litert"),
+    "integer_logits": ("litert", "tflm"),
+}
+"""Which formats have an option."""
 
 
 def export_run(
@@ -58,21 +69,26 @@ def export_run(
     """
     if not path.parent.is_dir() or (path.is_dir() and form != "coreml"):
         raise ConfigError(f"--output: {path} must be a file in a folder that exists")
-    if form not in ("onnx", "litert") and (include_preprocessing or labels_file is not None):
-        raise ConfigError(
-            f"--include-preprocessing and --labels are for --format onnx and litert, given --format {form}"
-        )
-    if form != "litert" and integer_logits:
-        raise ConfigError(f"--integer-logits is for --format litert, given --format {form}")
+    given: dict[str, Any] = {
+        "include_preprocessing": include_preprocessing,
+        "labels": labels_file,
+        "integer_logits": integer_logits,
+    }
+    for option, value in given.items():
+        if value and form not in _FORMATS_OF[option]:
+            *others, last = _FORMATS_OF[option]
+            formats = f"{', '.join(others)} or {last}"
+            raise ConfigError(f"--{option.replace('_', '-')} is for --format {formats}, given --format {form}")
     labels = _labels(labels_file, run.summary().num_classes)
     student, teacher = load_student(run)
     bank = load_bank(run, teacher)
-    options: dict[str, Any] = {"min_agreement": min_agreement}
-    if form in ("onnx", "litert"):
-        options |= {"include_preprocessing": include_preprocessing, "labels": labels, "time_full_precision": True}
-    if form == "litert":
-        options["integer_logits"] = integer_logits
-    verification = export_coreml(student, path) if form == "coreml" else _EXPORTS[form](student, path, bank, **options)
+    options: dict[str, Any] = {"time_full_precision": True} if form in ("onnx", "litert") else {}
+    given["labels"] = labels
+    options |= {option: value for option, value in given.items() if form in _FORMATS_OF[option]}
+    if form == "coreml":
+        verification = export_coreml(student, path)
+    else:
+        verification = _EXPORTS[form](student, path, bank, min_agreement=min_agreement, **options)
     with replacing(run.path / f"export-{form}.json") as temporary:
         temporary.write_text(json.dumps({"file": path.name, **asdict(verification)}, indent=2) + "\n", encoding="utf-8")
     write_model_card(run, path)

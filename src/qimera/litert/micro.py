@@ -1,0 +1,182 @@
+"""A student -> a LiteRT file for microcontrollers, compared with the student on tflite-micro, and the file as C."""
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
+from qimera.export.comparison import (
+    MIN_AGREEMENT,
+    Verification,
+    compare,
+    multiplying,
+    refuse_lowest_weights,
+    sample_pixels,
+)
+from qimera.litert.export import logits_levels
+from qimera.machine.files import replacing
+from qimera.quantization.student import Student
+from qimera.synthesis.bank import SampleBank
+
+_BATCH = 32
+_MAX_ARENA = 1 << 28
+_BYTES_PER_LINE = 16
+
+
+def export_tflm(
+    student: Student,
+    path: Path | str,
+    samples: SampleBank | None = None,
+    *,
+    include_preprocessing: bool = False,
+    integer_logits: bool = False,
+    min_agreement: float = MIN_AGREEMENT,
+) -> Verification:
+    """Write ``student`` for microcontrollers, and return how the file compares on the kernels of tflite-micro.
+
+    The file is as that of ``export_litert``, except that weights of up to 4 bits are stored as int4, and that the layer
+    that returns the logits computes in floating point unless they are integers. Beside it lie a C++ source with the
+    same bytes, and its header, which says how much memory the interpreter wants, and which operations. Students with
+    target ``tflm`` are repeated bit for bit; others may not survive that these kernels round twice.
+
+    Args:
+        student: Of scheme ``hardware``.
+        path: Where the file goes; ``.cc`` and ``.h`` go beside it.
+        samples: What the file is compared on; without them, on noise.
+        include_preprocessing: Read uint8 ``pixels`` (1, height, width, channel), 0 darkest and 255 brightest, and
+            normalise them inside.
+        integer_logits: Return int8 logits, on a grid from the least to the largest that ``samples`` get.
+        min_agreement: Percent of samples that student and file must put into the same class.
+
+    Raises:
+        ConfigError: ai-edge-litert or tflite-micro is not installed, or integer logits have no samples.
+        UnsupportedModelError: something in the student has no counterpart in LiteRT, or no kernel in tflite-micro.
+        VerificationError: the file disagrees with the student.
+    """
+    missing = [name for name in ("ai_edge_litert", "tflite_micro") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--format tflm: needs {' and '.join(missing)}; pip install 'qimera[tflm]'")
+    from qimera.litert.runtime import operations_in, weights_in
+    from qimera.lowering.model import lower
+
+    path = Path(path)
+    levels = logits_levels(student, samples) if integer_logits else None
+    lowered = lower(student, include_preprocessing=include_preprocessing, logits_levels=levels, is_micro=True)
+    content = lowered.content()
+    refuse_lowest_weights(weights_in(content))
+    pixels = sample_pixels(student, samples)
+    images = student.input_spec.normalize(pixels)
+    with torch.no_grad():
+        expected = torch.cat([student(batch) for batch in images.split(_BATCH)]).numpy()
+    source = images if lowered.input_name == "input" else pixels
+    runtime = MicroRuntime(content)
+    actual = runtime(np.ascontiguousarray(source.permute(0, 2, 3, 1).numpy()))
+    names = list(multiplying(student).values())
+    float_layers = [name for name in names if name in lowered.writer.float_layers]
+    found = compare(f"tflite-micro {version('tflite-micro')}", expected, actual, len(names), float_layers)
+    if not found.agreement >= min_agreement:
+        advice = "" if student.settings.target == "tflm" else "; quantize with --target tflm"
+        raise VerificationError(
+            f"{found.runtime}: file and student agree on {found.agreement:.2f} % of {len(pixels)} samples, at least "
+            f"{min_agreement:g} % are required{advice}; no file was written"
+        )
+    found = replace(found, arena_bytes=runtime.arena_bytes())
+    _write(path, content, found.arena_bytes or 0, operations_in(content))
+    return Verification(len(names), len(content), len(pixels), (found,))
+
+
+class MicroRuntime:
+    """A file, ready to run on the reference kernels of tflite-micro."""
+
+    def __init__(self, content: bytes) -> None:
+        from tflite_micro import runtime
+
+        with _said() as said:
+            try:
+                self._interpreter = runtime.Interpreter.from_bytes(content, arena_size=_MAX_ARENA)
+            except RuntimeError as error:
+                reason = next(iter(said()), str(error))
+                raise UnsupportedModelError(
+                    f"tflite-micro cannot run part of the model: {reason}; export to litert, which has more kernels"
+                ) from error
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Return the logits of a batch, (batch, height, width, channel), run one image after the other."""
+        return np.concatenate([self._run(image[None]) for image in images])
+
+    def _run(self, image: np.ndarray) -> np.ndarray:
+        self._interpreter.set_input(image, 0)
+        self._interpreter.invoke()
+        logits = np.asarray(self._interpreter.get_output(0))
+        if logits.dtype == np.float32:
+            return logits
+        details = self._interpreter.get_output_details(0)["quantization_parameters"]
+        steps: np.ndarray = (logits.astype(np.float32) - details["zero_points"][0]) * details["scales"][0]
+        return steps
+
+    def arena_bytes(self) -> int:
+        """Return the memory that the interpreter has taken, with pointers as long as here."""
+        with _said() as said:
+            self._interpreter.print_allocations()
+            (total,) = re.findall(r"Arena allocation total (\d+) bytes", "\n".join(said()))
+        return int(total)
+
+
+@contextmanager
+def _said() -> Iterator:  # type: ignore[type-arg]
+    """Keep what C++ writes to stderr from the screen, and yield a function that returns its lines."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+
+        def said() -> list[str]:
+            file.seek(0)
+            return [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+
+        try:
+            yield said
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _write(path: Path, content: bytes, arena_bytes: int, operations: list[str]) -> None:
+    """Write the file, and the same as C++ with a header."""
+    name = re.sub(r"\W", "_", path.stem)
+    name = f"_{name}" if name[:1].isdigit() else name
+    guard = f"{name.upper()}_H_"
+    header = [
+        f"#ifndef {guard}",
+        f"#define {guard}",
+        "",
+        f"// The model of {path.name}, for the interpreter of LiteRT for Microcontrollers.",
+        f"// Its operations: {', '.join(operations)}.",
+        f"extern const unsigned char {name}[];",
+        f"constexpr unsigned int {name}_size = {len(content)};",
+        "// What the interpreter takes of its arena where pointers have 64 bits; it is less where they have 32.",
+        f"constexpr unsigned int {name}_arena_size = {arena_bytes};",
+        "",
+        f"#endif  // {guard}",
+    ]
+    parts = (content[start : start + _BYTES_PER_LINE] for start in range(0, len(content), _BYTES_PER_LINE))
+    rows = ["    " + ", ".join(f"0x{byte:02x}" for byte in part) + "," for part in parts]
+    source = [f'#include "{path.stem}.h"', "", f"alignas(16) const unsigned char {name}[] = {{", *rows, "};"]
+    for target, written in (
+        (path.with_suffix(".h"), "\n".join(header) + "\n"),
+        (path.with_suffix(".cc"), "\n".join(source) + "\n"),
+    ):
+        with replacing(target) as temporary:
+            temporary.write_text(written, encoding="ascii")
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
