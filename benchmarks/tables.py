@@ -23,7 +23,7 @@ from benchmarks.accuracy.tables import (
 )
 from benchmarks.estimation.coverage import coverage
 from benchmarks.estimation.tables import estimation_tables
-from benchmarks.export.tables import agreement, inference, litert
+from benchmarks.export.tables import agreement, arm, inference, litert, roundings
 from benchmarks.pictures.tables import features
 from benchmarks.privacy.tables import privacy_tables
 from benchmarks.speed.tables import speed_tables
@@ -58,7 +58,8 @@ def main() -> None:
     update(PRIVACY, privacy_tables(), check=check)
     update(YOUR_IMAGES, {"few_images": few_images()}, check=check)
     update(MIXED_PRECISION, {"pareto": pareto()}, check=check)
-    update(EXPORT_TARGETS, {"inference": inference(), "agreement": agreement(), "litert": litert()}, check=check)
+    exported = {"inference": inference(), "agreement": agreement(), "litert": litert()}
+    update(EXPORT_TARGETS, {**exported, "roundings": roundings(), "arm": arm()}, check=check)
 
 
 def update(path: Path, tables: dict[str, str], *, check: bool) -> None:

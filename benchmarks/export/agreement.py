@@ -44,12 +44,13 @@ def main() -> None:
         missing = without_result(options.bits, lambda bits, network=network: RESULTS / f"{network}-{bits}.json")
         if missing:
             teacher, images = load_subject(network)
-            bank = _bank(network, teacher)
+            bank = small_bank(network, teacher)
             for bits in missing:
                 _write(network, bits, _measure(_student(teacher, bank, bits), images), options.threads)
 
 
-def _bank(network: str, teacher: Teacher) -> SampleBank:
+def small_bank(network: str, teacher: Teacher) -> SampleBank:
+    """Return the bank of ``network`` that students of these benchmarks learn from, made once and kept."""
     path = BANKS / f"{network}-small"
     if not path.exists():
         synthesis = recipe("fast", teacher.input_spec, teacher.num_classes).synthesis

@@ -10,6 +10,8 @@ RESULTS = Path(__file__).parent / "results"
 INFERENCE = RESULTS / "inference"
 EXPORT = RESULTS / "agreement"
 LITERT = RESULTS / "litert"
+ROUNDINGS = RESULTS / "roundings"
+ARM = RESULTS / "arm"
 
 Result = dict[str, Any]
 
@@ -104,3 +106,49 @@ def litert() -> str:
         )
     machines = sorted({f"Measured on {each['machine']}; ai-edge-litert {each['ai-edge-litert']}.\n" for each in found})
     return "".join(rows) + "\n" + "".join(machines)
+
+
+def roundings() -> str:
+    """Students with the roundings of each target against its kernels."""
+    rows = [
+        "| network | bits | target | kernels | images | same class | same logits | file | memory |\n",
+        "|---|---|---|---|---|---|---|---|---|\n",
+    ]
+    for found in _by_network(ROUNDINGS):
+        for each in found["rows"]:
+            memory = f"{each['arena_bytes'] / 1000:,.0f} kB" if "arena_bytes" in each else ""
+            rows.append(
+                f"| {found['network']} | {found['bits'].upper()} | `{each['target']}` | {each['kernels']} "
+                f"| {each['num_images']:,} | {_percent(each['same_class'])} | {_percent(each['same_logits'])} "
+                f"| {each['num_bytes'] / 1000:,.0f} kB | {memory} |\n"
+            )
+    return "".join(rows)
+
+
+def arm() -> str:
+    """Files on emulated ARM processors against the same files here, in percent of images."""
+    found = _by_network(ARM)
+    names = list(dict.fromkeys(row["kernels"] for each in found for row in each["rows"]))
+    rows = [
+        f"| network | bits | images | {' | '.join(f'{name}: class, logits' for name in names)} |\n",
+        f"|---|---|---|{'---|' * len(names)}\n",
+    ]
+    for each in found:
+        cells = []
+        for name in names:
+            both = [(row["same_class"], row["same_logits"]) for row in each["rows"] if row["kernels"] == name]
+            told = [f"{_percent(same_class)}, {_percent(same_logits)}" for same_class, same_logits in both]
+            cells.append(told[0] if len(set(told)) == 1 else "; ".join(told))
+        rows.append(f"| {each['network']} | {each['bits'].upper()} | {each['num_images']} | {' | '.join(cells)} |\n")
+    emulators = sorted({each["emulator"] for each in found})
+    return "".join(rows) + "\n" + "".join(f"{emulator}.\n" for emulator in emulators)
+
+
+def _by_network(folder: Path) -> list[Result]:
+    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return sorted(found, key=lambda each: (each["network"], ORDER.index(each["bits"])))
+
+
+def _percent(value: float) -> str:
+    """Return a percentage that is 100 only if all are the same."""
+    return f"{value:.4g}"
