@@ -91,6 +91,17 @@ def test_export_says_that_a_package_for_core_ml_was_not_run(tmp_path: Path, fini
     assert "is for --format onnx, litert or tflm" in said(qimera("export", finished_run, *with_labels))
 
 
+def test_export_for_microcontrollers_writes_three_files(finished_run: Path) -> None:
+    pytest.importorskip("tflite_micro", reason="pip install 'qimera[tflm]'")
+    result = qimera("export", finished_run, "--format", "tflm", "--min-agreement", "50")
+    assert result.exit_code == 0, result.stderr
+    assert "memory of the interpreter" in result.stdout
+    written = {path.suffix for path in finished_run.glob("student-tflm.*")}
+    assert written == {".tflite", ".cc", ".h"}
+    record = json.loads((finished_run / "export-tflm.json").read_text())
+    assert record["comparisons"][0]["arena_bytes"] > 0
+
+
 def test_options_of_another_format_are_refused(tmp_path: Path, finished_run: Path) -> None:
     options = ("--format", "pt2", "--include-preprocessing", "--output", tmp_path / "x.pt2")
     result = qimera("export", finished_run, *options)

@@ -98,12 +98,12 @@ def export_tflm(
 class MicroRuntime:
     """A file, ready to run on the reference kernels of tflite-micro."""
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, *, arena_size: int = _MAX_ARENA) -> None:
         from tflite_micro import runtime
 
         with _said() as said:
             try:
-                self._interpreter = runtime.Interpreter.from_bytes(content, arena_size=_MAX_ARENA)
+                self._interpreter = runtime.Interpreter.from_bytes(content, arena_size=arena_size)
             except RuntimeError as error:
                 reason = next(iter(said()), str(error))
                 raise UnsupportedModelError(
