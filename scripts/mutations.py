@@ -83,7 +83,7 @@ MUTATIONS = (
     ),
     Mutation(
         "rounding: errors are not handed on",
-        "quantization/rounding.py",
+        "student/rounding.py",
         "left[:, :, index:] -= error[:, :, None] * hand_on[:, None, index, index:]",
         "pass",
         "test_rounding.py",

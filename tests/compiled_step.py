@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from qimera.config.settings import DistillationSettings, GeneratorSettings, QuantizationSettings
 from qimera.machine.acceleration import compiled
 from qimera.machine.modes import Compile
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.generator import Generator
 from qimera.teacher.teacher import Teacher
 from qimera.training.distillation import Lesson

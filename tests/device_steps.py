@@ -24,7 +24,7 @@ from qimera.machine.acceleration import find_device
 from qimera.machine.modes import Compile
 from qimera.machine.seeds import Stream, generator_for
 from qimera.pipeline import synthesize
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images, optimize_images
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining

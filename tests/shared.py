@@ -14,7 +14,7 @@ from torch import Tensor
 from qimera.config.bits import parse_bits
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import QuantizationSettings
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, random_network

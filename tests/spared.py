@@ -15,7 +15,7 @@ from torch.fx import proxy
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from qimera.export import onnx_model
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 
 
 class _NoTraceback:

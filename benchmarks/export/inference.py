@@ -32,7 +32,7 @@ from qimera.config.bits import parse_bits
 from qimera.export.onnx import export_onnx
 from qimera.export.onnx_model import OPSET
 from qimera.graph.folding import fold_batch_norms
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.direct import noise_images
 
 RESULTS = Path(__file__).parent / "results" / "inference"

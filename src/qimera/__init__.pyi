@@ -67,8 +67,8 @@ from .pipeline import (
     quantize_with as quantize_with,
     synthesize as synthesize,
 )
-from .quantization.student import Student as Student
 from .runs.loading import LoadedRun as LoadedRun, load as load
+from .student.student import Student as Student
 from .synthesis.bank import SampleBank as SampleBank
 from .teacher.sources import EMBEDDED_MODELS as EMBEDDED_MODELS, load_model as load_model
 from .teacher.teacher import Teacher as Teacher

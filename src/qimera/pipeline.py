@@ -25,8 +25,8 @@ from qimera.machine.progress import COMPILING, Progress, ProgressCallback, silen
 from qimera.machine.seeds import Stream, check_seed, generator_for
 from qimera.mixed_precision.allocation import allocate
 from qimera.quantization.ends import with_rules_for_ends
-from qimera.quantization.equalization import restore_limits_
-from qimera.quantization.student import Student
+from qimera.student.equalization import restore_limits_
+from qimera.student.student import Student
 from qimera.synthesis.bank import NOTHING_TO_LEARN_FROM, SampleBank, check_bank
 from qimera.synthesis.parts import Part, ReportStep, make_part, needs_generator, parts_of
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining

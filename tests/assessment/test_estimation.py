@@ -17,7 +17,7 @@ from qimera.assessment.estimation import (
 )
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests import shared

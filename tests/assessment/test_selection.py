@@ -8,7 +8,7 @@ from qimera.assessment.selection import BestState, choose
 from qimera.config.settings import DistillationSettings, QuantizationSettings
 from qimera.errors import ConfigError
 from qimera.machine.progress import Progress
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from qimera.training.distillation import distill_

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from qimera.export.comparison import Comparison, compare
 from qimera.export.coreml import NOT_RUN
-from qimera.quantization.student import Student
 from qimera.runs.directory import RunDirectory
 from qimera.runs.model_card import card_beside, write_model_card
+from qimera.student.student import Student
 from tests.command_line import qimera, said
 
 

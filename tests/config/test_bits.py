@@ -9,7 +9,7 @@ from qimera.config.settings import DistillationSettings, QuantizationSettings
 from qimera.errors import ConfigError
 from qimera.mixed_precision.allocation import allocate_bits
 from qimera.pipeline import quantize_with
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import EMBEDDED_MODELS
 from qimera.teacher.teacher import Teacher

@@ -13,7 +13,7 @@ from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
 from qimera.export import coreml
 from qimera.export.coreml import NOT_RUN, export_coreml
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
 

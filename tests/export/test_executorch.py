@@ -10,7 +10,7 @@ from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError, UnsupportedModelError
 from qimera.export import executorch
 from qimera.export.executorch import export_executorch
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 

@@ -19,7 +19,7 @@ from qimera.export.onnx import export_onnx
 from qimera.export.onnx_model import onnx_model
 from qimera.export.verification import onnx_runtime
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests import shared

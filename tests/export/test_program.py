@@ -10,7 +10,7 @@ from qimera.config.bits import parse_bits
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
 from qimera.export.program import export_aotinductor, export_pt2, integer_program
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import EMBEDDED_MODELS, load_model
 from qimera.teacher.teacher import Teacher

@@ -18,7 +18,7 @@ from qimera.export.onnx_model import float_model
 from qimera.export.program import export_pt2
 from qimera.export.verification import _without, onnx_runtime
 from qimera.quantization import scheme
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NUM_CLASSES, SPEC

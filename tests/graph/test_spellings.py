@@ -11,7 +11,7 @@ from qimera.config.settings import QuantizationSettings
 from qimera.errors import UnsupportedModelError
 from qimera.graph.nodes import aten
 from qimera.quantization.scheme import quantizer_of
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, Head, Lambda, calibrated
 

@@ -25,10 +25,10 @@ from qimera.machine.checkpoint import Checkpoints
 from qimera.machine.metrics import Metrics
 from qimera.mixed_precision.allocation import Allocation
 from qimera.pipeline import quantize
-from qimera.quantization.student import Student
 from qimera.report.content import Measured, Report
 from qimera.report.summary import Summary
 from qimera.runs.directory import RunDirectory
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.state_dicts import load_weights_
 from qimera.teacher.teacher import Teacher

@@ -18,7 +18,7 @@ from qimera.export.comparison import compare
 from qimera.litert import export as exporting
 from qimera.litert.export import export_litert
 from qimera.quantization import scheme
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests import shared

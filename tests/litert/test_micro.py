@@ -13,7 +13,7 @@ from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
 from qimera.export.comparison import compare
 from qimera.litert import micro
 from qimera.litert.micro import MicroRuntime, export_tflm
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests import shared

@@ -15,7 +15,7 @@ from qimera.machine.acceleration import (
     quick_gradients_,
 )
 from qimera.machine.modes import Precision
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from qimera.training.distillation import Lesson

@@ -11,7 +11,7 @@ from qimera.config.settings import LayerBits, QuantizationSettings
 from qimera.errors import ConfigError
 from qimera.mixed_precision.budget import Budget, bit_operations, check_budget, fixed_cost, layer_choices
 from qimera.quantization.sizes import float_bytes, packed_bytes, unquantized_bytes
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS, SPEC

@@ -9,7 +9,7 @@ from qimera.mixed_precision.sensitivity import measure_sensitivity
 from qimera.pipeline import quantize
 from qimera.quantization.ends import first_and_last_layers, rules_beside_ends, with_rules_for_ends
 from qimera.quantization.fake_quantize import MinMaxFakeQuantize
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, Head

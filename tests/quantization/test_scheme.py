@@ -9,7 +9,7 @@ from qimera.config.settings import QuantizationSettings
 from qimera.graph.nodes import CONVOLUTIONS, MATRIX_PRODUCTS, WEIGHTED, aten, layer_name
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
 from qimera.quantization.scheme import ADDITIONS, JOINS, POOLINGS, RELUS, before_moves, is_move
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS, SPEC, Head, random_network

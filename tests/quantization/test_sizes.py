@@ -9,7 +9,7 @@ from qimera.config.input_spec import InputSpec
 from qimera.config.settings import QuantizationSettings
 from qimera.export.onnx_model import onnx_model
 from qimera.quantization.sizes import packed_bytes, stored_layers, unquantized_bytes
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import SPEC, Head

@@ -8,8 +8,8 @@ from torch import nn
 
 from qimera.config.settings import DistillationSettings, QuantizationSettings
 from qimera.pipeline import quantize
-from qimera.quantization.student import Student
 from qimera.report.layers import layer_reports
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, Lambda

@@ -10,7 +10,7 @@ from qimera.config.settings import GeneratorSettings, LabelSettings, Quantizatio
 from qimera.errors import DivergenceError
 from qimera.machine.divergence import check_finite
 from qimera.machine.seeds import Stream, generator_for
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.augmentation import shift_batch
 from qimera.synthesis.losses import bns_loss
 from qimera.synthesis.synthesizer import Draw, Synthesizer, SynthesizerTraining

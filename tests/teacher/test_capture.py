@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import UnsupportedModelError
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests.networks import NUM_CLASSES, SPEC, Head, Lambda, TinyNet, calibrated
 

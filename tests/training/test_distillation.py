@@ -14,7 +14,7 @@ from qimera.graph.folding import fold_batch_norms
 from qimera.graph.nodes import with_outputs
 from qimera.machine.progress import Progress
 from qimera.quantization.losses import block_outputs, feature_loss, kl_loss
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.synthesizer import SynthesizerTraining
 from qimera.teacher.teacher import Teacher

@@ -17,7 +17,7 @@ from qimera.config.settings import (
 )
 from qimera.machine.seeds import Stream, generator_for
 from qimera.pipeline import quantize, synthesize
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.synthesizer import Synthesizer
 from qimera.teacher.teacher import Teacher
 from qimera.training.memory import draws_in_memory, images_in_memory, lessons_in_memory, written_bytes

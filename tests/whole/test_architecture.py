@@ -15,6 +15,7 @@ LAYERS = (
     ("config", "graph"),
     ("teacher",),
     ("synthesis", "quantization"),
+    ("student",),
     ("assessment", "mixed_precision", "export"),
     ("training", "report", "lowering"),
     ("pipeline", "litert"),

@@ -21,7 +21,7 @@ from qimera.errors import ConfigError
 from qimera.machine.acceleration import find_device
 from qimera.machine.seeds import Stream, generator_for
 from qimera.pipeline import quantize, synthesize
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis import direct as direct_module, synthesizer as synthesizer_module
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images, optimize_images

@@ -16,7 +16,7 @@ from torch import Tensor
 from qimera.config.settings import QuantizationSettings
 from qimera.export.onnx import export_onnx
 from qimera.litert.export import export_litert
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, toy_pixels

@@ -17,9 +17,9 @@ from qimera.config.settings import (
 )
 from qimera.machine.progress import silent
 from qimera.pipeline import quantize, synthesize
-from qimera.quantization.student import Student
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import carry_out, evaluate_run
+from qimera.student.student import Student
 from qimera.teacher.sources import load_model
 from qimera.teacher.teacher import Teacher
 from qimera.training.distillation import Course

@@ -18,7 +18,7 @@ from qimera.config.settings import (
 from qimera.errors import ConfigError
 from qimera.machine.progress import COMPILING, Progress
 from qimera.pipeline import quantize, synthesize
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.parts import parts_of
 from qimera.teacher.teacher import Teacher

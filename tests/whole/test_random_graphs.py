@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import LayerBits, QuantizationSettings
 from qimera.export.onnx import export_onnx
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 
 SPEC = InputSpec(shape=(3, 13, 12), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))

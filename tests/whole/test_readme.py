@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from qimera.cli.app import app
 from qimera.config.settings import DirectSettings, DistillationSettings, SynthesisSettings
 from qimera.export.comparison import Verification
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.teacher.libraries import build
 
 ROOT = Path(__file__).parents[2]

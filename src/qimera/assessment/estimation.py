@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qimera.assessment.diagnostics import diagnose
 from qimera.errors import ConfigError
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.augmentation import flip_at_random, shift_each
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.superposition import shows_one_class

@@ -8,7 +8,7 @@ from torch import Tensor
 from qimera.assessment.estimation import estimate_on_held_out
 from qimera.config.settings import DistillationSettings
 from qimera.machine.checkpoint import State
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 

@@ -15,7 +15,7 @@ from qimera.errors import VerificationError
 from qimera.graph.costs import is_multiplying
 from qimera.graph.nodes import layer_name
 from qimera.quantization.ranges import LOWEST_WEIGHT
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images
 

@@ -22,7 +22,7 @@ from qimera.export.comparison import Verification, multiplying
 from qimera.export.program import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE, integer_graph
 from qimera.graph.nodes import aten, node_at, tensor_of
 from qimera.machine.files import sync_directory, sync_tree
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 
 NOT_RUN = "Core ML runs on Apple's machines alone, so the file was not run; compare it with the student on one of them"
 

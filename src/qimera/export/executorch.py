@@ -23,7 +23,7 @@ from qimera.export.program import (
 )
 from qimera.graph.nodes import node_at
 from qimera.machine.files import replacing
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 
 _OFFSET = 128

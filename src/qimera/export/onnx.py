@@ -8,7 +8,7 @@ from pathlib import Path
 from qimera.errors import ConfigError
 from qimera.export.comparison import MIN_AGREEMENT, Verification
 from qimera.machine.files import replacing
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 
 

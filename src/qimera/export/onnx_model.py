@@ -21,7 +21,7 @@ from qimera.export.integer_graph import deploy_
 from qimera.export.packing import shared_constant
 from qimera.graph.nodes import aten
 from qimera.quantization.scheme import RELUS
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 
 OPSET = 21
 

@@ -30,7 +30,7 @@ from qimera.export.comparison import (
 from qimera.graph.nodes import WEIGHTED, aten, node_at, tensor_of
 from qimera.machine.files import replacing
 from qimera.quantization.scheme import RELUS, before_moves
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 
 _BATCH = 64

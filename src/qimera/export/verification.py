@@ -23,7 +23,7 @@ from qimera.export.comparison import (
     sample_pixels,
 )
 from qimera.export.integer_graph import layers_in
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 
 _BATCH = 32

@@ -9,9 +9,9 @@ import torch
 from qimera.errors import ConfigError
 from qimera.export.comparison import MIN_AGREEMENT, Verification, sample_pixels
 from qimera.machine.files import replacing
-from qimera.quantization.grids import Levels
 from qimera.quantization.ranges import affine_parameters
-from qimera.quantization.student import Student
+from qimera.student.grids import Levels
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 
 _BATCH = 32

@@ -14,7 +14,7 @@ import numpy as np
 
 from qimera import __version__
 from qimera.config.input_spec import InputSpec
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 
 ENTRY = "TFLITE_METADATA"
 """What the model calls its metadata."""

@@ -25,7 +25,7 @@ from qimera.export.comparison import (
 )
 from qimera.litert.export import logits_levels
 from qimera.machine.files import replacing
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 
 _BATCH = 32

@@ -19,7 +19,7 @@ from qimera.export.comparison import (
 )
 from qimera.litert.runtime import VERSION, Runtime, weights_in
 from qimera.lowering.model import LoweredModel
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 
 XNNPACK, BUILT_IN = f"LiteRT {VERSION}, XNNPACK", f"LiteRT {VERSION}, built-in kernels"

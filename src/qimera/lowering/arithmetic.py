@@ -10,7 +10,7 @@ import numpy as np
 from qimera.errors import UnsupportedModelError
 from qimera.lowering.values import Constant, Deferred, Order, Tensor, Value
 from qimera.lowering.writer import Writer, activation
-from qimera.quantization.grids import Grid, Levels, grid_of
+from qimera.student.grids import Grid, Levels, grid_of
 
 _INTEGER_KINDS = ("ADD", "SUB", "MUL")
 _FUSING = (*_INTEGER_KINDS, "DIV")

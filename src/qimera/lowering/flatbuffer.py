@@ -7,7 +7,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from qimera.quantization.grids import Grid
+from qimera.student.grids import Grid
 
 _ALIGNMENT = 16
 """Bytes that kernels load at once from a constant; the schema asks for it, its Python classes do not heed it."""

@@ -10,7 +10,7 @@ from qimera.errors import UnsupportedModelError
 from qimera.lowering.flatbuffer import Steps
 from qimera.lowering.values import CHANNELS_LAST, Constant, Deferred, Order, Tensor, Value
 from qimera.lowering.writer import VALID, Writer, activation
-from qimera.quantization.grids import LARGEST_WINDOW, Grid, Levels, fits_nibbles, grid_of, widening
+from qimera.student.grids import LARGEST_WINDOW, Grid, Levels, fits_nibbles, grid_of, widening
 
 _INT32, _FLOAT32 = 2, 0
 

@@ -17,8 +17,8 @@ from qimera.lowering.layers import Parameter
 from qimera.lowering.operations import TABLE
 from qimera.lowering.values import CHANNELS_LAST, Constant, Tensor, Value
 from qimera.lowering.writer import Writer
-from qimera.quantization.grids import Grid, Levels
-from qimera.quantization.student import Student
+from qimera.student.grids import Grid, Levels
+from qimera.student.student import Student
 
 _DEQUANTIZE_CHANNELS = torch.ops.quantized_decomposed.dequantize_per_channel.default
 PIXELS = Grid(1.0, 0, Levels(1.0, 0, 0, 255))

@@ -9,7 +9,7 @@ import numpy as np
 from qimera.errors import UnsupportedModelError
 from qimera.lowering.values import Deferred, Tensor, Value
 from qimera.lowering.writer import Writer
-from qimera.quantization.grids import Levels
+from qimera.student.grids import Levels
 
 
 def _moved(w: Writer, x: Tensor, move: Callable[[Value], Value]) -> Tensor:

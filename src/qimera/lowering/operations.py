@@ -12,7 +12,7 @@ from qimera.graph.nodes import aten
 from qimera.lowering import arithmetic, layers, moves
 from qimera.lowering.values import Tensor, Value
 from qimera.lowering.writer import Writer
-from qimera.quantization.grids import Levels
+from qimera.student.grids import Levels
 
 _integers = torch.ops.quantized_decomposed
 

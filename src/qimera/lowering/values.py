@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qimera.quantization.grids import Grid, Levels
+from qimera.student.grids import Grid, Levels
 
 Order = tuple[int, ...]
 

@@ -10,7 +10,7 @@ from ai_edge_litert import schema_py_generated as schema
 from qimera.errors import UnsupportedModelError
 from qimera.lowering.flatbuffer import FlatFile
 from qimera.lowering.values import CHANNELS_LAST, Deferred, Order, Tensor, Value
-from qimera.quantization.grids import MOVING, Grid, Levels, grid_of, moving_step
+from qimera.student.grids import MOVING, Grid, Levels, grid_of, moving_step
 
 SAME, VALID = int(schema.Padding.SAME), int(schema.Padding.VALID)
 

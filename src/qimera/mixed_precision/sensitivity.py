@@ -16,10 +16,10 @@ from qimera.machine.seeds import check_seed
 from qimera.mixed_precision.budget import WIDTHS
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.losses import kl_loss
-from qimera.quantization.positions import choose_positions, inputs_at, look_at_layer, outputs_at
 from qimera.quantization.ranges import integer_range, weight_range
-from qimera.quantization.rounding import Compensation, adapted, can_compensate, suiting_damping
 from qimera.quantization.scheme import reading_network_input
+from qimera.student.positions import choose_positions, inputs_at, look_at_layer, outputs_at
+from qimera.student.rounding import Compensation, adapted, can_compensate, suiting_damping
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 

@@ -1,4 +1,4 @@
-"""A teacher, bit widths and samples -> the quantized student."""
+"""Grids of integers, how tensors are brought onto them, and which tensors of a graph are."""
 
 import logging
 

@@ -12,7 +12,7 @@ from qimera.graph.nodes import node_at, tensor_of, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.losses import kl_loss
 from qimera.quantization.scheme import before_moves, quantizer_of
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 
 _TAIL = 0.001
 """Share of values beyond each quantile."""

@@ -22,9 +22,9 @@ from qimera.machine.files import replacing
 from qimera.machine.progress import Progress, ProgressCallback
 from qimera.mixed_precision.allocation import Allocation, allocate
 from qimera.mixed_precision.budget import check_budget
-from qimera.quantization.student import Student
 from qimera.report.summary import Summary
 from qimera.runs.directory import ALLOCATION, BANK, STUDENT, RunDirectory
+from qimera.student.student import Student
 from qimera.synthesis.bank import NOTHING_TO_LEARN_FROM, SampleBank, check_bank
 from qimera.synthesis.parts import needs_generator
 from qimera.teacher.teacher import Teacher

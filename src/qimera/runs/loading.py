@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qimera.config.run_settings import RunSettings
-from qimera.quantization.student import Student
 from qimera.report.summary import Summary
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import load_bank, load_student
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 

@@ -13,13 +13,13 @@ from qimera.config.run_settings import RunSettings
 from qimera.graph.costs import total_multiply_adds
 from qimera.machine.files import replacing
 from qimera.mixed_precision.budget import bit_operations
-from qimera.quantization.student import Student
 from qimera.report.content import Measured, Report, curves, shown_images
 from qimera.report.layers import layer_reports
 from qimera.report.page import write_page
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import load_bank, load_student
 from qimera.runs.model_card import exports_of, write_model_card
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import short_source
 from qimera.teacher.teacher import Teacher

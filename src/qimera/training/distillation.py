@@ -26,7 +26,7 @@ from qimera.machine.distributed import average_gradients_, own_share, pooled_var
 from qimera.machine.divergence import check_finite
 from qimera.machine.progress import COMPILING, Progress, ProgressCallback, is_reported, silent
 from qimera.quantization.losses import block_outputs, feature_loss, kl_loss
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.augmentation import blend_at_random, flip_at_random, shift_each
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.samples import Samples

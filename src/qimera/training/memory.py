@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qimera.config.settings import DirectSettings, DistillationSettings, GeneratorSettings, SynthesisSettings
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.synthesis.parts import optimizes
 from qimera.synthesis.synthesizer import Synthesizer
 from qimera.teacher.teacher import Teacher

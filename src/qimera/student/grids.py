@@ -9,9 +9,9 @@ from torch.fx import GraphModule, Node
 
 from qimera.errors import UnsupportedModelError
 from qimera.graph.nodes import MATRIX_PRODUCTS, WEIGHTED, aten, node_at
-from qimera.quantization.exact import levels_of
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.scheme import JOINS, POOLINGS, RELUS, before_moves
+from qimera.student.exact import levels_of
 
 LOWEST, HIGHEST = -128, 127
 

@@ -11,14 +11,15 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from qimera.graph.nodes import MATRIX_PRODUCTS, WEIGHTED, aten, logits_node, node_at
-from qimera.quantization.exact import (
+from qimera.quantization.scheme import before_moves, is_move
+from qimera.student.exact import (
     ExactLayer,
     exact_layer,
     exact_product,
     levels_of,
     with_exact_sums,
 )
-from qimera.quantization.grids import (
+from qimera.student.grids import (
     CLIPS,
     LARGEST_WINDOW,
     MAXIMA,
@@ -30,8 +31,7 @@ from qimera.quantization.grids import (
     place_of,
     widening,
 )
-from qimera.quantization.int8_kernels import Arithmetic, FixedPoint, Xnnpack
-from qimera.quantization.scheme import before_moves, is_move
+from qimera.student.int8_kernels import Arithmetic, FixedPoint, Xnnpack
 
 _AVERAGES = {aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim}
 

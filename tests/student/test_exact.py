@@ -14,9 +14,9 @@ from qimera.config.input_spec import InputSpec
 from qimera.config.settings import QuantizationSettings
 from qimera.export.onnx_model import onnx_model
 from qimera.graph.nodes import WEIGHTED
-from qimera.quantization.exact import ExactLayer, ExactProduct, _ExactAddition, with_exact_sums
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
-from qimera.quantization.student import Student
+from qimera.student.exact import ExactLayer, ExactProduct, _ExactAddition, with_exact_sums
+from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS, NUM_CLASSES

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from qimera.errors import UnsupportedModelError
-from qimera.quantization.grids import Grid, Levels, grid_of, widening
+from qimera.student.grids import Grid, Levels, grid_of, widening
 
 ACTIVATIONS = {"NONE": (-np.inf, np.inf), "RELU": (0.0, np.inf), "RELU_N1_TO_1": (-1.0, 1.0)}
 

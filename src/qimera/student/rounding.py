@@ -9,7 +9,9 @@ from torch.fx import GraphModule, Node
 
 from qimera.graph.nodes import WEIGHTED, aten, node_at, tensor_of
 from qimera.graph.stepping import SteppedRun
-from qimera.quantization.equalization import (
+from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, round_to_grid
+from qimera.quantization.scheme import quantizer_of
+from qimera.student.equalization import (
     Edge,
     candidate_scales,
     edge_into,
@@ -19,9 +21,7 @@ from qimera.quantization.equalization import (
     scale_rows_,
     scaled,
 )
-from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, round_to_grid
-from qimera.quantization.positions import argument_of, look_at_layer
-from qimera.quantization.scheme import quantizer_of
+from qimera.student.positions import argument_of, look_at_layer
 
 _DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Shares of the mean input power that are tried as what is added to every input's own; GPTQ adds 0.01 always.

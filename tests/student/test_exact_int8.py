@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from qimera.config.bits import parse_bits
 from qimera.config.settings import QuantizationSettings
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS, NUM_CLASSES, SPEC

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from qimera import QuantizationSettings, Student, Teacher
 from qimera.export.onnx import export_onnx
 from qimera.graph.nodes import WEIGHTED
-from qimera.quantization.equalization import Edge, candidate_scales, edge_into
+from qimera.student.equalization import Edge, candidate_scales, edge_into
 from tests import shared
 from tests.networks import NUM_CLASSES, SPEC, Head
 

@@ -12,7 +12,7 @@ from qimera.graph.folding import fold_batch_norms
 from qimera.graph.nodes import WEIGHTED, aten, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
 from qimera.quantization.losses import block_outputs
-from qimera.quantization.student import Student
+from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
 from tests.networks import NETWORKS

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qimera.quantization.grids import MOVING, Grid, Levels
-from qimera.quantization.int8_kernels import Arithmetic, FixedPoint, Xnnpack
+from qimera.student.grids import MOVING, Grid, Levels
+from qimera.student.int8_kernels import Arithmetic, FixedPoint, Xnnpack
 
 pytest.importorskip("ai_edge_litert", reason="pip install 'qimera[litert]'")
 

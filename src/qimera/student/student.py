@@ -24,16 +24,16 @@ from qimera.graph.nodes import WEIGHTED, node_at, tensor_of, to_channels_last_, 
 from qimera.machine.acceleration import to_device_
 from qimera.machine.files import save_tensors
 from qimera.quantization.ends import with_rules_for_ends
-from qimera.quantization.equalization import edge_into, scale_channels_
-from qimera.quantization.exact_int8 import with_exact_rounding
 from qimera.quantization.fake_quantize import (
     FakeQuantize,
     LearnedStepFakeQuantize,
     MinMaxFakeQuantize,
     PerChannelBiasFakeQuantize,
 )
-from qimera.quantization.rounding import round_layers_
 from qimera.quantization.scheme import HardwareQuantizer, PaperQuantizer, end_of_kernel, quantizer_of
+from qimera.student.equalization import edge_into, scale_channels_
+from qimera.student.exact_int8 import with_exact_rounding
+from qimera.student.rounding import round_layers_
 from qimera.teacher.teacher import Teacher
 
 logger = logging.getLogger(__name__)

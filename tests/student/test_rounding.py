@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from qimera import InputSpec, QuantizationSettings, Student, Teacher
 from qimera.graph.nodes import has_bias, has_parameter, tensor_of, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
-from qimera.quantization.positions import choose_positions, inputs_at, outputs_at
-from qimera.quantization.rounding import _DAMPINGS, _round_rows, adapted, suiting_damping
+from qimera.student.positions import choose_positions, inputs_at, outputs_at
+from qimera.student.rounding import _DAMPINGS, _round_rows, adapted, suiting_damping
 
 INPUT_OF_9_BY_8 = InputSpec(shape=(3, 9, 8), mean=(0.5,) * 3, std=(0.25,) * 3)
 SPEC = InputSpec(shape=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
