@@ -55,12 +55,22 @@ def prepare(wheels: tuple[str, ...]) -> str:
         (FOLDER / "tools.part").rename(FOLDER / "tools")
     if not (FOLDER / "root").exists():
         _collect_root()
-    if not (FOLDER / "site").exists():
+    wanted, there = "\n".join(f"{name}=={version(name)}" for name in wheels), FOLDER / "site" / "wheels.txt"
+    if not there.exists() or there.read_text() != wanted:
         platforms = [f"--platform={each}" for each in _PLATFORMS]
-        pinned = [f"{name}=={version(name)}" for name in wheels]
-        arguments = ["--target", "site.part", "--python-version", _PYTHON, "--only-binary=:all:", *platforms, *pinned]
+        arguments = [
+            "--target",
+            "site.part",
+            "--python-version",
+            _PYTHON,
+            "--only-binary=:all:",
+            *platforms,
+            *wanted.split(),
+        ]
         _run(sys.executable, "-m", "pip", "install", "--quiet", *arguments)
+        shutil.rmtree(FOLDER / "site", ignore_errors=True)
         (FOLDER / "site.part").rename(FOLDER / "site")
+        there.write_text(wanted)
     return _run(str(_emulator()), "--version").splitlines()[0]
 
 
