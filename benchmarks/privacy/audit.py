@@ -307,7 +307,7 @@ def draw(output: Path) -> None:
     for place, axis in enumerate(axes[0]):
         axis.set_title(("sample", "trained", "other")[place % 3], fontsize=7)
     figure.subplots_adjust(left=0.15, right=0.995, top=1 - 0.25 / (0.86 * len(rows) + 0.5), bottom=0.005, wspace=0.05)
-    figure.savefig(output, dpi=110)
+    figure.savefig(output, dpi=90)
 
 
 if __name__ == "__main__":
