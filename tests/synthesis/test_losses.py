@@ -95,11 +95,12 @@ def test_relative_bns_loss_does_not_depend_on_the_unit_of_the_activations(seed: 
     )
 
 
+@pytest.mark.parametrize("by_sums", [False, True])
 @pytest.mark.parametrize("relative", [False, True])
-def test_the_gradient_of_the_bns_loss_is_that_of_finite_differences(relative: bool) -> None:
+def test_the_gradient_of_the_bns_loss_is_that_of_finite_differences(relative: bool, by_sums: bool) -> None:
     entering, taps = random_layers(0)
     leaves = tuple(x.requires_grad_() for x in entering)
-    assert gradcheck(lambda *xs: bns_loss(xs, taps, relative=relative), leaves)
+    assert gradcheck(lambda *xs: bns_loss(xs, taps, relative=relative, by_sums=by_sums), leaves)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -114,6 +115,20 @@ def test_moments_and_their_gradient_are_those_of_var_mean(layout: torch.memory_f
     assert torch.equal(mine[1], var)
     (actual,) = torch.autograd.grad((weight[0] * mine[0] + weight[1] * mine[1]).sum(), x)
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("away", [0.0, 0.1, 3.0])
+def test_sums_around_a_value_give_the_moments_to_six_digits(away: float) -> None:
+    """Far from zero, where plain sums of squares would leave four of them, and near the value that is looked around."""
+    x = 100 + torch.randn(8, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    var, mean = torch.var_mean(x.double(), [0, 2, 3], correction=0)
+    found = channel_moments(x, (mean + away).float())
+    torch.testing.assert_close(found, (mean.float(), var.float()), rtol=1e-5, atol=0)
+
+
+def test_a_channel_of_one_value_has_no_negative_variance() -> None:
+    x = torch.full((2, 1, 7, 7), 0.1)
+    assert float(channel_moments(x, torch.tensor([0.3]))[1]) >= 0
 
 
 @pytest.mark.parametrize("relative", [False, True])
