@@ -1,7 +1,6 @@
 """The whole method in the paper's order: teacher -> samples -> bank -> student -> distillation."""
 
 import copy
-import math
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,7 @@ from qimera.config.recipe_names import DEFAULT_RECIPE
 from qimera.config.recipes import Recipe, recipe as recipe_called
 from qimera.config.settings import DistillationSettings, QuantizationSettings, SynthesisSettings, check_start
 from qimera.errors import ConfigError
-from qimera.machine.acceleration import exact_convolutions, find_device, is_compiled
+from qimera.machine.acceleration import exact_convolutions, find_device
 from qimera.machine.checkpoint import Checkpoint, Checkpoints, State
 from qimera.machine.distributed import copy_from_main_, gathered, rank, world_size
 from qimera.machine.divergence import are_read
@@ -28,6 +27,7 @@ from qimera.quantization.ends import with_rules_for_ends
 from qimera.student.equalization import restore_limits_
 from qimera.student.student import Student
 from qimera.synthesis.bank import NOTHING_TO_LEARN_FROM, SampleBank, check_bank
+from qimera.synthesis.direct import is_step_compiled
 from qimera.synthesis.parts import Part, ReportStep, make_part, needs_generator, parts_of
 from qimera.synthesis.synthesizer import Synthesizer, SynthesizerTraining
 from qimera.teacher.teacher import Teacher, as_teacher
@@ -272,8 +272,7 @@ def _make_parts(
         saved = checkpoint.load()
         if "pixels" not in saved:
             if part.is_optimized and is_first:
-                pixels = len(part.first) * math.prod(teacher.input_spec.shape[1:])
-                wanted = is_compiled(settings.direct.compile, part.num_alike * each, pixels, teacher.device)
+                wanted = is_step_compiled(settings.direct, part.num_alike * each, len(part.first), teacher)
                 note = COMPILING if wanted else ""
                 progress(Progress("direct", before + saved.get("step", 0), total, note=note))
                 is_first = False

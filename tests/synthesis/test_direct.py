@@ -1,12 +1,13 @@
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qimera.config.input_spec import InputSpec
 from qimera.config.settings import DirectSettings
 from qimera.errors import DivergenceError
-from qimera.synthesis.direct import noise_images, optimize_images
+from qimera.synthesis.direct import is_step_compiled, noise_images, optimize_images
 from qimera.synthesis.losses import bns_loss, total_variation
 from qimera.synthesis.pixels import sum_of_scales
 from qimera.teacher.teacher import Teacher
@@ -211,3 +212,11 @@ def test_the_sum_of_scales_is_that_of_each_image_enlarged(size: tuple[int, int])
     expected = sum(F.interpolate(each, size=size, mode="bilinear") for each in scales)
     torch.testing.assert_close(sum_of_scales(scales), expected, rtol=1e-5, atol=1e-5)  # sums in another order
     assert sum_of_scales(scales[:1]) is scales[0]
+
+
+@pytest.mark.parametrize(("side", "few", "many"), [(16, 300, 800), (224, 40, 320)])
+def test_many_steps_are_compiled_and_for_large_images_it_takes_more_pixels(side: int, few: int, many: int) -> None:
+    spec = InputSpec(shape=(3, side, side), mean=(0.5,) * 3, std=(0.25,) * 3)
+    teacher = Teacher.capture(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)), spec)
+    compiled = [is_step_compiled(DirectSettings(), num_steps, 128, teacher) for num_steps in (few, many)]
+    assert compiled == [False, True]

@@ -222,10 +222,16 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def is_compiled(mode: Compile, num_steps: int, pixels_per_step: int, device: torch.device) -> bool:
+def is_compiled(
+    mode: Compile,
+    num_steps: int,
+    pixels_per_step: int,
+    device: torch.device,
+    pixels_that_pay: int = _PIXELS_THAT_PAY,
+) -> bool:
     """Return whether ``mode`` asks for a compiled step, or so many of them make it pay."""
     on_gpu = device.type == "cuda"
-    pays = num_steps >= _STEPS_THAT_PAY if on_gpu else num_steps * pixels_per_step >= _PIXELS_THAT_PAY
+    pays = num_steps >= _STEPS_THAT_PAY if on_gpu else num_steps * pixels_per_step >= pixels_that_pay
     return mode == "always" or (mode == "auto" and pays)
 
 
