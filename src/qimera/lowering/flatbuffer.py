@@ -201,6 +201,7 @@ _OPTIONS = {
     "SLICE": "SliceOptions",
     "SOFTMAX": "SoftmaxOptions",
     "SUB": "SubOptions",
+    "SUM": "ReducerOptions",
     "TRANSPOSE": "TransposeOptions",
     "TRANSPOSE_CONV": "TransposeConvOptions",
 }

@@ -11,6 +11,9 @@ from qimera.lowering.values import Deferred, Tensor, Value
 from qimera.lowering.writer import Writer
 from qimera.student.grids import Levels
 
+_MAX_PARTS = 4
+"""Tensors that XNNPACK concatenates at once."""
+
 
 def _moved(w: Writer, x: Tensor, move: Callable[[Value], Value]) -> Tensor:
     """Move values about, those of a tensor that is not written yet once it is."""
@@ -134,15 +137,38 @@ def concatenate(w: Writer, parts: Sequence[Tensor], axis: int = 0) -> Tensor:
             values = [w.quantized(each, levels) for each in values]
         elif len({each.grid for each in values}) > 1 or levels is not None:
             values = [w.floats(each) for each in values]
-        order = w.whole(values[0]).order
-        read = [w.read(each, order) for each in values]
-        result = w.output(shape, order, read[0][1].grid)
-        numbers = [number for number, _ in read]
-        w.file.operation("CONCATENATION", numbers, [result.tensor], 2, axis=order.index(axis))
+        result = _joined(w, values, axis)
         return result if levels is None else w.quantized(result, levels)
 
     grids = {each.grid if isinstance(each, Value) else None for each in parts}
     return write(None) if len(grids) == 1 and None not in grids else Deferred(shape, write)
+
+
+def stack(w: Writer, parts: Sequence[Tensor], axis: int = 0) -> Tensor:
+    """Lower ``aten.stack``: a concatenation along an axis of its own."""
+    shape = w.shape
+    axis %= len(shape)
+    w.shape = (*shape[:axis], 1, *shape[axis + 1 :])
+    spread = [reshape(w, each) for each in parts]
+    w.shape = shape
+    return concatenate(w, spread, axis)
+
+
+def _joined(w: Writer, values: Sequence[Value], axis: int) -> Value:
+    """Write a concatenation of tensors on one grid, a few at a time, as XNNPACK takes them."""
+    if len(values) > _MAX_PARTS:
+        groups = [values[start : start + _MAX_PARTS] for start in range(0, len(values), _MAX_PARTS)]
+        return _joined(w, [_joined(w, each, axis) for each in groups], axis)
+    order = w.whole(values[0]).order
+    read = [w.read(each, order) for each in values]
+    if len(read) == 1:
+        return read[0][1]
+    sizes = [value.shape[axis] for _, value in read]
+    first = read[0][1]
+    shape = (*first.shape[:axis], sum(sizes), *first.shape[axis + 1 :])
+    result = w.output(shape, order, first.grid)
+    w.file.operation("CONCATENATION", [number for number, _ in read], [result.tensor], 2, axis=order.index(axis))
+    return result
 
 
 def roll(w: Writer, x: Tensor, shifts: Sequence[int], axes: Sequence[int]) -> Tensor:
