@@ -96,6 +96,13 @@ MUTATIONS = (
         "test_fake_quantize.py",
     ),
     Mutation(
+        "kernels of microcontrollers: negative sums are rounded half up",
+        "student/int8_kernels.py",
+        "return torch.where(high >= 0, high + half >> shift, -(half - high >> shift))",
+        "return high + half >> shift",
+        "test_int8_kernels.py test_exact_int8.py",
+    ),
+    Mutation(
         "ONNX: narrow grids are not clipped",
         "export/onnx_model.py",
         "return op.Clip(levels, _constant(quant_min, np.uint8), _constant(quant_max, np.uint8))",

@@ -87,11 +87,7 @@ class FixedPoint:
     def mean(self, sums: Tensor, count: int, entering: float, zero_points: tuple[int, int], leaving: float) -> Tensor:
         """See ``Xnnpack``: the multiplier takes the division in, and built-in kernels round zero points apart."""
         if self.is_built_in:
-            factor = float(np.float32(entering) / (np.float32(count) * np.float32(leaving)))
-            offset = float(np.float32(zero_points[0]) * np.float32(entering) / np.float32(leaving))
-            raw = sums.long() + count * zero_points[0]
-            levels = _rounded(raw, *_fixed_point(_as_factor(factor).to(raw.device)), half_up=True)
-            return levels - math.trunc(offset + math.copysign(0.5, offset))
+            return _built_in_mean(sums.long() + count * zero_points[0], count, entering, zero_points[0], leaving)
         (multiplier,), (exponent,) = _fixed_point(_as_factor(_single(entering) / _single(leaving)).reshape(1))
         shift = min(count.bit_length() - 1, 31 + int(exponent))
         return _rounded(sums.long(), (multiplier << shift) // count, exponent - shift)
@@ -105,6 +101,21 @@ class FixedPoint:
 
 
 Arithmetic = Xnnpack | FixedPoint
+
+
+def _built_in_mean(raw: Tensor, count: int, entering: float, zero_point: int, leaving: float) -> Tensor:
+    """Return the levels of means of integers, (batch, channel, ...) or one for each channel.
+
+    Sixteen channels at a time are rounded half up, those that are left half away from zero.
+    """
+    factor = float(np.float32(entering) / (np.float32(count) * np.float32(leaving)))
+    offset = float(np.float32(zero_point) * np.float32(entering) / np.float32(leaving))
+    fixed = _fixed_point(_as_factor(factor).to(raw.device))
+    axis = min(1, raw.ndim - 1)
+    together = raw.shape[axis] // 16 * 16
+    parts = raw.tensor_split([together], axis)
+    levels = [_rounded(part, *fixed, half_up=half_up) for part, half_up in zip(parts, (True, False), strict=True)]
+    return torch.cat(levels, axis) - math.trunc(offset + math.copysign(0.5, offset))
 
 
 def _single(step: float) -> float:
