@@ -2,7 +2,7 @@
 
     python -m benchmarks.privacy.audit resnet20_cifar10      # a quarter of an hour on one core; banks are kept
     python -m benchmarks.privacy.audit control_cifar10       # a network that knows 500 images by heart
-    python -m benchmarks.privacy.audit --draw                # docs/privacy-pairs.png, from what all of them found
+    python -m benchmarks.privacy.audit --draw                # build/privacy-pairs.png, from what all of them found
 
 Banks of every producer are compared with trained and other images, in pixels and in the features of a network that was
 trained on neither. Beside them stand banks that leak on purpose, so that it is known what the audit can see. Then
@@ -276,7 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)}")
     parser.add_argument("--draw", action="store_true", help="draw the nearest pairs")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[2] / "docs" / "privacy-pairs.png")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[2] / "build" / "privacy-pairs.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -307,6 +307,7 @@ def draw(output: Path) -> None:
     for place, axis in enumerate(axes[0]):
         axis.set_title(("sample", "trained", "other")[place % 3], fontsize=7)
     figure.subplots_adjust(left=0.15, right=0.995, top=1 - 0.25 / (0.86 * len(rows) + 0.5), bottom=0.005, wspace=0.05)
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=90)
 
 
