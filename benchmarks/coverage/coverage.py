@@ -39,7 +39,7 @@ from qimera import (
 )
 from qimera.graph.folding import fold_batch_norms
 from qimera.graph.nodes import batch_norms
-from qimera.quantization import rounding
+from qimera.student import rounding
 from qimera.synthesis.direct import noise_images
 from qimera.teacher.logits import choose_logits
 from qimera.teacher.sources import load_model

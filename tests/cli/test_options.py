@@ -38,7 +38,7 @@ def model_file(tmp_path: Path) -> Path:
         ("build", (*INPUT, "--bits", "4"), 2, "expected the form w4a4"),
         ("build", (*INPUT, "--layer-bits", "4=1"), 2, "weight bits must be 2 to 8, given 1"),
         ("build", (*INPUT, "--layer-bits", "fc*=8"), 2, r"'fc\*' fits none of the 2 layers"),
-        ("build", (*INPUT, "--first-last-bits", "1"), 2, "1 is not in the range 2<=x<=8"),
+        ("build", (*INPUT, "--first-last-bits", "1"), 2, "first_last_bits: Input should be .* or 8, given 1"),
         ("build", (*INPUT, "--recipe", "quick"), 2, "no recipe called 'quick'; there are ptq, fast"),
         ("build", (*INPUT, "--recipe", "ptq, fast,ptq"), 2, "--recipe: each can be named once, given ptq, fast,ptq"),
         ("build", (*INPUT, "--scheme", "soft"), 2, "soft"),

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import Result
 
 from benchmarks.coverage.coverage import examine, reason_against
-from qimera.quantization import rounding
+from qimera.student import rounding
 from tests.command_line import INPUT, qimera, write_model_file
 
 USERS_FILE = '''

@@ -196,8 +196,6 @@ class RunOptions:
         int | None,
         typer.Option(
             metavar="N",
-            min=2,
-            max=8,
             rich_help_panel=_QUANTIZATION,
             help="Bits of the first and the last layer, as papers give them 8. Default: those of all others.",
         ),
