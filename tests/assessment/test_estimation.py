@@ -103,6 +103,11 @@ def test_the_estimate_is_a_sentence() -> None:
     assert estimate.text() == "a drop of 5.0 points (3.4 to 6.6, 90 %), from 8 held-out synthetic samples"
 
 
+def test_no_sentence_says_minus_zero() -> None:
+    estimate = dataclasses.replace(estimate_from(torch.full((8,), 0.5), 75.0), drop=-0.01, low=-0.04, high=0.02)
+    assert estimate.text().startswith("a drop of 0.0 points (0.0 to 0.0, ")
+
+
 # --- students ---------------------------------------------------------------------------------------------------------
 
 

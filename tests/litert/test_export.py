@@ -51,6 +51,11 @@ def assert_same(student: Student, images: Tensor, *, xnnpack: bool = True) -> No
     assert difference.max() < 0.2 * expected.std()
 
 
+def test_litert_itself_says_nothing(teacher: Teacher, capfd: pytest.CaptureFixture[str]) -> None:
+    Runtime(lower(student_of(teacher)).content())
+    assert capfd.readouterr() == ("", "")
+
+
 # --- the file computes what the student computes ----------------------------------------------------------------------
 
 PRODUCTS = {"many edges": 2, "transformer": 2}

@@ -81,7 +81,7 @@ class Estimate:
         if self.doubts:
             return f"none, because the samples say nothing about real images: {self.doubts[0]}"
         return (
-            f"a drop of {self.drop:.1f} points ({self.low:.1f} to {self.high:.1f}, {100 * CONFIDENCE:.0f} %), from "
+            f"a drop of {self.drop:z.1f} points ({self.low:z.1f} to {self.high:z.1f}, {100 * CONFIDENCE:.0f} %), from "
             f"{self.num_samples} held-out synthetic samples"
         )
 

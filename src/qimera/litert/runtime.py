@@ -1,6 +1,8 @@
 """The bytes of a LiteRT file -> its results, on XNNPACK or the built-in kernels, and which kernels run what."""
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -32,10 +34,11 @@ class Runtime:
 
     def __init__(self, content: bytes, *, xnnpack: bool = True, num_threads: int = 1) -> None:
         resolver = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-        self._interpreter = Interpreter(
-            model_content=content, num_threads=num_threads, experimental_op_resolver_type=resolver
-        )
-        self._interpreter.allocate_tensors()
+        with _without_remarks():
+            self._interpreter = Interpreter(
+                model_content=content, num_threads=num_threads, experimental_op_resolver_type=resolver
+            )
+            self._interpreter.allocate_tensors()
         (self._input,) = self._interpreter.get_input_details()
         signature = self._interpreter.get_signature_runner()
         self._names = list(signature.get_output_details())
@@ -75,6 +78,19 @@ class Runtime:
                     inside.add(writers[tensor]["index"])
                     ahead += list(writers[tensor]["inputs"])
         return Kernels(len(partitions), tuple(each["op_name"] for each in others if each["index"] not in inside))
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Drop what LiteRT writes to stderr when it starts, for which it has no switch; its errors are exceptions."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def weights_in(content: bytes) -> Iterator[tuple[str, np.ndarray]]:

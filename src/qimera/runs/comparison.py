@@ -168,7 +168,7 @@ def _cells(found: ComparedRun) -> dict[str, str]:
     """Return the cells of a run by their column."""
     estimate = "none"
     if found.estimated_drop is not None:
-        estimate = f"{found.estimated_drop:.2f} ({found.estimated_low:.1f} to {found.estimated_high:.1f})"
+        estimate = f"{found.estimated_drop:z.2f} ({found.estimated_low:z.1f} to {found.estimated_high:z.1f})"
     return {
         "run": found.run,
         "bits": _bits(found),
