@@ -8,11 +8,8 @@ accuracy. Images and labels score, and nothing else.
 
 import argparse
 import json
-import platform
 import tempfile
-import time
 import warnings
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +18,7 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from benchmarks.measurement import BANKS, command_line, without_result
+from benchmarks.measurement import BANKS, keep, without_result
 from benchmarks.zoo import load_subject
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Student, Teacher, recipe, synthesize
 from qimera.config.bits import parse_bits
@@ -46,7 +43,7 @@ def main() -> None:
             teacher, images = load_subject(network)
             bank = small_bank(network, teacher)
             for bits in missing:
-                _write(network, bits, _measure(_student(teacher, bank, bits), images), options.threads)
+                _write(network, bits, _measure(_student(teacher, bank, bits), images))
 
 
 def small_bank(network: str, teacher: Teacher) -> SampleBank:
@@ -112,21 +109,9 @@ def _top1(logits: np.ndarray, images: LabelledImages) -> float:
     return 100 * float((logits.argmax(1) == images.labels).mean())
 
 
-def _write(network: str, bits: str, found: dict[str, object], threads: int) -> None:
-    values = {
-        "network": network,
-        "bits": bits,
-        **found,
-        "seed": SEED,
-        "threads": threads,
-        "machine": f"{platform.machine()}, {platform.system()}",
-        "onnxruntime": onnxruntime.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": command_line(),
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{network}-{bits}.json").write_text(json.dumps(values, indent=2) + "\n")
-    print(time.strftime("%H:%M:%S"), network, bits, json.dumps(found), flush=True)
+def _write(network: str, bits: str, found: dict[str, object]) -> None:
+    values = {"network": network, "bits": bits, **found, "seed": SEED, "onnxruntime": onnxruntime.__version__}
+    keep(RESULTS / f"{network}-{bits}.json", values, json.dumps(found))
 
 
 def _options() -> argparse.Namespace:
