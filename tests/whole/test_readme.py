@@ -112,7 +112,7 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         for line in typed_in(text) if language == "sh" else []:
             result = CliRunner().invoke(app, line[1:])
             assert result.exit_code == 0, (line, result.output)
-    assert "same class as full precision, measured" in (tmp_path / "runs" / "digits" / "report.html").read_text()
+    assert "Same class as full precision" in (tmp_path / "runs" / "digits" / "report.html").read_text()
 
 
 def test_every_file_that_the_readme_links_to_exists() -> None:
