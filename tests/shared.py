@@ -8,12 +8,14 @@ import hashlib
 from collections.abc import Mapping
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor
 
 from qimera.config.bits import parse_bits
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import QuantizationSettings
+from qimera.quantization import scheme
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
@@ -77,3 +79,13 @@ def fitted(teacher: Teacher, images: Tensor, settings: QuantizationSettings) -> 
         student.initialize_ranges_([images])
         _fitted[key] = student
     return copy.deepcopy(_fitted[key])
+
+
+def student_with_minus_128(teacher: Teacher, patch: pytest.MonkeyPatch) -> Student:
+    """Return a student with weights of -128, as there were before their grid ended at -127."""
+    patch.setattr(scheme, "weight_range", lambda bits: (-128, 127))
+    student = Student(teacher, QuantizationSettings())
+    student.initialize_ranges_([noise()])
+    weight, step = student.weight_steps()[0]
+    weight.data[0] = -128 * step[0]
+    return student

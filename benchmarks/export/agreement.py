@@ -89,13 +89,13 @@ def _measure(student: Student, images: LabelledImages) -> dict[str, object]:
         "num_bytes": size,
         "num_layers": len(names),
         "num_images": len(images),
-        "top1": _top1(student_logits, images),
+        "top1": top1(student_logits, images),
     }
     for runtime, (_, float_layers) in runs.items():
         logits = np.concatenate(actual[runtime])
         comparison = compare(runtime, student_logits, logits, len(names), float_layers)
         found[runtime] = {
-            "top1": _top1(logits, images),
+            "top1": top1(logits, images),
             "agreement": comparison.agreement,
             "identical": comparison.identical,
             "largest_difference": comparison.largest_difference,
@@ -105,7 +105,8 @@ def _measure(student: Student, images: LabelledImages) -> dict[str, object]:
     return found
 
 
-def _top1(logits: np.ndarray, images: LabelledImages) -> float:
+def top1(logits: np.ndarray, images: LabelledImages) -> float:
+    """Return the percentage of images whose class is their label."""
     return 100 * float((logits.argmax(1) == images.labels).mean())
 
 

@@ -19,22 +19,21 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
+from benchmarks.export.agreement import SEED, top1
+from benchmarks.export.roundings import student_of
 from benchmarks.export.tables import LITERT as RESULTS
 from benchmarks.measurement import BANKS, command_line, machine_name, without_result
 from benchmarks.zoo import load_subject
-from qimera import LabelledImages, QuantizationSettings, SampleBank, Student, Teacher, recipe, synthesize
-from qimera.config.bits import parse_bits
+from qimera import LabelledImages, SampleBank, Student, Teacher, recipe, synthesize
 from qimera.export.comparison import compare, multiplying
 from qimera.litert.runtime import Runtime
 from qimera.lowering.model import lower, lower_full_precision
-from qimera.pipeline import quantize_with
 
 LARGE = 224
 """Side in pixels from which samples are few."""
 
 NUM_BUILT_IN = 500
 WARM_UP, ROUNDS = 5, 200
-SEED = 0
 
 
 def main() -> None:
@@ -64,10 +63,7 @@ def _time_again(network: str) -> None:
 def _student(network: str, teacher: Teacher, bits: str) -> Student:
     path = BANKS / f"{network}-litert-{bits}.safetensors"
     if not path.exists():
-        weight_bits, activation_bits = parse_bits(bits)
-        settings = QuantizationSettings(weight_bits=weight_bits, activation_bits=activation_bits)
-        distillation = recipe("ptq", teacher.input_spec, teacher.num_classes).distillation
-        quantize_with(teacher, _bank(network, teacher), settings, distillation, seed=SEED).save(path)
+        student_of(teacher, _bank(network, teacher), bits).save(path)
     return Student.load(path)
 
 
@@ -109,7 +105,7 @@ def _measure(student: Student, images: LabelledImages) -> dict[str, object]:
         "float_layers": comparison.float_layers,
         "partitions": on_phones.kernels().partitions,
         "outside": on_phones.kernels().outside,
-        "top1": {"student": _top1(logits, images), "file": _top1(found, images)},
+        "top1": {"student": top1(logits, images), "file": top1(found, images)},
         "built_in": {
             "num_images": len(others),
             "agreement": compare("built-in", logits[: len(others)], others, len(names), []).agreement,
@@ -138,10 +134,6 @@ def _times(student: Student) -> dict[str, object]:
         "milliseconds": {"file": round(file, 4), "full precision": round(full, 4)},
         "speedup": round(full / file, 2),
     }
-
-
-def _top1(logits: np.ndarray, images: LabelledImages) -> float:
-    return 100 * float((logits.argmax(1) == images.labels).mean())
 
 
 def _write(network: str, bits: str, found: dict[str, object]) -> None:

@@ -75,8 +75,7 @@ def agreement() -> str:
         "| OpenVINO: layers | same class | top-1 |\n",
         "|---|---|---|---|---|---|---|---|---|---|\n",
     ]
-    found = [json.loads(path.read_text()) for path in EXPORT.glob("*.json")]
-    for each in sorted(found, key=lambda each: (each["network"], ORDER.index(each["bits"]))):
+    for each in _by_network(EXPORT):
         ort, openvino = each["ONNX Runtime"], each["OpenVINO"]
         layers = [f"{runtime['integer_layers']} of {each['num_layers']}" for runtime in (ort, openvino)]
         rows.append(
@@ -94,8 +93,8 @@ def litert() -> str:
         "| built-in kernels: same class | one image, full precision | |\n",
         "|---|---|---|---|---|---|---|---|---|---|\n",
     ]
-    found = [json.loads(path.read_text()) for path in LITERT.glob("*.json")]
-    for each in sorted(found, key=lambda each: (each["network"], ORDER.index(each["bits"]))):
+    found = _by_network(LITERT)
+    for each in found:
         times = [_milliseconds(each["milliseconds"][name]) for name in ("file", "full precision")]
         rows.append(
             f"| {each['network']} | {each['bits'].upper()} | {each['num_bytes'] / 1000:,.0f} kB, "

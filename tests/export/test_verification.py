@@ -17,7 +17,6 @@ from qimera.export.onnx import export_onnx
 from qimera.export.onnx_model import float_model
 from qimera.export.program import export_pt2
 from qimera.export.verification import _without, onnx_runtime
-from qimera.quantization import scheme
 from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
@@ -59,11 +58,7 @@ def test_times_of_two_models_are_taken_in_turns() -> None:
 def test_a_weight_of_minus_128_is_refused(
     tmp_path: Path, teacher: Teacher, monkeypatch: pytest.MonkeyPatch, export: Callable[..., object]
 ) -> None:
-    monkeypatch.setattr(scheme, "weight_range", lambda bits: (-128, 127))
-    student = Student(teacher, QuantizationSettings())
-    student.initialize_ranges_([shared.noise()])
-    weight, step = student.weight_steps()[0]
-    weight.data[0] = -128 * step[0]
+    student = shared.student_with_minus_128(teacher, monkeypatch)
     with pytest.raises(VerificationError, match=r"\.weight: .* weights are -128.* quantize again.* no file"):
         export(student, tmp_path / "model.pt2")
     assert not (tmp_path / "model.pt2").exists()

@@ -17,7 +17,6 @@ from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
 from qimera.export.comparison import compare
 from qimera.litert import export as exporting
 from qimera.litert.export import export_litert
-from qimera.quantization import scheme
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
@@ -263,11 +262,7 @@ def test_what_the_built_in_kernels_make_of_a_file_is_told_and_not_judged(
 
 
 def test_a_weight_of_minus_128_is_refused(tmp_path: Path, teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheme, "weight_range", lambda bits: (-128, 127))
-    student = Student(teacher, QuantizationSettings())
-    student.initialize_ranges_([shared.noise()])
-    weight, step = student.weight_steps()[0]
-    weight.data[0] = -128 * step[0]
+    student = shared.student_with_minus_128(teacher, monkeypatch)
     with pytest.raises(VerificationError, match=r"\.weight: .* weights are -128.* quantize again.* no file"):
         export_litert(student, tmp_path / "model.tflite")
 

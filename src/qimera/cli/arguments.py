@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -222,8 +222,7 @@ class RunOptions:
         typer.Option(
             metavar="NAME",
             rich_help_panel=_QUANTIZATION,
-            help="Runtime to match: onnxruntime, openvino, inductor, xnnpack, litert, litert-builtin or tflm. "
-            "Default: onnxruntime.",
+            help=f"Runtime to match, of {', '.join(get_args(Target))}. Default: onnxruntime.",
         ),
     ] = None
     recipe: Recipe = None

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from pydantic import ConfigDict
 from torch import Tensor
 
-from qimera.errors import VerificationError
+from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
 from qimera.graph.costs import is_multiplying
 from qimera.graph.nodes import layer_name
 from qimera.quantization.ranges import LOWEST_WEIGHT
@@ -23,6 +23,8 @@ MIN_AGREEMENT = 99.0
 """Percent of samples that student and file must put into the same class, unless another number is given."""
 
 MAX_SAMPLES = 256
+_BATCH = 32
+_DIFFERENCE_PERCENT = 1.0
 _NUM_NOISE_IMAGES = 32
 _MIN_TIMED_CALLS = 5
 _TIMED_MILLISECONDS = 500.0
@@ -131,6 +133,12 @@ def sample_pixels(student: Student, samples: SampleBank | None) -> UInt8[Tensor,
     return spec.to_pixels(noise_images(_NUM_NOISE_IMAGES, spec.shape, scales, torch.Generator().manual_seed(0)))
 
 
+def logits_of(student: Student, images: Float[Tensor, "batch channel height width"]) -> Float[Tensor, "batch classes"]:
+    """Return the student's logits, which those of a file are compared with."""
+    with torch.no_grad():
+        return torch.cat([student(batch) for batch in images.split(_BATCH)])
+
+
 def compare(
     runtime: str,
     expected: Float[np.ndarray, "batch num_classes"],
@@ -169,6 +177,45 @@ def latencies_ms(runs: Sequence[Callable[[], object]]) -> list[float]:
             run()
             times.append(1000 * (time.perf_counter() - start))
     return [statistics.median(times) for times in milliseconds]
+
+
+def check_scheme(student: Student) -> None:
+    """Raise UnsupportedModelError if the student is of a scheme that no integer kernels run."""
+    if student.settings.scheme != "hardware":
+        raise UnsupportedModelError(
+            f"scheme {student.settings.scheme}: is for comparison only, integer kernels cannot run it; "
+            "quantize with scheme hardware"
+        )
+
+
+def check_labels(student: Student, labels: Sequence[str]) -> None:
+    """Raise ConfigError if there are names of classes, but not one for each."""
+    if labels and len(labels) != student.num_classes:
+        raise ConfigError(f"labels: {len(labels)} names for {student.num_classes} classes; give one for each")
+
+
+def check_agreement(
+    found: Comparison, num_samples: int, required: float, explain: Callable[[], str] = lambda: ""
+) -> None:
+    """Raise VerificationError if file and student agree on less than ``required`` percent.
+
+    ``explain`` is asked for what else there is to say, which may take a while to find out.
+    """
+    if not found.agreement >= required:
+        more = "".join(f"{each}; " for each in [explain()] if each)
+        raise VerificationError(
+            f"{found.runtime}: file and student agree on {found.agreement:.2f} % of {num_samples} samples, "
+            f"at least {required:g} % are required; {more}no file was written"
+        )
+
+
+def first_difference(layers: Iterable[tuple[str, np.ndarray, np.ndarray]]) -> str:
+    """Say at which layer (name, integers of student and of file) both first differ on more than a few samples."""
+    for name, expected, actual in layers:
+        differing = 100 * float((expected != actual).mean())
+        if differing > _DIFFERENCE_PERCENT:
+            return f"the first layer that disagrees is {name}: {differing:.1f} % of its integers differ"
+    return f"no layer's integers differ on more than {_DIFFERENCE_PERCENT:g} %, so the last layer does"
 
 
 def refuse_lowest_weights(weights: Iterable[tuple[str, np.ndarray]]) -> None:

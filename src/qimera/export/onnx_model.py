@@ -16,7 +16,8 @@ from torch.export import Dim
 from torch.fx import GraphModule, Node
 
 from qimera import __version__
-from qimera.errors import ConfigError, UnsupportedModelError, first_line
+from qimera.errors import UnsupportedModelError, first_line
+from qimera.export.comparison import check_labels, check_scheme
 from qimera.export.integer_graph import deploy_
 from qimera.export.packing import shared_constant
 from qimera.graph.nodes import aten
@@ -37,13 +38,8 @@ _SILENT = "torch.onnx._internal.exporter._registration"
 
 def onnx_model(student: Student, *, include_preprocessing: bool = False, labels: Sequence[str] = ()) -> ir.Model:
     """Return the student as an ONNX model."""
-    if labels and len(labels) != student.num_classes:
-        raise ConfigError(f"labels: {len(labels)} names for {student.num_classes} classes; give one for each")
-    if student.settings.scheme != "hardware":
-        raise UnsupportedModelError(
-            f"scheme {student.settings.scheme}: is for comparison only, integer kernels cannot run it; "
-            "quantize with scheme hardware"
-        )
+    check_labels(student, labels)
+    check_scheme(student)
     model = _translate(student.converted(), student)
     deploy_(model.graph)
     if include_preprocessing:

@@ -20,8 +20,11 @@ from qimera.errors import ConfigError, UnsupportedModelError, VerificationError,
 from qimera.export.comparison import (
     MIN_AGREEMENT,
     Verification,
+    check_agreement,
+    check_scheme,
     compare,
     latencies_ms,
+    logits_of,
     multiplying,
     refuse_lowest_weights,
     runtime_reason,
@@ -122,11 +125,7 @@ def integer_graph(student: Student) -> GraphModule:
         UnsupportedModelError: the student is of another scheme.
         VerificationError: a weight is -128.
     """
-    if student.settings.scheme != "hardware":
-        raise UnsupportedModelError(
-            f"scheme {student.settings.scheme}: is for comparison only, integer kernels cannot run it; "
-            "quantize with scheme hardware"
-        )
+    check_scheme(student)
     module = student.converted()
     refuse_lowest_weights(
         (name, tensor.cpu().numpy()) for name, tensor in module.named_buffers() if tensor.dtype is torch.int8
@@ -273,8 +272,8 @@ def verify_program(
     ``reference`` is the full-precision model for the same runtime, whose time is taken beside that of the program.
     """
     images = student.input_spec.normalize(sample_pixels(student, samples))
+    expected = logits_of(student, images).numpy()
     with torch.no_grad():
-        expected = torch.cat([student(batch) for batch in images.split(_BATCH)]).numpy()
         try:
             actual = torch.cat([program(batch) for batch in images.split(_BATCH)]).numpy()
         except Exception as error:  # each runtime has errors of its own
@@ -284,11 +283,7 @@ def verify_program(
     num_layers = len(multiplying(student))
     runs = [program] if reference is None else [program, reference]
     comparison = compare(runtime, expected, actual, num_layers, float_layers, _latencies_ms(runs, images[:1]))
-    if not comparison.agreement >= min_agreement:
-        raise VerificationError(
-            f"{comparison.runtime}: file and student agree on {comparison.agreement:.2f} % of {len(images)} samples, "
-            f"at least {min_agreement:g} % are required; no file was written"
-        )
+    check_agreement(comparison, len(images), min_agreement)
     return Verification(num_layers, path.stat().st_size, len(images), (comparison,))
 
 

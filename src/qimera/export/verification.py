@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qimera.errors import VerificationError
 from qimera.export.comparison import (
     Verification,
+    check_agreement,
     compare,
+    first_difference,
     latencies_ms,
+    logits_of,
     refuse_lowest_weights,
     runtime_reason,
     sample_pixels,
@@ -32,8 +34,6 @@ OPENVINO_MIN_AGREEMENT = 80.0
 """Of a student with another target, since OpenVINO rounds fewer tensors than its file says."""
 
 _INTEGER_KERNELS = {"QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger"}
-
-_DIFFERENCE_PERCENT = 1.0
 
 Runner = Callable[[np.ndarray], np.ndarray]
 """One batch of the file's input -> logits."""
@@ -56,8 +56,7 @@ def verify_onnx(
     """
     pixels = sample_pixels(student, samples)
     images = student.input_spec.normalize(pixels)
-    with torch.no_grad():
-        expected = torch.cat([student(batch) for batch in images.split(_BATCH)]).numpy()
+    expected = logits_of(student, images).numpy()
     model = onnx.load(path)
     refuse_lowest_weights((each.name, onnx.numpy_helper.to_array(each)) for each in model.graph.initializer)
     names = layers_in(model)
@@ -78,11 +77,8 @@ def verify_onnx(
         comparison = compare(runtime, expected, actual, len(names), float_layers, latencies)
         rounds_elsewhere = runtime.startswith("OpenVINO") and student.settings.target != "openvino"
         required = min(min_agreement, OPENVINO_MIN_AGREEMENT) if rounds_elsewhere else min_agreement
-        if not comparison.agreement >= required:
-            raise VerificationError(
-                f"{runtime}: file and student agree on {comparison.agreement:.2f} % of {len(pixels)} samples, "
-                f"at least {required:g} % are required; {_first_difference(student, path, images)}; no file was written"
-            )
+        explain = partial(_first_difference, student, path, images)
+        check_agreement(comparison, len(pixels), required, explain)
         comparisons.append(comparison)
     return Verification(len(names), path.stat().st_size, len(pixels), tuple(comparisons), tuple(refusals))
 
@@ -161,12 +157,7 @@ def openvino_model(path: Path, names: list[str], num_threads: int = 1):  # type:
 
 
 def _first_difference(student: Student, path: Path, images: Float[Tensor, "batch channel height width"]) -> str:
-    """Say at which layer, in order, the integers of file and student first differ on more than a few samples."""
-    for name, expected, actual in _integers_of_layers(student, path, images):
-        differing = 100 * float((expected != actual).mean())
-        if differing > _DIFFERENCE_PERCENT:
-            return f"the first layer that disagrees is {name}: {differing:.1f} % of its integers differ"
-    return f"no layer's integers differ on more than {_DIFFERENCE_PERCENT:g} %, so the last layer does"
+    return first_difference(_integers_of_layers(student, path, images))
 
 
 def _integers_of_layers(

@@ -135,3 +135,9 @@ def new_parameter(
     else:
         module.get_submodule(owner).register_buffer(name, value)
     return module.graph.get_attr(prefix + name)
+
+
+def pair(sizes: object) -> tuple[int, int]:
+    """Return a size for each of the two axes of an image, of one number for both or one for each."""
+    first, *rest = [sizes] if isinstance(sizes, int) else list(sizes)  # type: ignore[call-overload]
+    return int(first), int(rest[0] if rest else first)

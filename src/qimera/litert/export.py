@@ -4,17 +4,13 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from qimera.errors import ConfigError
-from qimera.export.comparison import MIN_AGREEMENT, Verification, sample_pixels
+from qimera.export.comparison import MIN_AGREEMENT, Verification, check_labels, logits_of, sample_pixels
 from qimera.machine.files import replacing
 from qimera.quantization.ranges import affine_parameters
 from qimera.student.grids import Levels
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
-
-_BATCH = 32
 
 
 def export_litert(
@@ -53,8 +49,7 @@ def export_litert(
     """
     if find_spec("ai_edge_litert") is None:
         raise ConfigError("--format litert: needs ai-edge-litert; pip install 'qimera[litert]'")
-    if labels and len(labels) != student.num_classes:
-        raise ConfigError(f"labels: {len(labels)} names for {student.num_classes} classes; give one for each")
+    check_labels(student, labels)
     from qimera.litert.metadata import ENTRY, associated_files, metadata
     from qimera.litert.verification import verify_litert
     from qimera.lowering.model import lower, lower_full_precision
@@ -79,7 +74,5 @@ def logits_levels(student: Student, samples: SampleBank | None) -> Levels:
     if samples is None:
         raise ConfigError("integer logits: their range comes from the samples of a bank; give one")
     images = student.input_spec.normalize(sample_pixels(student, samples))
-    with torch.no_grad():
-        logits = torch.cat([student(batch) for batch in images.split(_BATCH)])
-    scale, zero_point = affine_parameters(logits, 0, 255, symmetric=False)
+    scale, zero_point = affine_parameters(logits_of(student, images), 0, 255, symmetric=False)
     return Levels(float(scale), int(zero_point), 0, 255)

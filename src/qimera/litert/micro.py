@@ -1,34 +1,30 @@
 """A student -> a LiteRT file for microcontrollers, compared with the student on tflite-micro, and the file as C."""
 
-import os
 import re
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
+from qimera.errors import ConfigError, UnsupportedModelError
 from qimera.export.comparison import (
     MIN_AGREEMENT,
     Verification,
+    check_agreement,
     compare,
+    logits_of,
     multiplying,
     refuse_lowest_weights,
     sample_pixels,
 )
 from qimera.litert.export import logits_levels
+from qimera.litert.remarks import held_back
 from qimera.machine.files import replacing
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 
-_BATCH = 32
 _MAX_ARENA = 1 << 28
 _BYTES_PER_LINE = 16
 
@@ -76,20 +72,15 @@ def export_tflm(
     refuse_lowest_weights(weights_in(content))
     pixels = sample_pixels(student, samples)
     images = student.input_spec.normalize(pixels)
-    with torch.no_grad():
-        expected = torch.cat([student(batch) for batch in images.split(_BATCH)]).numpy()
+    expected = logits_of(student, images).numpy()
     source = images if lowered.input_name == "input" else pixels
     runtime = MicroRuntime(content)
     actual = runtime(np.ascontiguousarray(source.permute(0, 2, 3, 1).numpy()))
     names = list(multiplying(student).values())
     float_layers = [name for name in names if name in lowered.writer.float_layers]
     found = compare(f"tflite-micro {version('tflite-micro')}", expected, actual, len(names), float_layers)
-    if not found.agreement >= min_agreement:
-        advice = "" if student.settings.target == "tflm" else "; quantize with --target tflm"
-        raise VerificationError(
-            f"{found.runtime}: file and student agree on {found.agreement:.2f} % of {len(pixels)} samples, at least "
-            f"{min_agreement:g} % are required{advice}; no file was written"
-        )
+    advice = "" if student.settings.target == "tflm" else "quantize with --target tflm"
+    check_agreement(found, len(pixels), min_agreement, lambda: advice)
     found = replace(found, arena_bytes=runtime.arena_bytes())
     _write(path, content, found.arena_bytes or 0, operations_in(content))
     return Verification(len(names), len(content), len(pixels), (found,))
@@ -101,7 +92,7 @@ class MicroRuntime:
     def __init__(self, content: bytes, *, arena_size: int = _MAX_ARENA) -> None:
         from tflite_micro import runtime
 
-        with _said() as said:
+        with held_back() as said:
             try:
                 self._interpreter = runtime.Interpreter.from_bytes(content, arena_size=arena_size)
             except RuntimeError as error:
@@ -126,29 +117,10 @@ class MicroRuntime:
 
     def arena_bytes(self) -> int:
         """Return the memory that the interpreter has taken, with pointers as long as here."""
-        with _said() as said:
+        with held_back() as said:
             self._interpreter.print_allocations()
             (total,) = re.findall(r"Arena allocation total (\d+) bytes", "\n".join(said()))
         return int(total)
-
-
-@contextmanager
-def _said() -> Iterator:  # type: ignore[type-arg]
-    """Keep what C++ writes to stderr from the screen, and yield a function that returns its lines."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-
-        def said() -> list[str]:
-            file.seek(0)
-            return [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-
-        try:
-            yield said
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def _write(path: Path, content: bytes, arena_bytes: int, operations: list[str]) -> None:

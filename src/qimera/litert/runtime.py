@@ -1,14 +1,14 @@
 """The bytes of a LiteRT file -> its results, on XNNPACK or the built-in kernels, and which kernels run what."""
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+from qimera.litert.remarks import held_back
 
 VERSION = version("ai-edge-litert")
 
@@ -34,7 +34,7 @@ class Runtime:
 
     def __init__(self, content: bytes, *, xnnpack: bool = True, num_threads: int = 1) -> None:
         resolver = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-        with _without_remarks():
+        with held_back():  # its errors are exceptions
             self._interpreter = Interpreter(
                 model_content=content, num_threads=num_threads, experimental_op_resolver_type=resolver
             )
@@ -78,19 +78,6 @@ class Runtime:
                     inside.add(writers[tensor]["index"])
                     ahead += list(writers[tensor]["inputs"])
         return Kernels(len(partitions), tuple(each["op_name"] for each in others if each["index"] not in inside))
-
-
-@contextmanager
-def _without_remarks() -> Iterator[None]:
-    """Drop what LiteRT writes to stderr when it starts, for which it has no switch; its errors are exceptions."""
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
 
 
 def weights_in(content: bytes) -> Iterator[tuple[str, np.ndarray]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from qimera.errors import UnsupportedModelError
+from qimera.graph.nodes import pair
 from qimera.lowering.flatbuffer import Steps
 from qimera.lowering.values import CHANNELS_LAST, Constant, Deferred, Order, Tensor, Value
 from qimera.lowering.writer import VALID, Writer, activation
@@ -330,9 +331,3 @@ def largest(
     options |= {"filterHeight": window[0], "filterWidth": window[1]}
     w.file.operation("MAX_POOL_2D", [entering.tensor], [result.tensor], 2 if value.grid else 1, **options)
     return result
-
-
-def pair(sizes: Sequence[int] | int) -> tuple[int, int]:
-    """Return a size for each of the two axes of an image."""
-    first, second = np.resize(sizes, 2).tolist()
-    return first, second

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from qimera.errors import UnsupportedModelError
-from qimera.export.comparison import multiplying
+from qimera.export.comparison import check_scheme, multiplying
 from qimera.graph.nodes import copied, logits_node, node_at
 from qimera.lowering.layers import Parameter
 from qimera.lowering.operations import TABLE
@@ -60,11 +60,7 @@ def lower(
     Raises:
         UnsupportedModelError: the student is of another scheme, or an operation has no counterpart.
     """
-    if student.settings.scheme != "hardware":
-        raise UnsupportedModelError(
-            f"scheme {student.settings.scheme}: is for comparison only, integer kernels cannot run it; "
-            "quantize with scheme hardware"
-        )
+    check_scheme(student)
     module = student.converted()
     writer = Writer(packs=is_micro or student.settings.target == "tflm", is_micro=is_micro)
     images, name = _images(writer, student, include_preprocessing)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qimera.errors import UnsupportedModelError
-from qimera.graph.nodes import aten
+from qimera.graph.nodes import aten, pair
 from qimera.lowering import arithmetic, layers, moves
 from qimera.lowering.values import Tensor, Value
 from qimera.lowering.writer import Writer
@@ -31,7 +31,7 @@ def _average(
     counts_padding: bool = True,
     divisor: int | None = None,
 ) -> Tensor:
-    window, stride, padding = layers.pair(window), layers.pair(stride or window), layers.pair(padding)
+    window, stride, padding = pair(window), pair(stride or window), pair(padding)
     whole = [
         (x.shape[2 + axis] + 2 * padding[axis] - window[axis]) // stride[axis] + 1 == w.shape[2 + axis]
         for axis in range(2)
@@ -44,9 +44,7 @@ def _average(
 
 
 def _adaptive_average(w: Writer, x: Tensor, _: object) -> Tensor:
-    window = [size // wanted for size, wanted in zip(x.shape[2:], w.shape[2:], strict=True)]
-    if any(size % wanted for size, wanted in zip(x.shape[2:], w.shape[2:], strict=True)):
-        raise UnsupportedModelError(f"{w.name}: windows of an adaptive average that overlap have no counterpart")
+    window = _adaptive_window(w, x, "average")
     return layers.average(w, x, window, window, (0, 0))
 
 
@@ -61,10 +59,14 @@ def _mean(w: Writer, x: Tensor, axes: Sequence[int], keep: bool = False, **_: ob
 
 
 def _adaptive_maximum(w: Writer, x: Tensor, _: object) -> tuple[Tensor, ...]:
-    window = [size // wanted for size, wanted in zip(x.shape[2:], w.shape[2:], strict=True)]
-    if any(size % wanted for size, wanted in zip(x.shape[2:], w.shape[2:], strict=True)):
-        raise UnsupportedModelError(f"{w.name}: windows of an adaptive maximum that overlap have no counterpart")
-    return (layers.largest(w, x, window),)
+    return (layers.largest(w, x, _adaptive_window(w, x, "maximum")),)
+
+
+def _adaptive_window(w: Writer, x: Tensor, kind: str) -> list[int]:
+    sizes = list(zip(x.shape[2:], w.shape[2:], strict=True))
+    if any(size % wanted for size, wanted in sizes):
+        raise UnsupportedModelError(f"{w.name}: windows of an adaptive {kind} that overlap have no counterpart")
+    return [size // wanted for size, wanted in sizes]
 
 
 def _clip(low: float, high: float, w: Writer, x: Tensor) -> Tensor:

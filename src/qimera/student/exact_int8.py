@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from qimera.graph.nodes import MATRIX_PRODUCTS, WEIGHTED, aten, logits_node, node_at
+from qimera.graph.nodes import MATRIX_PRODUCTS, WEIGHTED, aten, logits_node, node_at, pair
 from qimera.quantization.scheme import before_moves, is_move
 from qimera.student.exact import (
     ExactLayer,
@@ -273,16 +273,11 @@ class _Average(_Kernel):
         if self.operation is aten.mean.dim:
             return sizes, sizes, [0, 0]
         if self.operation is aten.adaptive_avg_pool2d.default:
-            window = [size // wanted for size, wanted in zip(sizes, _pair(arguments[0]), strict=True)]
+            window = [size // wanted for size, wanted in zip(sizes, pair(arguments[0]), strict=True)]
             return window, window, [0, 0]
-        window = _pair(arguments[0])
-        stride = _pair(arguments[1]) if len(arguments) > 1 and arguments[1] else window
-        return window, stride, _pair(arguments[2]) if len(arguments) > 2 else [0, 0]
-
-
-def _pair(value: object) -> list[int]:
-    numbers = [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
-    return numbers * 2 if len(numbers) == 1 else numbers
+        window = list(pair(arguments[0]))
+        stride = list(pair(arguments[1])) if len(arguments) > 1 and arguments[1] else window
+        return window, stride, list(pair(arguments[2])) if len(arguments) > 2 else [0, 0]
 
 
 _JOINED = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor}

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.fx import Node
 
-from qimera.graph.nodes import aten
+from qimera.graph.nodes import aten, pair
 
 _MIN_POSITIONS = 8192
 _POSITIONS_PER_INPUT = 20
@@ -44,7 +44,7 @@ def inputs_at(
     num_inputs = weight[0].numel()
     if node.target is aten.linear.default:
         return entering.reshape(-1, num_inputs)[chosen][None]
-    stride, padding, dilation = (_pair(node, *each) for each in ((3, 1), (4, 0), (5, 1)))
+    stride, padding, dilation = (pair(argument_of(node, *each)) for each in ((3, 1), (4, 0), (5, 1)))
     height, width = entering.shape[2:]
     kernel = weight.shape[2:]
     columns = _length(width, kernel[1], stride[1], padding[1], dilation[1])
@@ -75,13 +75,6 @@ def outputs_at(
         return values[None]
     groups = int(argument_of(node, 6, 1))
     return values.reshape(len(chosen), groups, -1).permute(1, 2, 0).contiguous().mT
-
-
-def _pair(node: Node, index: int, default: int) -> tuple[int, int]:
-    """Return an argument of a convolution that is one number for both directions, or one for each."""
-    given = argument_of(node, index, default)
-    first, *rest = given if isinstance(given, list | tuple) else [given]
-    return int(first), int(rest[0] if rest else first)
 
 
 def _length(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
