@@ -126,6 +126,22 @@ def test_a_card_lists_files_with_the_runtimes_that_ran_them() -> None:
     assert "| images of noise |" in card(num_samples=0, num_held_out=0, estimate=None)
 
 
+def test_a_card_says_which_files_were_not_run() -> None:
+    package = Export(
+        file="student.mlpackage", num_layers=10, num_bytes=90_000, num_samples=0, comparisons=(), not_run="no Mac here"
+    )
+    alone = model_card(summary(), tiny_settings(), None, [package])
+    assert "- `student.mlpackage`, 90.0 kB: no Mac here." in alone
+    assert "Each file was compared" not in alone
+    both = model_card(summary(), tiny_settings(), None, [EXPORT, package])
+    assert "| `student.onnx` | 42.7 kB |" in both
+    assert "Files that were not run:\n\n- `student.mlpackage`" in both
+
+
+def test_a_card_says_the_bits_of_the_first_and_the_last_layer() -> None:
+    assert "w4a4 (weights and activations), first and last layer at 8, except" in card(first_last_bits=8)
+
+
 def test_a_card_is_known_to_belong_to_its_student() -> None:
     text = model_card(summary(), tiny_settings(), None, [])
     assert belongs_to(text, summary(warnings=("later",)))

@@ -63,7 +63,7 @@ def _facts(summary: Summary, settings: RunSettings) -> dict[str, str]:
     shape = " x ".join(map(str, spec.shape))
     return {
         "Full-precision model": f"{_plain(summary.model)}, hash of graph and weights `{summary.teacher_hash}`",
-        "Bits": f"{summary.bits} (weights and activations){exceptions}",
+        "Bits": f"{summary.bits} (weights and activations){summary.ends_text}{exceptions}",
         "Scheme": f"{summary.scheme}, for {summary.target}",
         "Recipe": f"{summary.recipe}, seed {summary.seed}, {summary.num_steps:,} training steps",
         "Size": f"{readable_bytes(summary.student_bytes)} instead of {readable_bytes(summary.teacher_bytes)}",
@@ -77,10 +77,10 @@ def _made_from(summary: Summary, settings: RunSettings) -> str:
     samples = f"{summary.num_samples:,} samples that were synthesised from it"
     if not summary.num_images:
         return f"The full-precision model alone, and {samples}. No images and no labels were used."
-    given = "1 unlabelled image" if summary.num_images == 1 else f"{summary.num_images:,} unlabelled images"
     hash_of = f" (SHA-256 of their pixels `{settings.images.sha256}`)" if settings.images else ""
     beside = f", {samples}" if summary.num_samples else ""
-    return f"The full-precision model{beside} and {given}{hash_of}. It was not made without data; no labels were used."
+    given = f"{summary.counted_images}{hash_of}"
+    return f"The full-precision model{beside} and {given}. It was not made without data; no labels were used."
 
 
 def _accuracy(summary: Summary, measured: Measured | None) -> str:
@@ -105,18 +105,25 @@ def _accuracy(summary: Summary, measured: Measured | None) -> str:
 
 
 def _files(summary: Summary, exports: Sequence[Export]) -> Iterator[str]:
-    """Yield a table of the files and of the runtimes that were seen to run them."""
-    kind = "samples" if summary.num_samples or summary.num_held_out else "images of noise"
-    yield "Each file was compared with the trained student on the runtimes that the table names.\n"
-    yield f"| file | size | runtime | {kind} | same class as the student | layers in integers |"
-    yield "|---|---|---|---|---|---|"
-    for export in exports:
+    """Yield a table of the files and of the runtimes that were seen to run them, and the files that were not run."""
+    compared = [export for export in exports if not export.not_run]
+    if compared:
+        kind = "samples" if summary.num_samples or summary.num_held_out else "images of noise"
+        yield "Each file was compared with the trained student on the runtimes that the table names.\n"
+        yield f"| file | size | runtime | {kind} | same class as the student | layers in integers |"
+        yield "|---|---|---|---|---|---|"
+    for export in compared:
         for each in export.comparisons:
             layers = f"{each['integer_layers']} of {export.num_layers}"
             yield (
                 f"| `{_plain(export.file)}` | {readable_bytes(export.num_bytes)} | {each['runtime']} "
                 f"| {export.num_samples} | {each['agreement']:.2f} % | {layers} |"
             )
+    not_run = [export for export in exports if export.not_run]
+    if not_run:
+        yield "\nFiles that were not run:\n"
+        for export in not_run:
+            yield f"- `{_plain(export.file)}`, {readable_bytes(export.num_bytes)}: {export.not_run}."
     refusals = [refusal for export in exports for refusal in export.refusals]
     if refusals:
         yield "\nRuntimes that cannot run a file:\n"

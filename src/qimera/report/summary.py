@@ -115,12 +115,21 @@ class Summary(Settings):
         return "trained students lose more than their samples tell, so take this for too low"
 
     @property
-    def images_text(self) -> str:
-        """What is said of the user's images; empty where there are none."""
+    def counted_images(self) -> str:
+        """How many images of the user's there were; empty where there were none."""
         if not self.num_images:
             return ""
-        images = "1 unlabelled image" if self.num_images == 1 else f"{self.num_images:,} unlabelled images"
-        return f"{images} of yours, so this model was not made without data"
+        return "1 unlabelled image" if self.num_images == 1 else f"{self.num_images:,} unlabelled images"
+
+    @property
+    def images_text(self) -> str:
+        """What is said of the user's images; empty where there are none."""
+        return self.counted_images and f"{self.counted_images} of yours, so this model was not made without data"
+
+    @property
+    def ends_text(self) -> str:
+        """What follows the bits where the first and the last layer have others."""
+        return f", first and last layer at {self.first_last_bits}" if self.first_last_bits else ""
 
     @classmethod
     def of_run(
@@ -167,13 +176,12 @@ class Summary(Settings):
 
     def text(self) -> str:
         """Return the summary for a person, one fact per line."""
-        ends = f", first and last layer at {self.first_last_bits}" if self.first_last_bits else ""
         exceptions = f", except {self.layer_bits}" if self.layer_bits and not self.allocation else ""
         held_out = f" and {self.num_held_out} held out" if self.num_held_out else ""
         facts = {
             "warning": "\n".join(textwrap.fill(warning, _WIDTH, subsequent_indent="  ") for warning in self.warnings),
             "model": f"{self.model} ({self.num_classes} classes, teacher {self.teacher_hash[:12]})",
-            "bits": f"{self.bits}{ends}{exceptions}, scheme {self.scheme}, target {self.target}",
+            "bits": f"{self.bits}{self.ends_text}{exceptions}, scheme {self.scheme}, target {self.target}",
             "budget": "\n".join(self.allocation),
             "recipe": f"{self.recipe}, seed {self.seed}",
             "bank": f"{self.num_samples} synthetic samples{held_out}, {_readable_seconds(self.bank_seconds)}"
