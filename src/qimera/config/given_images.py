@@ -1,6 +1,7 @@
 """Images of the user's that join a bank: how many there are, and a hash by which they are known again."""
 
 import hashlib
+from collections.abc import Sequence
 
 from jaxtyping import UInt8
 from pydantic import Field
@@ -24,8 +25,12 @@ class GivenImages(Settings):
     @classmethod
     def of(cls, pixels: UInt8[Tensor, "image channel height width"], *, kept: bool = False) -> "GivenImages":
         """Return what is remembered of these images."""
-        digests = sorted(digests_of(pixels))
-        return cls(count=len(pixels), sha256=hashlib.sha256(b"".join(digests)).hexdigest(), kept=kept)
+        return cls.of_digests(digests_of(pixels), kept=kept)
+
+    @classmethod
+    def of_digests(cls, digests: Sequence[bytes], *, kept: bool = False) -> "GivenImages":
+        """Return what is remembered of images with these hashes, in any order."""
+        return cls(count=len(digests), sha256=hashlib.sha256(b"".join(sorted(digests))).hexdigest(), kept=kept)
 
     def text(self) -> str:
         """Return what a message calls them."""

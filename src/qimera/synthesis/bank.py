@@ -101,13 +101,13 @@ class SampleBank:
             raise ConfigError(
                 f"images: expected one or more of shape {self.input_spec.shape}, given {tuple(pixels.shape)}"
             )
-        given = GivenImages.of(pixels, kept=keep)
+        digests = digests_of(pixels)
+        given = GivenImages.of_digests(digests, kept=keep)
         if self.images is not None and self.images.sha256 != given.sha256:
             raise ConfigError(f"images: the bank was made with {self.images.text()}, given {given.text()}")
         remembered = given if keep or self.images is None else self.images
         if self.num_images:
             return replace(self, images=remembered)
-        digests = digests_of(pixels)
         pixels = pixels[sorted(range(len(pixels)), key=lambda index: digests[index])]
         logits = _answers(pixels, teacher)
         before, after = slice(self.num_training), slice(self.num_training, None)
