@@ -121,7 +121,7 @@ def quantize(
             ``xnnpack``, ``litert``, ``litert-builtin`` or ``tflm`` (microcontrollers).
         layer_bits: Exceptions by layer name, such as ``conv1=8,*fc*=w8a4``.
         first_last_bits: Bits of the layers that read the images and of the one that returns the logits, for weights and
-            inputs; 0 for those of all others. ``layer_bits`` wins.
+            inputs, and of what the first ones return; 0 for those of all others. ``layer_bits`` wins.
         budget: Such as ``size=0.14``; layers that neither of the two decides on get the bits of ``allocate_bits``.
         settings: How to train, where no recipe does.
         recipe: How to train, such as ``ptq`` (not at all); ``fast`` where neither is given.

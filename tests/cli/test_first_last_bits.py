@@ -38,7 +38,7 @@ def test_the_student_and_its_settings_have_the_bits(finished_run: Path) -> None:
     for bits in (student.settings, written):
         assert bits.bits_of(names[0]) == bits.bits_of(names[-1]) == (8, 8)
     assert written.first_last_bits == 8
-    assert len(written.layer_bits) == 2
+    assert len(written.layer_bits) == 3
 
 
 @pytest.mark.parametrize("from_run", [False, True])

@@ -23,10 +23,11 @@ def bits_of(teacher: Teacher, settings: QuantizationSettings) -> dict[str, tuple
 
 
 @pytest.mark.parametrize("scheme", ["hardware", "paper"])
-def test_the_first_and_the_last_layer_get_their_bits_and_no_other_does(teacher: Teacher, scheme: str) -> None:
+def test_both_ends_and_the_first_layers_output_get_their_bits(teacher: Teacher, scheme: str) -> None:
+    """Layer conv2 reads what conv1 returns, through batch norm and ReLU."""
     found = bits_of(teacher, QuantizationSettings(first_last_bits=8, scheme=scheme, **W3A4))
-    middle = dict.fromkeys(["conv2", "conv3", "depthwise", "pointwise"], (3, 4))
-    assert found == {"conv1": (8, 8), **middle, "fc": (8, 8)}
+    middle = dict.fromkeys(["conv3", "depthwise", "pointwise"], (3, 4))
+    assert found == {"conv1": (8, 8), "conv2": (3, 8), **middle, "fc": (8, 8)}
 
 
 class TwoStems(nn.Module):
@@ -45,6 +46,26 @@ def test_every_layer_that_reads_the_images_is_a_first_one() -> None:
     assert first_and_last_layers(Teacher.capture(TwoStems(), SPEC)) == ["wide", "narrow", "head.fc"]
 
 
+class Stem(nn.Module):
+    """Convolution, pooling, and two layers that read them, then an addition and a layer that reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Hardswish(), nn.MaxPool2d(2))
+        self.left, self.right, self.joined = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.head = Head(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.joined(self.left(x) + self.right(x)))
+
+
+def test_every_layer_that_reads_the_stem_reads_it_at_the_bits_of_the_ends() -> None:
+    found = bits_of(Teacher.capture(Stem(), SPEC), QuantizationSettings(first_last_bits=8, **W3A4))
+    ends = {"stem.0": (8, 8), "head.fc": (8, 8)}
+    assert found == {**ends, "left": (3, 8), "right": (3, 8), "joined": (3, 4)}
+
+
 def test_bits_that_are_given_by_name_win(teacher: Teacher) -> None:
     given = parse_layer_bits("fc=w5a6")
     settings = QuantizationSettings(first_last_bits=8, layer_bits=given, **W3A4)
@@ -59,18 +80,18 @@ def test_settings_with_the_rules_stay_as_they_are(teacher: Teacher) -> None:
     assert with_rules_for_ends(plain, teacher) is plain
 
 
-def test_the_paper_scheme_reads_the_last_layers_input_from_a_relu_of_its_bits(teacher: Teacher) -> None:
-    """Through pooling; the input of the first layer is the image, which that scheme does not quantize."""
+def test_the_paper_scheme_reads_both_ends_from_relus_of_their_bits(teacher: Teacher) -> None:
+    """Through pooling; and the ReLU behind the first layer, which conv2 reads. It does not quantize the image."""
     student = Student(teacher, QuantizationSettings(first_last_bits=8, scheme="paper", **W3A4))
     quantizers = [each for each in student.module.modules() if isinstance(each, MinMaxFakeQuantize)]
     activations = [each.quant_max - each.quant_min for each in quantizers if each.dtype.is_signed is False]
-    assert activations == [15, 15, 15, 15, 255]
+    assert activations == [255, 15, 15, 15, 255]
 
 
-def test_a_budget_leaves_the_first_and_the_last_layer_alone(teacher: Teacher, bank: SampleBank) -> None:
+def test_a_budget_leaves_the_ends_alone(teacher: Teacher, bank: SampleBank) -> None:
     sensitivity = measure_sensitivity(teacher, bank, activations=False)
     allocation = allocate_bits(teacher, bank, "size=0.2", first_last_bits=8, sensitivity=sensitivity)
-    assert [layer.name for layer in allocation.layers] == ["conv2", "conv3", "depthwise", "pointwise"]
+    assert [layer.name for layer in allocation.layers] == ["conv3", "depthwise", "pointwise"]
     found = QuantizationSettings(layer_bits=allocation.all_rules)
     assert found.bits_of("conv1") == found.bits_of("fc") == (8, 8)
     assert allocation.cost <= allocation.limit

@@ -197,7 +197,7 @@ class RunOptions:
         typer.Option(
             metavar="N",
             rich_help_panel=_QUANTIZATION,
-            help="Bits of the first and the last layer, as papers give them 8. Default: those of all others.",
+            help="Bits of the first layer, its output and the last layer (often 8). Default: those of all others.",
         ),
     ] = None
     budget: Annotated[

@@ -206,8 +206,8 @@ class QuantizationSettings(Settings):
     """Exceptions by layer name; the last matching pattern wins."""
 
     first_last_bits: Literal[0, 2, 3, 4, 5, 6, 7, 8] = 0
-    """Bits of the layers that read the network's input and of the one that returns the logits; 0 for those of all
-    others. A run writes them into ``layer_bits``, before the exceptions that were given."""
+    """Bits of the layers that read the network's input, of what they return, and of the layer that returns the logits;
+    0 for those of all others. A run writes them into ``layer_bits``, before the exceptions that were given."""
 
     budget: str = ""
     """Share of full precision for all layers together, such as ``size=0.14`` or ``bops=0.05``; empty for no limit. A

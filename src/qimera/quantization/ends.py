@@ -4,7 +4,7 @@ import glob
 
 from qimera.config.bits import check_layer_bits
 from qimera.config.settings import LayerBits, QuantizationSettings
-from qimera.quantization.scheme import reading_network_input
+from qimera.quantization.scheme import reading_network_input, reading_outputs_of
 from qimera.teacher.teacher import Teacher
 
 
@@ -37,6 +37,15 @@ def rules_beside_ends(settings: QuantizationSettings, teacher: Teacher) -> tuple
 
 
 def _rules(settings: QuantizationSettings, teacher: Teacher) -> tuple[LayerBits, ...]:
+    """Return rules for both ends and for what reads the first layer, as BRECQ has it (Li et al. 2021)."""
     bits = settings.first_last_bits
-    names = first_and_last_layers(teacher) if bits else []
-    return tuple(LayerBits(pattern=glob.escape(name), weight_bits=bits, activation_bits=bits) for name in names)
+    if not bits:
+        return ()
+    behind = reading_outputs_of(teacher.module, reading_network_input(teacher.module))
+    widths = dict.fromkeys(behind, settings.weight_bits)
+    widths |= dict.fromkeys(first_and_last_layers(teacher), bits)
+    names = [layer.name for layer in teacher.layers if layer.name in widths]
+    return tuple(
+        LayerBits(pattern=glob.escape(name), weight_bits=widths[name], activation_bits=bits)
+        for name in dict.fromkeys(names)
+    )
