@@ -71,7 +71,7 @@ def keep(path: Path, values: dict[str, object], said: str) -> None:
     """Write a result with where, when and by which command it was made, and say what it came to."""
     made = {
         "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {platform.system()}",
+        "machine": machine_name(),
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
         "command": command_line(),

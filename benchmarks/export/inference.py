@@ -10,14 +10,12 @@ benchmarks/tables.py writes the table of docs/export-targets.md from the files.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import onnxruntime
@@ -25,7 +23,7 @@ import openvino
 import torch
 from torch.export import Dim
 
-from benchmarks.measurement import command_line, machine_name
+from benchmarks.measurement import keep
 from benchmarks.zoo import load_subject
 from qimera import InputSpec, QuantizationSettings, Teacher
 from qimera.config.bits import parse_bits
@@ -177,17 +175,13 @@ def _write(network: str, files: dict[str, File], timings: list[dict[str, object]
             for name, file in files.items()
         },
         "timings": timings,
-        "machine": machine_name(),
         "versions": {
             "ONNX Runtime": onnxruntime.__version__,
             "OpenVINO": openvino.__version__.partition("-")[0],
             "torch": torch.__version__,
         },
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": command_line(),
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{network}.json").write_text(json.dumps(values, indent=2) + "\n")
+    keep(RESULTS / f"{network}.json", values, f"{len(timings)} timings")
 
 
 def _options() -> argparse.Namespace:

@@ -13,7 +13,6 @@ import json
 import statistics
 import time
 import warnings
-from datetime import UTC, datetime
 from importlib.metadata import version
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from benchmarks.export.agreement import SEED, top1
 from benchmarks.export.roundings import student_of
 from benchmarks.export.tables import LITERT as RESULTS
-from benchmarks.measurement import BANKS, command_line, machine_name, without_result
+from benchmarks.measurement import BANKS, keep, without_result
 from benchmarks.zoo import load_subject
 from qimera import LabelledImages, SampleBank, Student, Teacher, recipe, synthesize
 from qimera.export.comparison import compare, multiplying
@@ -137,19 +136,8 @@ def _times(student: Student) -> dict[str, object]:
 
 
 def _write(network: str, bits: str, found: dict[str, object]) -> None:
-    values = {
-        "network": network,
-        "bits": bits,
-        **found,
-        "seed": SEED,
-        "machine": machine_name(),
-        "ai-edge-litert": version("ai-edge-litert"),
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": command_line(),
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{network}-{bits}.json").write_text(json.dumps(values, indent=2) + "\n")
-    print(time.strftime("%H:%M:%S"), network, bits, json.dumps(found), flush=True)
+    values = {"network": network, "bits": bits, **found, "seed": SEED, "ai-edge-litert": version("ai-edge-litert")}
+    keep(RESULTS / f"{network}-{bits}.json", values, json.dumps(found))
 
 
 def _options() -> argparse.Namespace:
