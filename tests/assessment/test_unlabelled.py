@@ -1,4 +1,7 @@
+import io
+import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,6 +106,40 @@ def _pickle(folder: Path) -> Path:
     return folder / "payload.npy"
 
 
+def _pipe(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        os.mkfifo(folder / name)
+        return folder / name
+
+    return make
+
+
+def _entry(name: str, content: bytes, compression: int = zipfile.ZIP_STORED) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        with zipfile.ZipFile(folder / "a.npz", "w", compression) as archive:
+            archive.writestr(name, content)
+        return folder / "a.npz"
+
+    return write
+
+
+def _damaged_lzma(folder: Path) -> Path:
+    path = _entry("images.npy", _saved(pixels(2, 8, 10, 3)), zipfile.ZIP_LZMA)(folder)
+    content = bytearray(path.read_bytes())
+    content[60:90] = bytes(30)
+    path.write_bytes(content)
+    return path
+
+
+def _saved(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+_LONG_HEADER = b"\x93NUMPY\x01\x00" + (60_000).to_bytes(2, "little") + b"(" * 60_000
+
+
 def _without_images(folder: Path) -> Path:
     np.savez(folder / "other.npz", photos=pixels(2, 8, 10, 3))
     return folder / "other.npz"
@@ -121,6 +158,14 @@ REFUSED = {
     "objects": (_array("a.npy", np.array([{}])), "holds Python objects, which are not read"),
     "a pickle": (_pickle, "is a pickle, which could execute code, and not an .npy file"),
     "an array under the wrong name": (_array("a.npz", pixels(2, 8, 10, 3)), "holds one array without a name"),
+    "an entry without the ending of an array": (
+        _entry("images", _saved(pixels(2, 8, 10, 3))),
+        r"array 'images' missing, found \[\]",
+    ),
+    "a damaged entry, compressed in a rare way": (_damaged_lzma, "cannot be read as a file of plain arrays"),
+    "a header without end": (_entry("images.npy", _LONG_HEADER), "cannot be read as a file of plain arrays"),
+    "a pipe called an image": (_pipe("a.png"), "not a folder, an image, an .npz or an .npy file"),
+    "a pipe called an archive": (_pipe("a.npz"), "not a folder, an image, an .npz or an .npy file"),
     "other arrays": (_without_images, r"array 'images' missing, found \['photos'\].*\(path, images=images\)"),
 }
 
@@ -132,6 +177,8 @@ def test_what_holds_no_images_of_the_model_is_refused_with_the_reason(tmp_path: 
     with pytest.raises(ConfigError, match=message) as refusal:
         load_images(path, COLOUR)
     assert str(path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert "allow_pickle" not in str(refusal.value)
 
 
 def test_more_images_than_memory_are_refused_before_they_are_read(

@@ -3,10 +3,7 @@
 import io
 import math
 import os
-import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,28 +15,13 @@ from PIL import Image
 
 from qimera.assessment.class_folders import find_class_files
 from qimera.config.input_spec import IMAGE_MODES, InputSpec
-from qimera.errors import ConfigError
+from qimera.errors import ConfigError, first_line
 
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may take a file for, whatever its name: for others, such as EPS, it starts programs."""
 
 _MOST_PIXELS = 1 << 27
 """Of one image in any step of its preparation, so that a small file cannot take all memory."""
-
-# What NumPy and zipfile raise for damaged archives, by where the damage is.
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    MemoryError,
-    NotImplementedError,
-    RuntimeError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 @dataclass(frozen=True)
@@ -110,7 +92,7 @@ def load_labelled_images(path: Path | str, input_spec: InputSpec, num_classes: i
         raise ConfigError(
             f"{path}: no such file or folder; give an .npz file or a folder with one sub-folder per class"
         )
-    if path.suffix.lower() != ".npz":
+    if path.suffix.lower() != ".npz" or not path.is_file():  # a pipe would be waited for without end
         raise ConfigError(
             f"{path}: not a folder and not an .npz file; give an .npz file with images and labels, "
             "or a folder with one sub-folder per class"
@@ -125,10 +107,11 @@ def _load_arrays(path: Path, input_spec: InputSpec, num_classes: int) -> Labelle
             with zipfile.ZipFile(file) as archive:
                 _check_headers(path, _headers(path, archive, ("images", "labels")), input_spec.shape)
                 arrays = {name: _read_array(archive, name) for name in ("images", "labels")}
-    except _UNREADABLE as error:
-        raise ConfigError(
-            f"{path}: cannot be read as an .npz file of plain arrays ({error}); it is damaged, or another kind of file"
-        ) from error
+    except ConfigError:
+        raise
+    # A damaged archive can make NumPy and zipfile fail in any way.
+    except Exception as error:
+        raise _unreadable(path, "an .npz file", error) from error
     _check_classes(path, arrays["labels"], num_classes)
     return LabelledImages(_with_channels(arrays["images"]), arrays["labels"].astype(np.int64))
 
@@ -151,10 +134,19 @@ def read_images(path: Path, input_spec: InputSpec) -> UInt8[np.ndarray, "batch h
             with zipfile.ZipFile(file) as archive:
                 _check_alone(path, _headers(path, archive, ("images",))["images"], input_spec.shape)
                 return _with_channels(_read_array(archive, "images"))
-    except _UNREADABLE as error:
-        raise ConfigError(
-            f"{path}: cannot be read as a file of plain arrays ({error}); it is damaged, or another kind of file"
-        ) from error
+    except ConfigError:
+        raise
+    # As above.
+    except Exception as error:
+        raise _unreadable(path, "a file", error) from error
+
+
+def _unreadable(path: Path, kind: str, error: Exception) -> ConfigError:
+    # The first line alone: NumPy's next ones advise to trust the file, and to let it execute code.
+    reason = first_line(error)
+    return ConfigError(
+        f"{path}: cannot be read as {kind} of plain arrays ({reason}); it is damaged, or another kind of file"
+    )
 
 
 def _check_alone(path: Path, images: np.ndarray, shape: tuple[int, int, int]) -> None:
@@ -178,7 +170,7 @@ def _refuse_other_files(path: Path, start: bytes, *, is_array: bool = False) -> 
 
 def _headers(path: Path, archive: zipfile.ZipFile, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Return arrays of the right shapes and types that take no memory, whatever the archive would unpack to."""
-    found = [name.removesuffix(".npy") for name in archive.namelist()]
+    found = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
     missing = set(names) - set(found)
     if missing:
         raise ConfigError(

@@ -33,9 +33,9 @@ def load_images(path: Path | str, input_spec: InputSpec) -> UInt8[Tensor, "image
         pixels = _decoded(path, image_files(path), input_spec)
     elif not path.exists():
         raise ConfigError(f"{path}: no such file or folder; {_ADVICE}")
-    elif suffix in IMAGE_SUFFIXES:
+    elif path.is_file() and suffix in IMAGE_SUFFIXES:  # a pipe would be waited for without end
         pixels = _decoded(path, [path], input_spec)
-    elif suffix in (".npz", ".npy"):
+    elif path.is_file() and suffix in (".npz", ".npy"):
         pixels = data.read_images(path, input_spec)
     else:
         raise ConfigError(f"{path}: not a folder, an image, an .npz or an .npy file; {_ADVICE}")
