@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera.config.bits import parse_bits
-from qimera.config.settings import QuantizationSettings
+from qimera.config.settings import QuantizationSettings, SynthesisSettings
 from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
 from qimera.export.comparison import compare
 from qimera.litert import export as exporting
@@ -150,9 +150,14 @@ def test_integer_logits_lie_on_a_grid_of_the_samples(tmp_path: Path, teacher: Te
     assert np.abs(runtime(channels_last(images)) - expected).max() <= 0.51 * step
 
 
-def test_integer_logits_need_samples(tmp_path: Path, teacher: Teacher) -> None:
-    with pytest.raises(ConfigError, match="their range comes from the samples of a bank"):
-        export_litert(student_of(teacher), tmp_path / "model.tflite", integer_logits=True)
+def test_integer_logits_need_samples(tmp_path: Path, teacher: Teacher, bank: SampleBank) -> None:
+    """Also where a bank is there: one that was made with images of the user's alone, and has not kept them."""
+    nothing = SynthesisSettings(num_generated=0, num_optimized=0, num_held_out=0)
+    empty = SampleBank.from_pixels(bank.pixels[:0], bank.soft_labels[:0], teacher, nothing, 0)
+    for samples in (None, empty):
+        with pytest.raises(ConfigError, match="their range comes from the samples of a bank, and there are none"):
+            export_litert(student_of(teacher), tmp_path / "model.tflite", samples, integer_logits=True)
+    assert not list(tmp_path.iterdir())
 
 
 # --- its form ---------------------------------------------------------------------------------------------------------

@@ -71,8 +71,11 @@ def export_litert(
 
 def logits_levels(student: Student, samples: SampleBank | None) -> Levels:
     """Return the levels of a grid that just covers the logits of the samples, and zero."""
-    if samples is None:
-        raise ConfigError("integer logits: their range comes from the samples of a bank; give one")
+    if samples is None or not len(samples):  # noise would get too small a range
+        raise ConfigError(
+            "integer logits: their range comes from the samples of a bank, and there are none; quantize with samples "
+            "(num_optimized or num_held_out above 0) or with --keep-images, or leave the logits in float32"
+        )
     images = student.input_spec.normalize(sample_pixels(student, samples))
     scale, zero_point = affine_parameters(logits_of(student, images), 0, 255, symmetric=False)
     return Levels(float(scale), int(zero_point), 0, 255)
