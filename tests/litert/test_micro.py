@@ -82,6 +82,22 @@ def test_beside_the_file_lie_its_bytes_as_c(tmp_path: Path, teacher: Teacher) ->
 
 
 @pytest.mark.usefixtures("_micro")
+def test_a_file_may_be_called_by_any_letters(tmp_path: Path, teacher: Teacher) -> None:
+    export_tflm(student_of(teacher), tmp_path / "mod\u00e8le.tflite")
+    header = (tmp_path / "mod\u00e8le.h").read_text(encoding="utf-8")
+    assert "extern const unsigned char mod_le[];" in header
+    assert '#include "mod\u00e8le.h"' in (tmp_path / "mod\u00e8le.cc").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("_micro")
+@pytest.mark.parametrize("suffix", [".cc", ".h"])
+def test_a_file_does_not_take_the_place_of_its_own_source(tmp_path: Path, teacher: Teacher, suffix: str) -> None:
+    with pytest.raises(ConfigError, match=r"go beside the file; call the file model\.tflite"):
+        export_tflm(student_of(teacher), tmp_path / f"model{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("_micro")
 @pytest.mark.parametrize("bits", ["w4a4", pytest.param("w8a8", marks=pytest.mark.slow)])
 def test_files_take_pixels_and_return_integers(tmp_path: Path, teacher: Teacher, bank: SampleBank, bits: str) -> None:
     student = student_of(teacher, bits)

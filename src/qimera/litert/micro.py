@@ -55,17 +55,20 @@ def export_tflm(
         min_agreement: Percent of samples that student and file must put into the same class.
 
     Raises:
-        ConfigError: ai-edge-litert or tflite-micro is not installed, or integer logits have no samples.
+        ConfigError: ai-edge-litert or tflite-micro is not installed, integer logits have no samples, or the file would
+            take the place of its own ``.cc`` or ``.h``.
         UnsupportedModelError: something in the student has no counterpart in LiteRT, or no kernel in tflite-micro.
         VerificationError: the file disagrees with the student.
     """
     missing = [name for name in ("ai_edge_litert", "tflite_micro") if find_spec(name) is None]
     if missing:
         raise ConfigError(f"--format tflm: needs {' and '.join(missing)}; pip install 'qimera[tflm]'")
+    path = Path(path)
+    if path.suffix in (".cc", ".h"):
+        raise ConfigError(f"{path}: its .cc and .h go beside the file; call the file {path.stem}.tflite")
     from qimera.litert.runtime import operations_in, weights_in
     from qimera.lowering.model import lower
 
-    path = Path(path)
     levels = logits_levels(student, samples) if integer_logits else None
     lowered = lower(student, include_preprocessing=include_preprocessing, logits_levels=levels, is_micro=True)
     content = lowered.content()
@@ -125,7 +128,7 @@ class MicroRuntime:
 
 def _write(path: Path, content: bytes, arena_bytes: int, operations: list[str]) -> None:
     """Write the file, and the same as C++ with a header."""
-    name = re.sub(r"\W", "_", path.stem)
+    name = re.sub(r"\W", "_", path.stem, flags=re.ASCII)  # not every compiler takes other letters
     name = f"_{name}" if name[:1].isdigit() else name
     guard = f"{name.upper()}_H_"
     header = [
@@ -149,6 +152,6 @@ def _write(path: Path, content: bytes, arena_bytes: int, operations: list[str]) 
         (path.with_suffix(".cc"), "\n".join(source) + "\n"),
     ):
         with replacing(target) as temporary:
-            temporary.write_text(written, encoding="ascii")
+            temporary.write_text(written, encoding="utf-8")
     with replacing(path) as temporary:
         temporary.write_bytes(content)
