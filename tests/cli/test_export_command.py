@@ -1,4 +1,5 @@
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -51,6 +52,32 @@ def test_wrong_labels_and_places_are_refused_before_anything_is_written(tmp_path
     assert result.exit_code == 2
     assert "in a folder that exists" in said(result)
     assert [path.name for path in tmp_path.iterdir()] == ["labels.txt"]
+
+
+@pytest.mark.parametrize(
+    "name", ["summary.json", "student.safetensors", "bank/samples-00000.safetensors", "report.html"]
+)
+def test_files_of_the_run_are_not_replaced_by_an_exported_one(finished_run: Path, name: str) -> None:
+    before = (finished_run / name).read_bytes()
+    result = qimera("export", finished_run, "--format", "pt2", "--output", finished_run / name)
+    assert result.exit_code == 2
+    assert "is called like a file that qimera writes itself; give another name, such as student.pt2" in said(result)
+    assert (finished_run / name).read_bytes() == before
+
+
+def test_the_place_of_the_model_card_is_not_taken(tmp_path: Path, finished_run: Path) -> None:
+    result = qimera("export", finished_run, "--format", "pt2", "--output", tmp_path / "MODEL_CARD.md")
+    assert result.exit_code == 2
+    assert "is called like a file that qimera writes itself" in said(result)
+
+
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path: Path, finished_run: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pt2")
+    result = qimera("export", finished_run, "--format", "pt2", "--output", tmp_path / "pipe.pt2")
+    assert result.exit_code == 2
+    assert "pipe.pt2: is a device or a pipe, and is not replaced by a file" in said(result)
+    assert (tmp_path / "pipe.pt2").is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe.pt2"]
 
 
 def test_export_writes_a_program_that_torch_loads(finished_run: Path) -> None:

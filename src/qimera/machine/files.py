@@ -1,5 +1,6 @@
 """Files that are whole or absent, whenever the process ends."""
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +15,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path; what is written there becomes ``path`` when the block ends without an error.
 
     Raises:
-        OSError: writing failed; it names ``path`` where it would name no file.
+        OSError: writing failed, or ``path`` is a device or a pipe; it names ``path`` where it would name no file.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():  # /dev/null would become a file, for everyone
+        raise FileExistsError(errno.EEXIST, "is a device or a pipe, and is not replaced by a file", str(path))
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
         with naming(path):

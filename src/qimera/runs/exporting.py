@@ -15,6 +15,7 @@ from qimera.export.program import export_aotinductor, export_pt2
 from qimera.litert.export import export_litert
 from qimera.litert.micro import export_tflm
 from qimera.machine.files import replacing
+from qimera.report.model_card import FILE_NAME as CARD
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import load_bank, load_student
 from qimera.runs.model_card import write_model_card
@@ -48,6 +49,9 @@ _FORMATS_OF: dict[str, tuple[ExportFormat, ...]] = {
 }
 """Which formats have an option."""
 
+_SUFFIXES_OF_RUNS = {".html", ".json", ".jsonl", ".md", ".safetensors", ".txt"}
+"""Of the files that a run consists of, which no exported file may replace."""
+
 
 def export_run(
     run: RunDirectory,
@@ -62,13 +66,12 @@ def export_run(
     """Write the student of ``run`` to ``path``, verified on the run's bank, with a record of that and a model card.
 
     Raises:
-        ConfigError: the folder of ``path`` is not there, the labels cannot be read or do not fit, or an option is not
-            for this format.
+        ConfigError: the folder of ``path`` is not there, the run keeps something else in such a file, the labels cannot
+            be read or do not fit, or an option is not for this format.
         UnsupportedModelError: something in the student has no counterpart in the format.
         VerificationError: the file disagrees with the student.
     """
-    if not path.parent.is_dir() or (path.is_dir() and form != "coreml"):
-        raise ConfigError(f"--output: {path} must be a file in a folder that exists")
+    _check_place(run, path, form)
     given: dict[str, Any] = {
         "include_preprocessing": include_preprocessing,
         "labels": labels_file,
@@ -93,6 +96,17 @@ def export_run(
         temporary.write_text(json.dumps({"file": path.name, **asdict(verification)}, indent=2) + "\n", encoding="utf-8")
     write_model_card(run, path)
     return verification
+
+
+def _check_place(run: RunDirectory, path: Path, form: ExportFormat) -> None:
+    if not path.parent.is_dir() or (path.is_dir() and form != "coreml"):
+        raise ConfigError(f"--output: {path} must be a file in a folder that exists")
+    is_in_run = path.resolve().is_relative_to(run.path.resolve())
+    if path.name == CARD or (is_in_run and path.suffix in _SUFFIXES_OF_RUNS):
+        raise ConfigError(
+            f"--output: {path} is called like a file that qimera writes itself; give another name, such as "
+            f"{FILE_NAMES[form]}"
+        )
 
 
 def _labels(path: Path | None, num_classes: int) -> list[str]:
