@@ -110,7 +110,7 @@ def test_export_says_that_a_package_for_core_ml_was_not_run(tmp_path: Path, fini
         result = qimera("export", finished_run, "--format", "coreml", "--output", tmp_path / "x.mlpackage")
         assert result.exit_code == 0, result.stderr
         assert "was not run" in result.stdout
-    record = json.loads((finished_run / "export-coreml.json").read_text())
+    record = json.loads((finished_run / "export-coreml-x.mlpackage.json").read_text())
     assert record["not_run"] == NOT_RUN
     assert record["comparisons"] == []
     assert [path.name for path in tmp_path.iterdir() if "mlpackage" in path.name] == ["x.mlpackage"]
@@ -208,3 +208,28 @@ def test_a_card_of_another_model_beside_the_file_stays(tmp_path: Path, finished_
     write_model_card(run, tmp_path / "z.onnx")
     assert card_beside(run, tmp_path / "z.onnx") == tmp_path / "MODEL_CARD.md"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["MODEL_CARD.md", "y-MODEL_CARD.md"]
+
+
+def test_a_card_lists_all_files_of_the_run_that_lie_beside_it(tmp_path: Path, finished_run: Path) -> None:
+    for options in (("float.onnx",), ("bytes.onnx", "--include-preprocessing"), ("student.pt2", "--format", "pt2")):
+        result = qimera("export", finished_run, "--output", tmp_path / options[0], *options[1:])
+        assert result.exit_code == 0, result.stderr
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert [f"| `{name}` |" in card for name in ("float.onnx", "bytes.onnx", "student.pt2")] == [True, True, True]
+    (tmp_path / "float.onnx").write_bytes(b"another file by now")
+    write_model_card(RunDirectory.open(finished_run), tmp_path / "bytes.onnx")
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert [f"| `{name}` |" in card for name in ("float.onnx", "bytes.onnx", "student.pt2")] == [False, True, True]
+
+
+def test_no_card_takes_the_place_of_another_models(tmp_path: Path, finished_run: Path) -> None:
+    run = RunDirectory.open(finished_run)
+    for name in ("MODEL_CARD.md", "y-MODEL_CARD.md"):
+        (tmp_path / name).write_text("# Another model")
+    write_model_card(run, tmp_path / "y.tflite")
+    assert (tmp_path / "y-MODEL_CARD.md").read_text() == "# Another model"
+    assert card_beside(run, tmp_path / "y.tflite") == tmp_path / "y.tflite-MODEL_CARD.md"
+    assert (tmp_path / "y.tflite-MODEL_CARD.md").is_file()
+    (tmp_path / "folder" / "MODEL_CARD.md").mkdir(parents=True)
+    write_model_card(run, tmp_path / "folder" / "y.tflite")
+    assert (tmp_path / "folder" / "y-MODEL_CARD.md").is_file()

@@ -18,7 +18,7 @@ from qimera.machine.files import replacing
 from qimera.report.model_card import FILE_NAME as CARD
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import load_bank, load_student
-from qimera.runs.model_card import write_model_card
+from qimera.runs.model_card import record_of, write_model_card
 
 ExportFormat = Literal["onnx", "pt2", "aotinductor", "executorch", "litert", "tflm", "coreml"]
 
@@ -92,7 +92,7 @@ def export_run(
         verification = export_coreml(student, path)
     else:
         verification = _EXPORTS[form](student, path, bank, min_agreement=min_agreement, **options)
-    with replacing(run.path / f"export-{form}.json") as temporary:
+    with replacing(record_of(run, form, path, FILE_NAMES[form])) as temporary:
         temporary.write_text(json.dumps({"file": path.name, **asdict(verification)}, indent=2) + "\n", encoding="utf-8")
     write_model_card(run, path)
     return verification
