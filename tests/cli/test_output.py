@@ -3,14 +3,19 @@
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from jsonschema import Draft202012Validator
 
+from qimera.cli.arguments import OutputOptions
+from qimera.cli.output import speaking
 from qimera.cli.results import PRINTED
 from qimera.cli.schemas import schema_of
+from qimera.machine.files import replacing
 from qimera.runs.directory import RunDirectory
 from tests.command_line import INPUT, SMALL, qimera, said
 
@@ -97,6 +102,21 @@ def test_an_interruption_is_an_object_too(tmp_path: Path) -> None:
     (tmp_path / "stopped.py").write_text("def build():\n    raise KeyboardInterrupt\n")
     values = printed("inspect", f"{tmp_path}/stopped.py:build", *INPUT, exit_code=130)
     assert values["error"] == {"kind": "KeyboardInterrupt", "message": "interrupted", "exit_code": 130}
+
+
+def test_a_request_to_terminate_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """It ends a command as Ctrl-C does, and after the command the process as it always does."""
+
+    def write() -> None:
+        with speaking(OutputOptions(quiet=True)), replacing(tmp_path / "x") as written:
+            written.write_text("half")
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(typer.Exit) as ending:
+        write()
+    assert ending.value.exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_result_that_fails_a_check_is_printed_with_the_error(finished_run: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
@@ -83,11 +84,12 @@ def speaking(options: OutputOptions, if_interrupted: str = "") -> Iterator[Outpu
 
     Args:
         options: How to talk.
-        if_interrupted: What to do after Ctrl-C.
+        if_interrupted: What to do after Ctrl-C, or after a request to terminate.
     """
     output, debug = Output(options), options.debug
     try:
-        with _log_to_stderr(logging.DEBUG if debug else logging.WARNING), warnings.catch_warnings():
+        level = logging.DEBUG if debug else logging.WARNING
+        with _terminating_as_interrupted(), _log_to_stderr(level), warnings.catch_warnings():
             if not debug:
                 warnings.simplefilter("ignore")  # what torch and torchao say to developers
             yield output
@@ -104,6 +106,23 @@ def speaking(options: OutputOptions, if_interrupted: str = "") -> Iterator[Outpu
             message = "; ".join(filter(None, ("interrupted", if_interrupted)))
             _fail(output, "KeyboardInterrupt", message, INTERRUPTED, debug)
     output.close(None)
+
+
+@contextmanager
+def _terminating_as_interrupted() -> Iterator[None]:
+    """Let a request to terminate end this process as Ctrl-C does, so that no half-written file stays.
+
+    Of several processes each goes on to end at once, since it would wait for the others.
+    """
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) < 2 and threading.current_thread() is threading.main_thread()
+    if not is_alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

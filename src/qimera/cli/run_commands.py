@@ -133,7 +133,7 @@ def export(
     output: OutputOptions,
 ) -> None:
     """Write the student of a run as a file for other runtimes, and compare the file with the student."""
-    with speaking(output, "no file was written") as out:
+    with speaking(output, "the file is complete, or not there") as out:
         from qimera.cli.results import ExportedFile
         from qimera.runs.directory import RunDirectory
         from qimera.runs.exporting import FILE_NAMES, export_run

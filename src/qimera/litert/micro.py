@@ -1,6 +1,7 @@
 """A student -> a LiteRT file for microcontrollers, compared with the student on tflite-micro, and the file as C."""
 
 import re
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -147,11 +148,9 @@ def _write(path: Path, content: bytes, arena_bytes: int, operations: list[str]) 
     parts = (content[start : start + _BYTES_PER_LINE] for start in range(0, len(content), _BYTES_PER_LINE))
     rows = ["    " + ", ".join(f"0x{byte:02x}" for byte in part) + "," for part in parts]
     source = [f'#include "{path.stem}.h"', "", f"alignas(16) const unsigned char {name}[] = {{", *rows, "};"]
-    for target, written in (
-        (path.with_suffix(".h"), "\n".join(header) + "\n"),
-        (path.with_suffix(".cc"), "\n".join(source) + "\n"),
-    ):
-        with replacing(target) as temporary:
-            temporary.write_text(written, encoding="utf-8")
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
+    places = (path, path.with_suffix(".cc"), path.with_suffix(".h"))
+    with ExitStack() as together:  # all are written before the first one gets its name
+        place, source_place, header_place = (together.enter_context(replacing(each)) for each in places)
+        header_place.write_text("\n".join(header) + "\n", encoding="utf-8")
+        source_place.write_text("\n".join(source) + "\n", encoding="utf-8")
+        place.write_bytes(content)
