@@ -38,7 +38,8 @@ Images = Annotated[
     typer.Option(
         metavar="PATH",
         rich_help_panel=_QUANTIZATION,
-        help="Unlabelled images of yours that join the samples: a folder, or .npz or .npy of uint8 images (NHWC).",
+        help="Unlabelled images of yours that join the samples: a folder, an image file, or .npz or .npy of uint8 "
+        "images (NHWC).",
     ),
 ]
 KeepImages = Annotated[
