@@ -21,7 +21,6 @@ from benchmarks.accuracy.tables import (
     told,
     without_norms,
 )
-from benchmarks.estimation.coverage import coverage
 from benchmarks.estimation.tables import estimation_tables
 from benchmarks.export.tables import agreement, arm, inference, litert, roundings
 from benchmarks.pictures.tables import features
@@ -54,7 +53,7 @@ def main() -> None:
     update(REPRODUCTION, {"reproduction": reproduction(), "features": features()}, check=check)
     update(RECIPES_PAGE, {"ends": ends()}, check=check)
     update(SPEED_PAGE, speed_tables(), check=check)
-    update(ESTIMATION_PAGE, {**estimation_tables(), "recipes": told(), "coverage": coverage()}, check=check)
+    update(ESTIMATION_PAGE, {**estimation_tables(), "recipes": told()}, check=check)
     update(PRIVACY, privacy_tables(), check=check)
     update(YOUR_IMAGES, {"few_images": few_images()}, check=check)
     update(MIXED_PRECISION, {"pareto": pareto()}, check=check)

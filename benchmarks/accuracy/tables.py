@@ -5,6 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from qimera.assessment.estimation import interval
+
 RESULTS = Path(__file__).parent / "results"
 DROPS = RESULTS / "drops"
 INGREDIENTS = RESULTS / "ingredients"
@@ -170,11 +172,11 @@ def told() -> str:
     """What users are told by the shipped constants, and what they lose: the students that an estimate was kept of."""
     head = "| network | bits | recipe | seed | real drop | estimate | interval |\n"
     rows = [head, "|---|---|---|---|---|---|---|\n"]
-    for each in (each for found in _recipes().values() for each in found if each.get("estimate")):
-        estimate = each["estimate"]
+    for each in (each for found in _recipes().values() for each in found if "superposed_error" in each):
+        drop, low, high = interval(each["superposed"], each["superposed_error"])
         rows.append(
             f"| {each['network']} | {each['bits'].upper()} | {each['recipe']} | {each['seed']} | {each['drop']:.2f} "
-            f"| {estimate['drop']:.2f} | {estimate['low']:.1f} to {estimate['high']:.1f} |\n"
+            f"| {drop:.2f} | {low:.1f} to {high:.1f} |\n"
         )
     return "".join(rows)
 

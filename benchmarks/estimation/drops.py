@@ -1,34 +1,31 @@
-"""The estimated drop against the real one: students of varied quality of six networks, one JSON file a network.
+"""The estimated drop against the real one: students of varied quality of ten networks, one JSON file a network.
 
-    python -m benchmarks.estimation.drops measure resnet20_cifar10 mobilenetv2_cifar10  # hours; can be resumed
-    python -m benchmarks.estimation.drops fit        # the constants of assessment/estimation.py, and results/drops
+    python -m benchmarks.estimation.drops measure resnet20_cifar10 mobilenetv2_cifar10  # an hour for all, in pieces
+    python -m benchmarks.estimation.drops fit        # the constants of assessment/estimation.py
 
-``measure`` keeps the bank and the logits of every student on held-out samples and on real test images under --work.
-``fit`` finds the constants from all networks, estimates the drop of each network's students with constants from the
-other networks, and writes one file a network. benchmarks/tables.py writes docs/estimation.md from these.
+``measure`` keeps the bank and the logits of every student on held-out samples and on real test images under --work, and
+writes what they come to into results/drops. ``fit`` finds the constants from all networks. benchmarks/tables.py writes
+docs/estimation.md, where the drops of each network's students are estimated with constants from the other networks.
 """
 
 import argparse
-import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measurement import BANKS
+from benchmarks.estimation.calibration import ESTIMATION as RESULTS, fit, of_one_class, students
+from benchmarks.measurement import BANKS, keep
 from benchmarks.zoo import load_subject
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Teacher, recipe, synthesize
-from qimera.assessment.estimation import Calibration, distance, estimate_from, lifelike, standard_error, views_of
+from qimera.assessment.estimation import distance, standard_error, telling
 from qimera.config.bits import parse_bits
 from qimera.pipeline import quantize_with
 
-RESULTS = Path(__file__).parent / "results" / "drops"
 WORK = BANKS / "estimation"
 
 
@@ -56,9 +53,13 @@ FEW = (
     Run("w3a8"),
     Run("w4a8", "nearest"),
     Run("w3a3", "nearest", 200),
+    Run("w4a4", "nearest", 2000),
+    Run("w3a3", "nearest", 2000),
 )
 MANY = (*FEW, Run("w4a3"), Run("w2a8"), Run("w4a4", "nearest", 200), Run("w5a5", "nearest"))
 DIGITS = (Run("w8a8"), Run("w4a4"), Run("w3a3"), Run("w2a4"), Run("w3a2"), Run("w2a2"))
+TRAINED_DIGITS = (Run("w3a3", "nearest", 2000), Run("w2a4", "nearest", 2000), Run("w2a2", "nearest", 2000))
+WITHOUT_NORMS = (Run("w8a8"), Run("w5a5"), Run("w4a4"), Run("w3a3"), Run("w4a4", "nearest"))
 LARGE = (Run("w8a8"), Run("w4a8"), Run("w5a5"), Run("w4a4"))
 
 
@@ -80,8 +81,12 @@ SUBJECTS = {
     "resnet20_cifar100": Subject(128, 256, 60, 2, MANY),
     "mobilenetv2_cifar10": Subject(128, 128, 60, 4, FEW),
     "resnet56_cifar10": Subject(128, 128, 60, 4, FEW[:6]),
-    "mnist_cnn": Subject(128, 128, 60, 1, DIGITS),
+    "mnist_cnn": Subject(128, 128, 60, 1, (*DIGITS, *TRAINED_DIGITS)),
     "mobilenet_v1_075_imagenet": Subject(64, 32, 80, 1, LARGE),
+    "efficientnet_lite0_imagenet": Subject(32, 32, 80, 1, LARGE),
+    "cct4_cifar10": Subject(128, 128, 60, 4, WITHOUT_NORMS),
+    "mnist_vit": Subject(128, 128, 60, 1, WITHOUT_NORMS),
+    "mnist_convnext": Subject(128, 128, 60, 1, WITHOUT_NORMS),
 }
 
 
@@ -91,7 +96,7 @@ def measure(network: str, work: Path) -> None:
     teacher, data = load_subject(network)
     bank = bank_of(network, subject, teacher, work)
     images, labels = test_images(data, subject, teacher)
-    views = views_of(bank.held_out.images) | {"train": bank.take(slice(bank.num_training)).images}
+    views = {"held_out": bank.held_out.images, "train": bank.take(slice(bank.num_training)).images}
     path = work / f"{network}.npz"
     soft = bank.held_out.soft_labels.numpy()
     if not path.exists():
@@ -152,160 +157,48 @@ def _keep(path: Path, **arrays: np.ndarray) -> None:
     partial.replace(path)
 
 
-@dataclass(frozen=True)
-class Row:
-    """What was found for one student."""
-
-    network: str
-    run: Run
-    distances: Tensor
-    """Of held-out samples."""
-    drop: float
-    """On real images, in points."""
-    real_agreement: float
-    """Of real images, in percent."""
-    agreement: float
-    """Of held-out samples, in percent."""
-    trained_agreement: float
-    """Of samples that the student was made from, in percent."""
-    num_images: int
-
-    @property
-    def distance(self) -> float:
-        """The mean distance, in percent."""
-        return 100 * float(self.distances.mean())
-
-    def values(self, calibration: Calibration) -> dict[str, str | int | float]:
-        """Return what is written, with the estimate that this calibration makes."""
-        estimate = estimate_from(self.distances, self.agreement, calibration)
-        found = {"drop": self.drop, "estimate": estimate.drop, "low": estimate.low, "high": estimate.high}
-        more = {"distance": self.distance, "agreement": self.agreement, "trained_agreement": self.trained_agreement}
-        numbers = {**found, **more, "real_agreement": self.real_agreement}
-        return {**asdict(self.run), **{name: round(value, 3) for name, value in numbers.items()}}
-
-
-OTHER_SCORES: dict[str, Callable[[Row], float]] = {
-    "from_agreement": lambda row: 100 - row.agreement,
-    "from_trained_agreement": lambda row: 100 - row.trained_agreement,
-    "from_real_agreement": lambda row: 100 - row.real_agreement,
-}
-"""What an estimate could be made from instead; the last one needs real images."""
-
-
-def write(work: Path) -> None:
-    """Find the constants, and write each network's runs with what other networks' constants make of them."""
-    rows = [row for network in SUBJECTS for row in _rows(network, work)]
-    print(f"CALIBRATION = {fit(rows)}  # {len(rows)} runs")
-    for network in dict.fromkeys(row.network for row in rows):
-        others = [row for row in rows if row.network != network]
-        calibration = fit(others)
-        laws = {name: _law(others, score) for name, score in OTHER_SCORES.items()}
-        found = {
-            "network": network,
-            "num_held_out": SUBJECTS[network].num_held_out,
-            "num_images": next(row.num_images for row in rows if row.network == network),
-            "calibration_of_other_networks": calibration._asdict(),
-            "runs": [row.values(calibration) | _others(row, laws) for row in rows if row.network == network],
-            "torch": torch.__version__,
-            "date": datetime.now(UTC).date().isoformat(),
-            "command": "; ".join(
-                f"python -m benchmarks.estimation.drops {what}" for what in (f"measure {network}", "fit")
-            ),
-        }
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{network}.json").write_text(json.dumps(found, indent=1) + "\n")
-
-
-def _others(row: Row, laws: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Return the estimates that other scores would give."""
-    return {name: round(factor * OTHER_SCORES[name](row) ** power, 3) for name, (factor, power) in laws.items()}
-
-
-def _rows(network: str, work: Path) -> list[Row]:
-    """Return what was measured of a network."""
-    if not (work / f"{network}.npz").exists():
-        return []
+def write(network: str, work: Path) -> None:
+    """Write what was measured of a network."""
     teacher = dict(np.load(work / f"{network}.npz"))
+    found = {
+        "network": network,
+        "num_classes": teacher["test"].shape[1],
+        "num_held_out": SUBJECTS[network].num_held_out,
+        "num_images": len(teacher["labels"]),
+        "runs": [
+            asdict(run) | _facts(teacher, dict(np.load(path)))
+            for run in SUBJECTS[network].runs
+            if (path := work / f"{network}-{run.name}.npz").exists()
+        ],
+    }
+    keep(RESULTS / f"{network}.json", found, "measured")
+
+
+def _facts(teacher: dict[str, np.ndarray], student: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return what the answers of a student come to, all in percent or points."""
+    mine, theirs = (torch.from_numpy(each["held_out"]) for each in (student, teacher))
+    single, superposed = telling(torch.from_numpy(teacher["soft"]), theirs)
+    distances = distance(mine, theirs)
     labels, right = teacher["labels"], teacher["test"].argmax(1)
-    telling = lifelike(torch.from_numpy(teacher["soft"]), torch.from_numpy(teacher["plain"])).numpy()
-    rows = []
-    for run in SUBJECTS[network].runs:
-        path = work / f"{network}-{run.name}.npz"
-        if not path.exists():
-            continue
-        answers = dict(np.load(path))
-        pairs = [(answers[view][telling], teacher[view][telling]) for view in ("plain", "moved")]
-        distances = [distance(torch.from_numpy(mine), torch.from_numpy(theirs)) for mine, theirs in pairs]
-        rows.append(
-            Row(
-                network,
-                run,
-                torch.stack(distances).mean(0),
-                100 * float((right == labels).mean() - (answers["test"] == labels).mean()),
-                100 * float((answers["test"] == right).mean()),
-                *(_agreement(*pair) for pair in (pairs[0], (answers["train"], teacher["train"]))),
-                len(labels),
-            )
-        )
-    return rows
+    numbers = {
+        "drop": 100 * float((right == labels).mean() - (student["test"] == labels).mean()),
+        "superposed": 100 * float(distances[superposed].mean()),
+        "superposed_error": 100 * standard_error(distances[superposed]),
+        "one_class": 100 * float(distances[single].mean()),
+        "one_class_error": 100 * standard_error(distances[single]),
+        "agreement": _agreement(mine[single].numpy(), theirs[single].numpy()),
+        "trained_agreement": _agreement(student["train"], teacher["train"]),
+        "real_agreement": 100 * float((student["test"] == right).mean()),
+    }
+    return {name: round(value, 3) for name, value in numbers.items()}
 
 
 def _agreement(student: np.ndarray, teacher: np.ndarray) -> float:
     return 100 * float((student.argmax(1) == teacher.argmax(1)).mean())
 
 
-_OFFSET = 0.5
-"""Points that drops are moved by before logarithms are taken: below, differences count rather than ratios."""
-
-_POWERS = tuple(np.linspace(0.5, 2.0, 61))
-
-
-def fit(rows: Sequence[Row]) -> Calibration:
-    """Return the factor nearest to the drops, and the errors that it made for networks that it did not know."""
-    factor = _factor(rows)
-    errors = []
-    for network in dict.fromkeys(row.network for row in rows):
-        known = _factor([row for row in rows if row.network != network] or rows)
-        errors += [(row, known) for row in rows if row.network == network]
-    fixed, relative = _scatter(errors)
-    return Calibration(*(round(each, 3) for each in (factor, fixed, relative)))
-
-
-def _factor(rows: Sequence[Row]) -> float:
-    return _law(rows, lambda row: row.distance, (1.0,))[0]
-
-
-def _law(
-    rows: Sequence[Row], score_of: Callable[[Row], float], powers: Sequence[float] = _POWERS
-) -> tuple[float, float]:
-    """Return factor and power of the law with the least squared error of the logarithm, by trying all."""
-    factor = np.exp(np.linspace(-7, 2, 451))[:, None, None]
-    power = np.array(powers)[None, :, None]
-    score = np.array([score_of(row) for row in rows])
-    drop = np.array([max(row.drop, 0) for row in rows])
-    error = np.square(np.log(factor * score**power + _OFFSET) - np.log(drop + _OFFSET)).mean(2)
-    best = np.unravel_index(error.argmin(), error.shape)
-    return float(factor[best[0], 0, 0]), float(power[0, best[1], 0])
-
-
-def _scatter(errors: Sequence[tuple[Row, float]]) -> tuple[float, float]:
-    """Return the fixed and the relative error under which rows miss these factors' estimates as they do.
-
-    By trying all. What so few held-out samples scatter is known and counted apart; what so few real images do is not.
-    """
-    estimate = np.array([factor * row.distance for row, factor in errors])
-    missed = np.array([row.drop for row, _ in errors]) - estimate
-    known = np.square([100 * factor * standard_error(row.distances) for row, factor in errors])
-    fixed = np.linspace(0.05, 3, 60)[:, None, None]
-    relative = np.linspace(0, 1, 101)[None, :, None]
-    variance = fixed**2 + (relative * estimate) ** 2 + known
-    likelihood = -(np.log(variance) + missed**2 / variance).mean(2)
-    best = np.unravel_index(likelihood.argmax(), likelihood.shape)
-    return float(fixed[best[0], 0, 0]), float(relative[0, best[1], 0])
-
-
 def main() -> None:
-    """Measure, or fit and write."""
+    """Measure, or fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("measure", "fit"))
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(SUBJECTS)}")
@@ -315,9 +208,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     options.work.mkdir(parents=True, exist_ok=True)
     if options.what == "fit":
-        write(options.work)
+        print(f"SUPERPOSED = {fit(students())}")
+        print(f"ONE_CLASS = {fit(of_one_class())}")
     for name in options.networks or SUBJECTS if options.what == "measure" else ():
         measure(name, options.work)
+        write(name, options.work)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,25 @@
 """Results of this folder -> the tables of docs/estimation.md."""
 
 import json
+import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.estimation.calibration import (
+    TRAINED_FROM,
+    Known,
+    holds,
+    law,
+    measured,
+    measured_students,
+    of_other_networks,
+    students,
+)
+from qimera.assessment.estimation import Calibration, interval
+
 RESULTS = Path(__file__).parent / "results"
-ESTIMATION = RESULTS / "drops"
 STEPS = RESULTS / "steps"
 DOUBTS = RESULTS / "doubts"
 
@@ -16,35 +29,74 @@ Result = dict[str, Any]
 def estimation_tables() -> dict[str, str]:
     """Return every table of the page by its name."""
     made = {"estimation": estimation(), "estimators": estimators(), "estimates": estimates(), "choices": choices()}
-    return {**made, "steps": steps(), "doubts": doubts()}
+    return {**made, "coverage": coverage(), "steps": steps(), "doubts": doubts()}
 
 
 def estimation() -> str:
     """Estimates against real drops, network by network and over all."""
     head = (
-        "| network | runs | held out | real drops | mean error | of drops below 10 | rank correlation "
+        "| network | students | held out | real drops | mean error | of drops below 10 | rank correlation "
         "| within the interval |\n"
     )
     rows = [head, "|---|---|---|---|---|---|---|---|\n"]
-    found = _estimation()
-    photographs = [run for network, each in found.items() if network != "mnist_cnn" for run in each]
-    groups = [*found.items(), ("all", [*photographs, *found["mnist_cnn"]]), ("all but mnist_cnn", photographs)]
-    for network, runs in groups:
-        drops = [run["drop"] for run in runs]
-        errors = [abs(run["estimate"] - run["drop"]) for run in runs]
+    constants = of_other_networks(students())
+    held_out = {name: values["num_held_out"] for name, values in measured().items()}
+    found = [row for row in measured_students() if row.gets_estimate]
+    for name in (*dict.fromkeys(row.network for row in found), "all"):
+        each = [row for row in found if name in ("all", row.network)]
+        counts = sorted({held_out[row.network] for row in each})
+        drops = [row.drop for row in each]
+        estimates = [_told(row, constants[row.network])[0] for row in each]
+        errors = [abs(estimate - drop) for estimate, drop in zip(estimates, drops, strict=True)]
         small = [error for error, drop in zip(errors, drops, strict=True) if drop < SMALL_DROP]
-        inside = sum(run["low"] <= run["drop"] <= run["high"] for run in runs)
-        held_out = sorted({run["num_held_out"] for run in runs})
+        inside = sum(holds(row, constants[row.network]) for row in each)
         rows.append(
-            f"| {network} | {len(runs)} | {' to '.join(map(str, {held_out[0], held_out[-1]}))} "
+            f"| {name} | {len(each)} | {' to '.join(map(str, counts[:: max(1, len(counts) - 1)]))} "
             f"| {min(drops):.1f} to {max(drops):.1f} | {statistics.mean(errors):.2f} | {statistics.mean(small):.2f} "
-            f"| {_rank_correlation([run['estimate'] for run in runs], drops):.3f} | {inside} of {len(runs)} |\n"
+            f"| {_rank_correlation(estimates, drops):.3f} | {inside} of {len(each)} |\n"
         )
     return "".join(rows)
 
 
-ENOUGH_RUNS = 6
-"""For a rank correlation."""
+def coverage() -> str:
+    """How many intervals hold the real drop, by kind of student."""
+    rows = students()
+    constants = of_other_networks(rows)
+    classes = {name: values["num_classes"] for name, values in measured().items()}
+    without = [row for row in rows if not row.gets_estimate]
+    rows = [row for row in rows if row.gets_estimate]
+    few = [row for row in rows if classes[row.network] <= FEW_CLASSES]
+    groups = {
+        f"trained for less than {TRAINED_FROM:,} steps": [row for row in rows if not row.is_trained],
+        "trained for 2,000 steps": [row for row in rows if TRAINED_FROM <= row.num_steps < LONG],
+        "trained for 8,000 steps (`fast`, `qimera`)": [row for row in rows if row.num_steps >= LONG],
+        "two-bit weights": [row for row in rows if row.bits.startswith("w2")],
+        f"networks of {FEW_CLASSES} classes": few,
+        "networks of 100 and 1,000 classes": [row for row in rows if row not in few],
+        "all": rows,
+        "networks without batch norms, which get no estimate": without,
+    }
+    head = "| students | number | networks | interval holds the real drop | largest error upwards | downwards |\n"
+    table = [head, "|---|---|---|---|---|---|\n"]
+    for name, group in ((name, group) for name, group in groups.items() if group):
+        pairs = [(row, _told(row, constants[row.network])[0]) for row in group]
+        held = sum(holds(row, constants[row.network]) for row in group)
+        high, low = (choose(pairs, key=lambda pair: pair[1] - pair[0].drop) for choose in (max, min))
+        table.append(
+            f"| {name} | {len(group)} | {len({row.network for row in group})} "
+            f"| {held} ({100 * held / len(group):.0f} %) | {_pair(*high)} | {_pair(*low)} |\n"
+        )
+    return "".join(table)
+
+
+def _pair(row: Known, estimate: float) -> str:
+    return f"told {estimate:.1f}, lost {row.drop:.1f} ({row.network}, {row.bits.upper()})"
+
+
+LONG = 8000
+"""Steps of recipes that train."""
+
+FEW_CLASSES = 10
 
 SMALL_DROP = 10
 """Points; a larger drop is of interest to nobody but as a warning."""
@@ -70,48 +122,50 @@ def doubts() -> str:
 
 def estimators() -> str:
     """What else could be looked at, each with a power law fitted on other networks."""
-    looked_at = {
-        "total variation on held-out samples (this is it)": "estimate",
-        "agreement on held-out samples": "from_agreement",
-        "agreement on the samples that the student was made from": "from_trained_agreement",
-        "agreement on the real images, for comparison": "from_real_agreement",
+    looked_at: dict[str, Callable[[Known], float]] = {
+        "distance of superposed held-out samples (this is it)": lambda row: row.superposed,
+        "distance of held-out samples of one class": lambda row: row.one_class,
+        "agreement on held-out samples of one class": lambda row: 100 - row.agreement,
+        "agreement on the samples that the student was made from": lambda row: 100 - row.trained_agreement,
+        "agreement on the real images, for comparison": lambda row: 100 - row.real_agreement,
     }
-    head = (
-        "| from | mean error | of drops below 10 | rank correlation, all | within networks of 6 runs and more, mean |\n"
-    )
-    rows = [head, "|---|---|---|---|---|\n"]
-    found = _estimation()
-    runs = [run for runs in found.values() for run in runs]
-    for name, key in looked_at.items():
-        errors = [abs(run[key] - run["drop"]) for run in runs]
-        small = [error for error, run in zip(errors, runs, strict=True) if run["drop"] < SMALL_DROP]
-        within = [
-            _rank_correlation([run[key] for run in each], [run["drop"] for run in each])
-            for each in found.values()
-            if len(each) >= ENOUGH_RUNS
-        ]
-        over_all = _rank_correlation([run[key] for run in runs], [run["drop"] for run in runs])
+    rows = [
+        "| from | power | mean error | of drops below 10 | of students trained for 2,000 steps | rank correlation |\n",
+        "|---|---|---|---|---|---|\n",
+    ]
+    found = [row for row in measured_students() if row.gets_estimate]
+    networks = dict.fromkeys(row.network for row in found)
+    for name, score in looked_at.items():
+        laws = {each: law([row for row in found if row.network != each], score) for each in networks}
+        told = [laws[row.network][0] * score(row) ** laws[row.network][1] for row in found]
+        errors = [abs(estimate - row.drop) for estimate, row in zip(told, found, strict=True)]
+        small = [error for error, row in zip(errors, found, strict=True) if row.drop < SMALL_DROP]
+        trained = [error for error, row in zip(errors, found, strict=True) if row.is_trained]
         rows.append(
-            f"| {name} | {statistics.mean(errors):.2f} | {statistics.mean(small):.2f} | {over_all:.3f} "
-            f"| {statistics.mean(within):.3f} |\n"
+            f"| {name} | {law(found, score)[1]:.2f} | {statistics.mean(errors):.2f} "
+            f"| {statistics.mean(small):.2f} | {statistics.mean(trained):.2f} "
+            f"| {_rank_correlation(told, [row.drop for row in found]):.3f} |\n"
         )
     return "".join(rows)
 
 
 def estimates() -> str:
-    """Every run."""
+    """Every student."""
     head = (
-        "| network | bits | student | real drop | estimate | interval | distance | agreement: held out | trained on "
-        "| real |\n"
+        "| network | bits | student | real drop | estimate | interval | distance: superposed | of one class "
+        "| agreement: held out | trained on | real |\n"
     )
-    rows = [head, "|---|---|---|---|---|---|---|---|---|---|\n"]
-    for network, runs in _estimation().items():
-        for run in sorted(runs, key=lambda run: run["drop"]):
-            shares = (run[key] for key in ("agreement", "trained_agreement", "real_agreement"))
+    rows = [head, "|---|---|---|---|---|---|---|---|---|---|---|\n"]
+    everyone = students()
+    constants = of_other_networks(everyone)
+    for network in dict.fromkeys(row.network for row in everyone):
+        for row in sorted((row for row in everyone if row.network == network), key=lambda row: row.drop):
+            told, low, high = _told(row, constants[network])
+            numbers = (row.superposed, row.one_class, row.agreement, row.trained_agreement, row.real_agreement)
+            shown = " | ".join("" if math.isnan(each) else f"{each:.2f}" for each in numbers)
             rows.append(
-                f"| {network} | {run['bits'].upper()} | {_student(run)} | {run['drop']:.2f} "
-                f"| {run['estimate']:.2f} | {run['low']:.1f} to {run['high']:.1f} | {run['distance']:.2f} "
-                f"| {' | '.join(f'{share:.2f}' for share in shares)} |\n"
+                f"| {network} | {row.bits.upper()} | {_student(row)} | {row.drop:.2f} | {told:.2f} "
+                f"| {low:.1f} to {high:.1f} | {shown} |\n"
             )
     return "".join(rows)
 
@@ -119,12 +173,13 @@ def estimates() -> str:
 def choices() -> str:
     """What choosing among students of the same network and bits comes to."""
     rows = ["| network | bits | students | chosen | best | worst |\n", "|---|---|---|---|---|---|\n"]
-    for network, runs in _estimation().items():
-        for bits in sorted({run["bits"] for run in runs}, reverse=True):
-            same = [run for run in runs if run["bits"] == bits]
+    for network in measured():
+        found = [row for row in measured_students() if row.network == network]
+        for bits in sorted({row.bits for row in found}, reverse=True):
+            same = [row for row in found if row.bits == bits]
             if len(same) > 1:
-                drops = [run["drop"] for run in same]
-                chosen = min(same, key=lambda run: run["estimate"])["drop"]
+                drops = [row.drop for row in same]
+                chosen = min(same, key=lambda row: row.superposed).drop
                 rows.append(
                     f"| {network} | {bits.upper()} | {'; '.join(map(_student, same))} | **{chosen:.2f}** "
                     f"| {min(drops):.2f} | {max(drops):.2f} |\n"
@@ -145,15 +200,14 @@ def steps() -> str:
     return "".join(rows)
 
 
-def _student(run: Result) -> str:
+def _told(row: Known, constants: Calibration) -> tuple[float, float, float]:
+    return interval(row.superposed, row.superposed_error, constants)
+
+
+def _student(row: Known) -> str:
     """Return how a student was made."""
-    return f"{run['start']}, {run['num_steps']} steps" if run["num_steps"] else f"{run['start']}"
-
-
-def _estimation() -> dict[str, list[Result]]:
-    """Return the runs of each network."""
-    found = [json.loads(path.read_text()) for path in sorted(ESTIMATION.glob("*.json"))]
-    return {each["network"]: [run | {"num_held_out": each["num_held_out"]} for run in each["runs"]] for each in found}
+    is_recipe = row.start.startswith("recipe")
+    return f"{row.start}, {row.num_steps:,} steps" if row.num_steps and not is_recipe else row.start
 
 
 def _rank_correlation(one: list[float], other: list[float]) -> float:

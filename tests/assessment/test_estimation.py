@@ -7,13 +7,15 @@ from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
 from qimera.assessment.estimation import (
-    CALIBRATION,
+    ONE_CLASS,
+    SUPERPOSED,
     Calibration,
     distance,
     estimate_from,
     estimate_on_held_out,
-    lifelike,
-    views_of,
+    held_out_distances,
+    interval,
+    telling,
 )
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError
@@ -24,7 +26,7 @@ from tests import shared
 from tests.networks import SPEC, TinyNet
 
 SEEDS = st.integers(0, 2**31 - 1)
-EXACT = Calibration(factor=1.0, fixed_error=0.0, relative_error=0.0)
+EXACT = Calibration(factor=1.0, power=1.0, fixed_error=0.0, relative_error=0.0)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -91,6 +93,13 @@ def test_the_interval_of_an_exact_calibration_is_that_of_a_share_of_samples(num_
     assert estimate.drop - estimate.low == pytest.approx(half, rel=1e-4, abs=1e-6)
 
 
+def test_the_power_applies_to_percent_and_to_what_samples_scatter() -> None:
+    """20 percent with a standard error of 2: squared and divided by 100, 4 points with one of 0.8."""
+    drop, low, high = interval(20.0, 2.0, Calibration(factor=0.01, power=2.0, fixed_error=0.0, relative_error=0.0))
+    assert (drop, low, high) == pytest.approx((4.0, 4 - 1.645 * 0.8, 4 + 1.645 * 0.8))
+    assert interval(0.0, 0.0, Calibration(0.01, 2.0, 1.0, 0.5)) == pytest.approx((0.0, -1.645, 1.645))
+
+
 def test_more_samples_narrow_the_interval() -> None:
     few = estimate_from(torch.tensor([0.0, 0.2, 0.1, 0.5]), 0.0)
     many = estimate_from(torch.tensor([0.0, 0.2, 0.1, 0.5]).repeat(50), 0.0)
@@ -99,7 +108,7 @@ def test_more_samples_narrow_the_interval() -> None:
 
 
 def test_the_estimate_is_a_sentence() -> None:
-    estimate = estimate_from(torch.full((8,), 0.5), 75.0, Calibration(0.1, 1.0, 0.0))
+    estimate = estimate_from(torch.full((8,), 0.5), 75.0, Calibration(0.1, 1.0, 1.0, 0.0))
     assert estimate.text() == "a drop of 5.0 points (3.4 to 6.6, 90 %), from 8 held-out synthetic samples"
 
 
@@ -117,8 +126,8 @@ def test_a_perfect_student_has_no_drop_and_an_interval_about_it(teacher: Teacher
     assert estimate.agreement == 100
     assert estimate.low < 0 < estimate.high
     assert estimate.high < 3
-    samples = split_bank.held_out
-    assert estimate.num_samples == int(lifelike(samples.soft_labels, samples.logits).sum()) > 2
+    _, superposed = telling(split_bank.held_out.soft_labels, split_bank.held_out.logits)
+    assert estimate.num_samples == int(superposed.sum()) > 2
 
 
 def test_a_student_that_is_always_wrong_has_the_largest_drop(teacher: Teacher, split_bank: SampleBank) -> None:
@@ -126,7 +135,7 @@ def test_a_student_that_is_always_wrong_has_the_largest_drop(teacher: Teacher, s
     estimate = estimate_on_held_out(wrong, teacher, split_bank)
     assert estimate.agreement == 0
     # The distance cannot exceed 100 percent; the calibration is for students that are still of use.
-    assert estimate.drop == pytest.approx(100 * CALIBRATION.factor, rel=0.02)
+    assert 0.5 < estimate.drop / (SUPERPOSED.factor * 100**SUPERPOSED.power) <= 1
     assert estimate.high > 35
 
 
@@ -166,40 +175,39 @@ def test_a_student_of_another_teacher_is_refused(teacher: Teacher, split_bank: S
         estimate_on_held_out(student_of(teacher, split_bank), other, split_bank)
 
 
-# --- views ------------------------------------------------------------------------------------------------------------
+# --- which samples ----------------------------------------------------------------------------------------------------
 
 
-def test_views_show_every_image_as_it_is_and_moved_the_same_way_each_time(split_bank: SampleBank) -> None:
-    images = split_bank.held_out.images
-    views = views_of(images)
-    assert torch.equal(views["plain"], images)
-    assert views["moved"].shape == images.shape
-    assert not torch.equal(views["moved"], images)
-    assert set(views["moved"].unique().tolist()) <= set(images.unique().tolist())
-    again = views_of(images)
-    assert all(torch.equal(views[name], again[name]) for name in views)
-
-
-def test_only_samples_of_one_class_that_the_teacher_is_sure_of_count_unless_there_are_none() -> None:
+def test_samples_of_one_class_count_where_the_teacher_is_sure_and_superposed_ones_always_do() -> None:
     sure, unsure = 20 * torch.eye(5), torch.eye(5)
-    single, mixed = torch.eye(5), torch.full((5, 5), 0.2)
-    logits, labels = torch.cat([sure, unsure, sure]), torch.cat([single, single, mixed])
-    assert lifelike(labels, logits).tolist() == [True] * 5 + [False] * 10
-    assert lifelike(labels[5:], logits[5:]).all()
+    one, mixed = torch.eye(5), torch.full((5, 5), 0.2)
+    single, superposed = telling(torch.cat([one, one, mixed]), torch.cat([sure, unsure, sure]))
+    assert single.tolist() == [True] * 5 + [False] * 10
+    assert superposed.tolist() == [False] * 10 + [True] * 5
 
 
-def test_samples_that_do_not_count_are_not_asked_about(teacher: Teacher, split_bank: SampleBank) -> None:
+def test_where_the_teacher_is_sure_of_none_all_count() -> None:
+    single, superposed = telling(torch.eye(5), torch.eye(5))
+    assert single.all()
+    assert not superposed.any()
+
+
+def test_superposed_samples_decide_and_without_any_those_of_one_class(teacher: Teacher, split_bank: SampleBank) -> None:
+    """Of 32 held-out samples 16 are superposed; of the others the teacher is sure of 10."""
     labels, logits = split_bank.soft_labels.clone(), split_bank.logits.clone()
-    labels[64:], logits[64:80], logits[80:] = torch.eye(5)[0], 20 * torch.eye(5)[0], 0
+    labels[64:], labels[64:80], logits[80:90], logits[90:] = torch.eye(5)[0], 0.2, 20 * torch.eye(5)[0], 0
     bank = dataclasses.replace(split_bank, soft_labels=labels, logits=logits)
-    black = split_bank.pixels.clone()
-    black[80:] = 0
     student = student_of(teacher, split_bank)
-    estimate = estimate_on_held_out(student, teacher, bank)
-    assert estimate.num_samples == 16
-    assert estimate_on_held_out(student, teacher, dataclasses.replace(bank, pixels=black)) == estimate
+    single, superposed, agreement = held_out_distances(student, bank)
+    assert (len(single), len(superposed)) == (10, 16)
+    assert estimate_on_held_out(student, teacher, bank) == estimate_from(superposed, agreement, SUPERPOSED)
+    labels[64:80] = torch.eye(5)[0]
+    logits[64:80] = 0
+    other = dataclasses.replace(bank, soft_labels=labels, logits=logits)
+    assert estimate_on_held_out(student, teacher, other) == estimate_from(single, agreement, ONE_CLASS)
 
 
-def test_the_calibration_expects_scatter() -> None:
-    assert CALIBRATION.fixed_error > 0
-    assert CALIBRATION.relative_error > 0
+@pytest.mark.parametrize("calibration", [SUPERPOSED, ONE_CLASS])
+def test_the_calibration_expects_scatter(calibration: Calibration) -> None:
+    assert calibration.fixed_error > 0
+    assert calibration.relative_error > 0

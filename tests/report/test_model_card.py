@@ -155,10 +155,9 @@ def test_names_that_a_user_gave_are_no_markdown() -> None:
     assert "except `a_b=w8a8`" in text
 
 
-def test_the_estimate_of_a_trained_student_is_said_to_be_too_low() -> None:
-    """As those of most trained ones in docs/estimation.md were."""
+def test_the_estimate_of_a_student_trained_for_long_is_said_to_tend_to_be_too_low() -> None:
     trained, short = summary(num_steps=8000), summary(num_steps=200)
-    assert "so take this for too low" in trained.text()
-    assert "so take this for too low" in card(num_steps=8000)
-    assert "too low" not in short.text() + card(num_steps=200) + card(MEASURED, num_steps=8000)
+    assert "up to twice as much" in trained.text()
+    assert "up to twice as much" in card(num_steps=8000)
+    assert "twice as much" not in short.text() + card(num_steps=200) + card(MEASURED, num_steps=8000)
     assert not summary(num_steps=8000, estimate=None).caution

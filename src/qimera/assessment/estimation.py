@@ -1,8 +1,9 @@
 """A student and held-out synthetic samples -> the accuracy that it loses on real images, estimated without any.
 
 What is measured is how far the student's class probabilities lie from the teacher's on samples that no student learned
-from. What that means in points of top-1 is a calibration, as of any measuring device: its constants come from students
-of other networks, whose real drop is known (benchmarks/estimation/drops.py, docs/estimation.md).
+from and that lie near decision boundaries, where both part first. What that means in points of top-1 is a calibration,
+as of any measuring device: its constants come from students of other networks, whose real drop is known
+(benchmarks/estimation, docs/estimation.md).
 """
 
 import math
@@ -17,7 +18,6 @@ from torch import Tensor
 from qimera.assessment.diagnostics import diagnose
 from qimera.errors import ConfigError
 from qimera.student.student import Student
-from qimera.synthesis.augmentation import flip_at_random, shift_each
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.superposition import shows_one_class
 from qimera.teacher.teacher import Teacher
@@ -33,23 +33,23 @@ _BATCH = 32
 _SURE = 0.95
 """Probability of its class from which the teacher has no doubt."""
 
-_SHIFT = 8
-"""The largest random shift is the width of the image over this."""
-
 
 class Calibration(NamedTuple):
-    """What a distance between class probabilities means in points of top-1."""
+    """What a distance between class probabilities means in points of top-1: ``factor * percent ** power``."""
 
     factor: float
-    """Points of top-1 per percent of distance."""
+    power: float
     fixed_error: float
     """Standard deviation of the real drop about the estimate where that is 0, in points."""
     relative_error: float
     """Standard deviation that comes on top, as a share of the estimate."""
 
 
-CALIBRATION = Calibration(factor=0.326, fixed_error=0.05, relative_error=0.47)
-"""From all runs of benchmarks/estimation/results/drops; ``python -m benchmarks.estimation.drops fit`` finds it."""
+SUPERPOSED = Calibration(factor=0.0086, power=1.9, fixed_error=0.2, relative_error=0.56)
+"""For superposed samples; ``python -m benchmarks.estimation.drops fit`` finds it."""
+
+ONE_CLASS = Calibration(factor=1.02, power=0.7, fixed_error=0.3, relative_error=0.59)
+"""For samples of one class, where none is superposed; found likewise."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Estimate:
     """Upper end of the same interval."""
 
     agreement: float
-    """Percent of these samples that student and teacher put into the same class."""
+    """Percent of the held-out samples of one class that student and teacher put into the same class."""
 
     num_samples: int
-    """Held-out samples that this is from; superposed ones do not count, nor those that the teacher doubts."""
+    """Held-out samples that this is from: superposed ones, or those of one class where there are no others."""
 
     doubts: tuple[str, ...] = ()
     """Why the samples say nothing about real images, as ``diagnose`` tells; drop, low and high are NaN then."""
@@ -106,7 +106,6 @@ def estimate_drop(student: Student, teacher: Teacher, bank: SampleBank) -> Estim
     return replace(estimate, drop=math.nan, low=math.nan, high=math.nan, doubts=doubts) if doubts else estimate
 
 
-@torch.inference_mode()
 def estimate_on_held_out(student: Student, teacher: Teacher, bank: SampleBank) -> Estimate:
     """``estimate_drop``, whatever the samples are like: enough to compare students of one bank.
 
@@ -115,31 +114,35 @@ def estimate_on_held_out(student: Student, teacher: Teacher, bank: SampleBank) -
     """
     if not bank.teacher_hash == student.teacher_hash == teacher.hash:
         raise ConfigError("estimate: student, teacher and bank belong to different teachers; give those of one")
-    samples = bank.held_out
-    images = samples.images[lifelike(samples.soft_labels, samples.logits)]
-    pairs = [(_logits(student, view), _logits(teacher, view)) for view in views_of(images).values()]
-    distances = torch.stack([distance(mine, theirs) for mine, theirs in pairs]).mean(0)
-    agreement = 100 * (pairs[0][0].argmax(1) == pairs[0][1].argmax(1)).float().mean()
-    return estimate_from(distances, float(agreement), CALIBRATION)
+    single, superposed, agreement = held_out_distances(student, bank)
+    return estimate_from(superposed, agreement) if len(superposed) else estimate_from(single, agreement, ONE_CLASS)
 
 
-def views_of(images: Float[Tensor, "sample channel height width"]) -> dict[str, Tensor]:
-    """Return the images as they are, and shifted and mirrored, always the same way: more of each sample, for a pass."""
-    rng = torch.Generator().manual_seed(0)
-    moved = flip_at_random(shift_each(images, images.shape[2] // _SHIFT, rng), rng)
-    return {"plain": images, "moved": moved}
+@torch.inference_mode()
+def held_out_distances(student: Student, bank: SampleBank) -> tuple[Tensor, Tensor, float]:
+    """Return the distances (sample,) of held-out samples of one class and of superposed ones, and the agreement.
 
-
-def lifelike(
-    soft_labels: Float[Tensor, "sample num_classes"], logits: Float[Tensor, "sample num_classes"]
-) -> Bool[Tensor, " sample"]:
-    """Return which samples are to show one class and do so without doubt to the teacher; all, where none does.
-
-    That is how it sees most real images. Superposed samples lie on its boundaries on purpose, and others do where they
-    came out badly.
+    The agreement is the percentage of the former that student and teacher put into the same class.
     """
-    found = (shows_one_class(soft_labels)) & (logits.softmax(1).amax(1) > _SURE)
-    return found if bool(found.any()) else torch.ones_like(found)
+    samples = bank.held_out
+    answers = torch.cat([student(part.to(student.device)).float().cpu() for part in samples.images.split(_BATCH)])
+    single, superposed = telling(samples.soft_labels, samples.logits)
+    agrees = answers.argmax(1) == samples.logits.argmax(1)
+    distances = distance(answers, samples.logits)
+    return distances[single], distances[superposed], 100 * float(agrees[single].float().mean())
+
+
+def telling(
+    soft_labels: Float[Tensor, "sample num_classes"], logits: Float[Tensor, "sample num_classes"]
+) -> tuple[Bool[Tensor, " sample"], Bool[Tensor, " sample"]]:
+    """Return which samples show one class and do so without doubt to the teacher, and which are superposed.
+
+    The first are what it sees most real images as; all samples, where there are none. The others lie near its
+    boundaries on purpose. A student that was trained for long agrees with it about the first, but not there.
+    """
+    is_single = shows_one_class(soft_labels)
+    sure = is_single & (logits.softmax(1).amax(1) > _SURE)
+    return (sure if bool(sure.any()) else torch.ones_like(sure)), ~is_single
 
 
 def distance(
@@ -154,22 +157,25 @@ def distance(
 
 
 def estimate_from(
-    distances: Float[Tensor, " sample"], agreement: float, calibration: Calibration = CALIBRATION
+    distances: Float[Tensor, " sample"], agreement: float, calibration: Calibration = SUPERPOSED
 ) -> Estimate:
-    """Return the estimate that these distances of held-out samples come to.
+    """Return the estimate that these distances of held-out samples, in [0, 1], come to."""
+    percent, error = 100 * float(distances.mean()), 100 * standard_error(distances)
+    return Estimate(*interval(percent, error, calibration), agreement, len(distances))
+
+
+def interval(percent: float, error: float, calibration: Calibration = SUPERPOSED) -> tuple[float, float, float]:
+    """Return the drop that a mean distance and its standard error stand for, and the ends of its interval, in points.
 
     The interval joins the scatter of samples with that of networks and bit widths about the calibration.
     """
-    drop = 100 * calibration.factor * float(distances.mean())
-    error = math.hypot(calibration.fixed_error, calibration.relative_error * drop)
-    spread = _QUANTILE * math.hypot(error, 100 * calibration.factor * standard_error(distances))
-    return Estimate(drop, drop - spread, drop + spread, agreement, len(distances))
+    factor, power, fixed, relative = calibration
+    drop = factor * percent**power
+    sampled = power * drop * error / percent if percent else 0.0
+    spread = _QUANTILE * math.hypot(fixed, relative * drop, sampled)
+    return drop, drop - spread, drop + spread
 
 
 def standard_error(values: Float[Tensor, " sample"]) -> float:
     """Return the standard deviation of the mean of so many values; 0 of a single one."""
     return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def _logits(model: Student | Teacher, images: Tensor) -> Tensor:
-    return torch.cat([model(part.to(model.device)).float().cpu() for part in images.split(_BATCH)])

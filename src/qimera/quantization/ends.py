@@ -2,9 +2,12 @@
 
 import glob
 
+from torch.fx import Node
+
 from qimera.config.bits import check_layer_bits
 from qimera.config.settings import LayerBits, QuantizationSettings
-from qimera.quantization.scheme import reading_network_input, reading_outputs_of
+from qimera.graph.nodes import has_parameter, layer_name, node_at
+from qimera.quantization.scheme import reading_network_input
 from qimera.teacher.teacher import Teacher
 
 
@@ -41,7 +44,8 @@ def _rules(settings: QuantizationSettings, teacher: Teacher) -> tuple[LayerBits,
     bits = settings.first_last_bits
     if not bits:
         return ()
-    behind = reading_outputs_of(teacher.module, reading_network_input(teacher.module))
+    first = reading_network_input(teacher.module)
+    behind = {layer_name(node) for node in teacher.module.graph.nodes if has_parameter(node) and _source(node) in first}
     widths = dict.fromkeys(behind, settings.weight_bits)
     widths |= dict.fromkeys(first_and_last_layers(teacher), bits)
     names = [layer.name for layer in teacher.layers if layer.name in widths]
@@ -49,3 +53,17 @@ def _rules(settings: QuantizationSettings, teacher: Teacher) -> tuple[LayerBits,
         LayerBits(pattern=glob.escape(name), weight_bits=widths[name], activation_bits=bits)
         for name in dict.fromkeys(names)
     )
+
+
+def _source(layer: Node) -> str | None:
+    """Return the name of the layer whose output ``layer`` reads, through norms, activation functions and pooling.
+
+    None where tensors are joined in between.
+    """
+    tensor = node_at(layer, 0)
+    while not has_parameter(tensor):
+        read = [each for each in tensor.all_input_nodes if each.op != "get_attr"]
+        if len(read) != 1:
+            return None
+        tensor = read[0]
+    return layer_name(tensor)

@@ -239,22 +239,6 @@ def reading_network_input(module: GraphModule) -> set[str]:
     return {layer_name(node) for node in module.graph.nodes if has_parameter(node) and reads_network_input(node)}
 
 
-def reading_outputs_of(module: GraphModule, layers: set[str]) -> set[str]:
-    """Return the names of the layers that read what ``layers`` return: with nothing in between that joins tensors."""
-    return {layer_name(node) for node in module.graph.nodes if has_parameter(node) and _source(node) in layers}
-
-
-def _source(layer: Node) -> str | None:
-    """Return the name of the layer whose output ``layer`` reads, through norms, activation functions and pooling."""
-    tensor = node_at(layer, 0)
-    while not has_parameter(tensor):
-        read = _activations(tensor)
-        if len(read) != 1:
-            return None
-        tensor = read[0]
-    return layer_name(tensor)
-
-
 def reads_network_input(layer: Node) -> bool:
     """Whether this call of a layer reads the network's input, which is on a grid of ``input_bits``."""
     return _is_network_input(node_at(layer, 0))

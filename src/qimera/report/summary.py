@@ -112,7 +112,7 @@ class Summary(Settings):
         """What a person should know of the estimate beside its interval; empty where there is nothing."""
         if self.estimate is None or self.num_steps < _TRAINED:
             return ""
-        return "trained students lose more than their samples tell, so take this for too low"
+        return "students that were trained for long often lose more than that, up to twice as much"
 
     @property
     def counted_images(self) -> str:
@@ -203,7 +203,7 @@ class Summary(Settings):
 
 
 _TRAINED = 1000
-"""Steps from which an estimate is too low (benchmarks/estimation/coverage.py)."""
+"""Steps from which an estimate tends to be too low (docs/estimation.md)."""
 
 _WIDTH = 69
 """Characters of a line of a warning."""
