@@ -185,7 +185,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, small_teacher: Teacher) -> Non
     SampleBank.load(tmp_path / "run" / "bank", small_teacher)
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_runs_that_are_killed_come_to_the_same(tmp_path: Path, kills: int) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.killed_runs", str(kills), "0", str(tmp_path)]

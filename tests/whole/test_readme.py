@@ -130,7 +130,7 @@ def test_the_readme_is_short() -> None:
     [
         "mnist_cnn",
         pytest.param(
-            "torchvision:resnet18 --weights resnet18.pth", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]
+            "torchvision:resnet18 --weights resnet18.pth", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]
         ),
     ],
     ids=["small", "typed"],

@@ -112,7 +112,7 @@ def test_numbers_that_a_block_prints_may_differ_and_words_and_code_may_not() -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_page_of_the_ablation_says_what_its_blocks_print() -> None:
     command = [sys.executable, "-m", "scripts.run_page", "docs/ablation.md", "--check"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
