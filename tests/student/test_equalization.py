@@ -105,6 +105,19 @@ def test_only_tensors_between_two_layers_of_their_own_are_edges(name: str, reade
     assert list(edges_of(shared.teacher_of(name))) == readers
 
 
+def test_a_weight_that_two_layers_read_is_not_scaled_for_one_of_them() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.again, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, NUM_CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.again(F.relu(self.again(F.relu(self.conv(x))))))
+            return self.fc(x.mean((2, 3)))
+
+    assert edges_of(Teacher.capture(Twice(), SPEC)) == {}
+
+
 class Clamped(nn.Module):
     """An activation function that clamps on both sides of zero, and one that does not reach zero."""
 

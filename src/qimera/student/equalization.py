@@ -67,7 +67,7 @@ def edge_into(module: GraphModule, reader: Node) -> Edge | None:
     is_linear = reader.target is aten.linear.default and any(_flattens(node) for node in between)
     if not is_linear and reader.target is not aten.conv2d.default:
         return None
-    if any(_shares_weight(module, layer) for layer in (producer, reader)):
+    if any(shares_weight(module, layer) for layer in (producer, reader)):
         return None
     return Edge(producer, end, reader, limit)
 
@@ -80,7 +80,7 @@ def _edge_behind_layer_norm(module: GraphModule, reader: Node) -> Edge | None:
         return None
     shape, *affine = (*end.args[1:4], None, None)[:3]
     is_of_channels = isinstance(shape, list) and len(shape) == 1
-    if not is_of_channels or any(_is_shared(module, each) for each in affine) or _shares_weight(module, reader):
+    if not is_of_channels or any(_is_shared(module, each) for each in affine) or shares_weight(module, reader):
         return None
     return Edge(end, end, reader, math.inf)
 
@@ -119,10 +119,12 @@ def _limit(activation: Node) -> float:
     return high if low == 0 else 0.0
 
 
-def _shares_weight(module: GraphModule, layer: Node) -> bool:
-    """Whether the layer's weight is no parameter, or one that others read too."""
+def shares_weight(module: GraphModule, layer: Node) -> bool:
+    """Return whether the layer's weight is no parameter, or one that others read too."""
     weight = layer.args[1]
     if isinstance(weight, Node) and weight.op == "call_module":
+        if len(weight.users) > 1:
+            return True
         weight = node_at(weight, 0)
     return _is_shared(module, weight)
 
@@ -178,7 +180,7 @@ def _channel_axis(edge: Edge) -> int:
 
 def scale_rows_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"]) -> None:
     """Scale what the producer of ``edge`` returns; where it is on grids, its integers stay as they are."""
-    producer = _node_called(module, edge.producer.name)
+    producer = node_called(module, edge.producer.name)
     if producer.target is aten.layer_norm.default:
         for index in (2, 3):
             affine = tensor_of(module, node_at(producer, index))
@@ -197,7 +199,7 @@ def scale_rows_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"
 
 def scale_back_columns_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"]) -> None:
     """Divide the reader's weights by the scales of what they multiply."""
-    reader = _node_called(module, edge.reader.name)
+    reader = node_called(module, edge.reader.name)
     weight, groups = tensor_of(module, parameter_of(reader, 1)), _groups(reader)
     positions = weight.shape[1] * groups // len(scale)  # more than one where a linear layer reads a flattened map
     columns = scale.repeat_interleave(positions).view(groups, 1, -1, *(1 for _ in weight.shape[2:]))
@@ -225,7 +227,7 @@ def restore_limits_(module: GraphModule, state: Mapping[str, Tensor]) -> None:
 
 
 def _put_limit_(module: GraphModule, activation: str, limit: Float[Tensor, "channel 1 1"]) -> None:
-    end = _node_called(module, activation)
+    end = node_called(module, activation)
     module.register_buffer(_LIMIT + activation, limit)
     with module.graph.inserting_before(end):
         positive = module.graph.call_function(aten.relu.default, (end.args[0],))
@@ -238,6 +240,7 @@ def _groups(layer: Node) -> int:
     return int(str(layer.args[6])) if layer.target is aten.conv2d.default and len(layer.args) > 6 else 1
 
 
-def _node_called(module: GraphModule, name: str) -> Node:
+def node_called(module: GraphModule, name: str) -> Node:
+    """Return the node of this name."""
     found: Node = next(node for node in module.graph.nodes if node.name == name)
     return found
