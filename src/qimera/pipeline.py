@@ -25,6 +25,7 @@ from qimera.machine.seeds import Stream, check_seed, generator_for
 from qimera.mixed_precision.allocation import allocate
 from qimera.quantization.ends import with_rules_for_ends
 from qimera.student.equalization import restore_limits_
+from qimera.student.reconstruction import reconstruct_
 from qimera.student.student import Student
 from qimera.synthesis.bank import NOTHING_TO_LEARN_FROM, SampleBank, check_bank
 from qimera.synthesis.direct import is_step_compiled
@@ -189,17 +190,11 @@ def quantize_with(
     distillation = lessons_in_memory(distillation, student)
     worker, training = teacher.on(find_device(device)), None
     student.to(worker.device)
-    images = (batch.to(worker.device).images for batch in bank.batches(quantization.num_range_samples, rng))
     with exact_convolutions(worker.device):
         if saved := kept.load():  # the training reads the rest
             restore_limits_(student.reference, saved["reference"])
-        elif distillation.start == "compensated":
-            told = partial(_tell_layers, progress)
-            student.initialize_layers_(next(images), rng, equalize=distillation.equalize, report=told)
         else:
-            progress(Progress("ranges", 0, 1))
-            student.initialize_ranges_(islice(images, NUM_RANGE_BATCHES))
-            progress(Progress("ranges", 1, 1))
+            _start_(student, bank, distillation, rng, progress)
     for part in (student.module, student.reference):
         copy_from_main_(part.state_dict().values())
     if distillation.generator_steps_per_step and bank.synthesizer is not None:
@@ -209,6 +204,28 @@ def quantize_with(
         training = SynthesizerTraining(synthesizer, worker, drawing, seed, student.module, num_steps)
     distill_(student, worker, bank, distillation, rng, training=training, checkpoint=kept, progress=progress)
     return student.to("cpu")
+
+
+def _start_(
+    student: Student,
+    bank: SampleBank,
+    distillation: DistillationSettings,
+    rng: torch.Generator,
+    progress: ProgressCallback,
+) -> None:
+    """Find the ranges and the integers that ``student`` has before its first step."""
+    device, num_samples = student.device, student.settings.num_range_samples
+    images = (batch.to(device).images for batch in bank.batches(num_samples, rng))
+    if distillation.start == "nearest":
+        progress(Progress("ranges", 0, 1))
+        student.initialize_ranges_(islice(images, NUM_RANGE_BATCHES))
+        progress(Progress("ranges", 1, 1))
+        return
+    seen, equalize, num_blocks = next(images), distillation.equalize, distillation.reconstructed_blocks
+    student.initialize_layers_(seen, rng, equalize=equalize, report=partial(_tell_parts, progress, "rounding"))
+    if num_blocks and bank.settings.num_held_out:
+        told, held_out = partial(_tell_parts, progress, "reconstruction"), bank.held_out.to(device).images
+        reconstruct_(student.module, student.reference, seen, held_out, num_blocks, rng, told)
 
 
 def _refuse_both(settings: object, recipe: str | None) -> None:
@@ -292,8 +309,8 @@ def _report(progress: ProgressCallback, stage: str, before: int, total: int) -> 
     return lambda step, losses: _tell(progress, stage, before + step, total, losses)
 
 
-def _tell_layers(progress: ProgressCallback, done: int, total: int) -> None:
-    progress(Progress("rounding", done, total))
+def _tell_parts(progress: ProgressCallback, stage: str, done: int, total: int) -> None:
+    progress(Progress(stage, done, total))
 
 
 def _tell(progress: ProgressCallback, stage: str, step: int, total: int, losses: dict[str, Tensor]) -> None:

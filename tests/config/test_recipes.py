@@ -128,6 +128,15 @@ def test_best_does_more_of_everything_than_fast() -> None:
 
 
 @pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_blocks_are_reconstructed_for_large_images_in_place_of_training(name: str) -> None:
+    for spec, num_classes in SETTINGS:
+        made = recipe(name, spec, num_classes).distillation
+        wanted = spec.has_large_images and name in ("ptq", "fast", "best", "qimera")
+        assert made.reconstructed_blocks == (5 if wanted else 0)
+        assert not (made.reconstructed_blocks and made.num_steps)
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
 def test_every_recipe_runs(teacher: Teacher, name: str) -> None:
     """All settings of the recipe but the number of steps and samples, which are cut to a few."""
     made = recipe(name, SPEC, teacher.num_classes)

@@ -27,6 +27,7 @@ _STAGES = {
     "sensitivity": "measure layers",
     "ranges": "search ranges",
     "rounding": "find integers",
+    "reconstruction": "train blocks",
     "distillation": "train the student",
     "evaluation": "evaluate",
 }

@@ -65,7 +65,7 @@ def _images(large: bool, num_classes: int) -> Recipe:
         "images",
         "a minute: as ptq, but from images of yours alone (--images); samples only judge the student",
         _ptq(large, num_classes).synthesis.replace(num_optimized=0),
-        _distilled(large, num_classes, 0),
+        _distilled(large, num_classes, 0).replace(reconstructed_blocks=0),
     )
 
 
@@ -122,10 +122,15 @@ def _distilled(large: bool, num_classes: int, num_steps: int) -> DistillationSet
     return DistillationSettings(
         num_steps=num_steps,
         start="nearest" if num_steps else "compensated",
+        reconstructed_blocks=_RECONSTRUCTED_BLOCKS if large and not num_steps else 0,
         batch_size=batch_size,
         max_shift=max_shift,
         temperature=2.0 if num_classes < 50 else 3.0,
     )
+
+
+_RECONSTRUCTED_BLOCKS = 5
+"""With large images, where students are not trained (docs/recipes.md)."""
 
 
 def _paper(large: bool, num_classes: int) -> Recipe:

@@ -49,10 +49,8 @@ class GeneratorSettings(Settings):
     """Width that the disentanglement mapping leads to (deviation D25)."""
 
     noise_scale: float = Field(1.0, ge=0)
-    """Standard deviation of the noise added to a class embedding, in standard deviations of the embedding.
-
-    The authors' code has it for CIFAR alone (deviation D20).
-    """
+    """Standard deviation of the noise added to a class embedding, in that of the embedding. The authors' code has it
+    for CIFAR alone (deviation D20)."""
 
     base_channels: int = Field(64, ge=8)
     """Channels of the generator's first feature map, and of the second; from there on half of them at each doubling."""
@@ -256,6 +254,9 @@ class DistillationSettings(Settings):
 
     equalize: bool = True
     """Scale channels between layers where that lessens the error behind them (``compensated``, deviation D30)."""
+
+    reconstructed_blocks: int = Field(0, ge=0)
+    """First blocks whose integers are then trained; they read at most 4 bits (``compensated``, deviation D37)."""
 
     batch_size: int = Field(16, ge=1)
     """Small batches give more steps for the same compute: at W3A3 2 points more with 32 than with 64 (ours)."""

@@ -15,6 +15,7 @@ from qimera.student.equalization import (
     Edge,
     candidate_scales,
     edge_into,
+    node_called,
     parameter_of,
     scale_back_columns_,
     scale_channels_,
@@ -64,9 +65,7 @@ def round_layers_(
     """
     scales: dict[str, Tensor] = {}
     mine, theirs = SteppedRun(student, images), SteppedRun(reference, images)
-    quantizers = {
-        node: found for node in student.graph.nodes if (found := _weight_quantizer(student, node)) is not None
-    }
+    quantizers = {node: found for node in student.graph.nodes if (found := weight_quantizer(student, node)) is not None}
     report(0, len(quantizers))
     for done, (node, quantizer) in enumerate(quantizers.items(), 1):
         if theirs.advance_to(node.name):
@@ -82,6 +81,40 @@ def round_layers_(
         report(done, len(quantizers))
     mine.advance_to(next(iter(reversed(student.graph.nodes))).name)
     return scales
+
+
+@torch.no_grad()
+def round_again_(
+    student: GraphModule,
+    reference: GraphModule,
+    node: Node,
+    runs: tuple[SteppedRun, SteppedRun],
+    rng: torch.Generator,
+) -> Float[Tensor, "..."]:
+    """Round one layer anew, from its weight in full precision, to suit what it reads now; its steps stay.
+
+    Returns what was rounded: the weight once it makes up for what quantized predecessors lost.
+
+    Args:
+        student: The graph whose layer this is; all of its layers were rounded before.
+        reference: The graph in full precision.
+        node: The layer, of a kind that ``weight_quantizer`` finds a quantizer for.
+        runs: Passes through both graphs that have not reached the layer; they halt behind it.
+        rng: Draws the positions.
+    """
+    mine, theirs = runs
+    quantizer, layer = weight_quantizer(student, node), node_called(reference, node.name)
+    assert quantizer is not None
+    theirs.advance_to(node.name)
+    mine.advance_before(node.name)
+    tensor_of(student, parameter_of(node, 1)).copy_(tensor_of(reference, node_at(layer, 1)))
+    if _bias(student, node) is not None:
+        tensor_of(student, parameter_of(node, 2)).copy_(tensor_of(reference, node_at(layer, 2)))
+    seen = _seen(student, node, mine, theirs, rng)
+    _round_layer_(student, node, quantizer, seen)
+    mine.repeat(node.all_input_nodes[1:])
+    mine.advance_to(node.name)
+    return seen.compensated
 
 
 def _equalize_(
@@ -126,7 +159,7 @@ def _equalize_(
     return scales[best]
 
 
-def _weight_quantizer(module: GraphModule, node: Node) -> LearnedStepFakeQuantize | None:
+def weight_quantizer(module: GraphModule, node: Node) -> LearnedStepFakeQuantize | None:
     """Return the quantizer of the weight of ``node``, if it is a layer of the kinds that are rounded here."""
     if node.target not in WEIGHTED or node_at(node, 1).op != "call_module":
         return None
@@ -180,6 +213,11 @@ class Compensation:
         damping = suiting_damping(inputs, missing) if damping is None else damping
         self._moments = _damped(_products(inputs, inputs), damping)
         self._rows = rows + _products(missing, inputs) @ _inverse(self._moments)
+
+    @property
+    def compensated(self) -> Float[Tensor, "..."]:
+        """The weight in full precision that makes up for what is missing."""
+        return self._rows.reshape(self._shape)
 
     def rounded(
         self, quantizer: LearnedStepFakeQuantize
