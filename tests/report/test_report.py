@@ -162,7 +162,7 @@ def test_the_first_line_is_of_real_images_alone(page: str, run: RunDirectory) ->
     assert "Top-1 points lost on real images, <em>estimated</em> without data" in first
     assert "same class" not in first
     assert f"comes from {estimate.num_samples} held-out synthetic samples" in rest
-    assert f"puts {estimate.agreement:.1f} % of these samples into the same class" in rest
+    assert f"puts {estimate.agreement:.1f} % into the same class" in rest
     assert "Not yet measured on real images" in rest
 
 
@@ -281,7 +281,7 @@ def test_the_report_does_not_tell_where_the_users_files_are(run: RunDirectory, t
     done = qimera("quantize", *options, "--bank", tmp_path / "bank", "--output", tmp_path / "run")
     assert done.exit_code == 0, done.stderr
     assert qimera("export", tmp_path / "run", "--output", tmp_path / "toy.onnx", "--min-agreement", 0).exit_code == 0
-    for file in ("report.html", "report.json", "summary.json", "summary.txt", "export-onnx.json"):
+    for file in ("report.html", "report.json", "summary.json", "summary.txt", "export-onnx-toy.onnx.json"):
         text = (tmp_path / "run" / file).read_text()
         assert str(tmp_path.parent) not in text, file
     assert RunDirectory.open(tmp_path / "run").summary().model == "toy.py:build"
