@@ -5,7 +5,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qimera import InputSpec, QuantizationSettings, Student, Teacher
+from qimera import (
+    DistillationSettings,
+    InputSpec,
+    QuantizationSettings,
+    SampleBank,
+    Student,
+    SynthesisSettings,
+    Teacher,
+    quantize,
+)
+from qimera.machine.progress import Progress
 from qimera.student import reconstruction
 from qimera.student.blocks import first_blocks, part_of
 from qimera.student.reconstruction import rate_factor, reconstruct_, relative_error, sharpness
@@ -123,6 +133,22 @@ def test_the_same_generator_gives_the_same_student_and_it_tells_how_far_it_is(pl
     first, second = (state_of(student) for student in students)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert told == 2 * [(0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(("bits", "counts"), [("w3a3", [0, 1]), ("w8a8", [])])
+def test_quantize_does_it_where_settings_say_so_and_bits_are_few(plain: Teacher, bits: str, counts: list[int]) -> None:
+    made = SynthesisSettings(num_optimized=40, num_held_out=8)
+    bank = SampleBank.from_images(images_of(0), torch.full((48, 10), 0.1), plain, made, 0)
+    told: list[Progress] = []
+    without = DistillationSettings(num_steps=0, start="compensated")
+    settings = without.replace(reconstructed_blocks=1)
+    student = quantize(plain, bank, bits, settings=settings, progress=told.append)
+    assert [each.step for each in told if each.stage == "reconstruction"] == counts
+    with torch.no_grad():
+        assert torch.equal(student.converted()(images_of(3)), student.module(images_of(3)))
+    if not counts:
+        expected, after = state_of(quantize(plain, bank, bits, settings=without)), state_of(student)
+        assert all(torch.equal(expected[name], after[name]) for name in expected)
 
 
 def test_the_relative_error_is_that_of_plain_loops() -> None:

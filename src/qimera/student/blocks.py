@@ -54,7 +54,8 @@ def first_blocks(student: GraphModule, reference: GraphModule, count: int) -> li
         count: Most blocks that are wanted.
     """
     (images,) = student.graph.find_nodes(op="placeholder")
-    own, start = {node.name for node in student.graph.nodes}, images.name
+    own, theirs = ({node.name for node in graph.graph.nodes} for graph in (student, reference))
+    start = images.name
     found: list[Block] = []
     for name in block_outputs(reference):
         end = before_moves(node_called(reference, name)).name  # what is padded next is quantized before that
@@ -64,7 +65,7 @@ def first_blocks(student: GraphModule, reference: GraphModule, count: int) -> li
         layers = tuple(node for node in inside if node.target in CONVOLUTIONS)
         if not all(_is_local(node) for node in [*inside, *_between(reference, start, end)]):
             break
-        if any(weight_quantizer(student, layer) is None or shares_weight(student, layer) for layer in layers):
+        if not all(layer.name in theirs and _has_own_weight(student, layer) for layer in layers):
             break
         if len(layers) > 1 and not _is_depthwise(layers[-1]):
             found.append(Block(start, end, layers))
@@ -95,6 +96,10 @@ def _between(module: GraphModule, start: str, end: str, given: Sequence[Node] = 
             needed.add(node)
             ahead.extend(node.all_input_nodes)
     return [node for node in module.graph.nodes if node in needed]
+
+
+def _has_own_weight(student: GraphModule, layer: Node) -> bool:
+    return weight_quantizer(student, layer) is not None and not shares_weight(student, layer)
 
 
 def _is_local(node: Node) -> bool:
