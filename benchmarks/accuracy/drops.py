@@ -32,7 +32,7 @@ from qimera import (
     recipe,
     synthesize,
 )
-from qimera.assessment.estimation import held_out_distances, standard_error
+from qimera.assessment.estimation import held_out_distances, mean_percent
 from qimera.cli.console import ProgressDisplay
 from qimera.config.bits import parse_bits
 from qimera.config.settings import SynthesisSettings
@@ -91,7 +91,7 @@ def _told(student: Student, bank: SampleBank) -> dict[str, object]:
     _, superposed, _ = held_out_distances(student, bank)
     if not len(superposed):
         return {}
-    percent, error = 100 * float(superposed.mean()), 100 * standard_error(superposed)
+    percent, error = mean_percent(superposed)
     return {"superposed": round(percent, 3), "superposed_error": round(error, 3)}
 
 

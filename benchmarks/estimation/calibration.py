@@ -24,7 +24,6 @@ TRAINED_FROM = 1000
 _LONG_STEPS = {"fast": 8000, "qimera": 8000, "best": 32000}
 """Of recipes, for images of up to 96 x 96."""
 
-
 WITHOUT_BATCH_NORMS = ("cct4_cifar10", "mnist_convnext", "mnist_vit")
 
 
@@ -100,7 +99,7 @@ def _of_recipe(found: dict[str, Any]) -> Known:
 _OFFSET = 0.5
 """Points that drops are moved by before logarithms are taken: below, differences count rather than ratios."""
 
-_POWERS = tuple(np.arange(0.5, 2.5, 0.05))
+_POWERS = np.arange(0.5, 2.5, 0.05)
 
 
 def fit(rows: Sequence[Known]) -> Calibration:
@@ -122,16 +121,21 @@ def of_other_networks(rows: Sequence[Known]) -> dict[str, Calibration]:
     return {network: fit([row for row in rows if row.network != network]) for network in networks}
 
 
+def told(row: Known, calibration: Calibration) -> tuple[float, float, float]:
+    """Return the estimate that these constants give, and the ends of its interval."""
+    return interval(row.superposed, row.superposed_error, calibration)
+
+
 def holds(row: Known, calibration: Calibration) -> bool:
     """Whether the interval that these constants give holds the real drop."""
-    _, low, high = interval(row.superposed, row.superposed_error, calibration)
+    _, low, high = told(row, calibration)
     return low <= row.drop <= high
 
 
 def law(rows: Sequence[Known], score_of: Callable[[Known], float] = lambda row: row.superposed) -> tuple[float, float]:
     """Return factor and power of the law with the least squared error of the logarithm, by trying all."""
     factor = np.exp(np.linspace(-9, 2, 551))[:, None, None]
-    power = np.array(_POWERS)[None, :, None]
+    power = _POWERS[None, :, None]
     score = np.array([score_of(row) for row in rows])
     drop = np.array([max(row.drop, 0) for row in rows])
     error = np.square(np.log(factor * score**power + _OFFSET) - np.log(drop + _OFFSET)).mean(2)

@@ -22,7 +22,7 @@ from benchmarks.estimation.calibration import ESTIMATION as RESULTS, fit, of_one
 from benchmarks.measurement import BANKS, keep
 from benchmarks.zoo import load_subject
 from qimera import LabelledImages, QuantizationSettings, SampleBank, Teacher, recipe, synthesize
-from qimera.assessment.estimation import distance, standard_error, telling
+from qimera.assessment.estimation import distance, mean_percent, telling
 from qimera.config.bits import parse_bits
 from qimera.pipeline import quantize_with
 
@@ -179,13 +179,15 @@ def _facts(teacher: dict[str, np.ndarray], student: dict[str, np.ndarray]) -> di
     mine, theirs = (torch.from_numpy(each["held_out"]) for each in (student, teacher))
     single, superposed = telling(torch.from_numpy(teacher["soft"]), theirs)
     distances = distance(mine, theirs)
+    near, near_error = mean_percent(distances[superposed])
+    far, far_error = mean_percent(distances[single])
     labels, right = teacher["labels"], teacher["test"].argmax(1)
     numbers = {
         "drop": 100 * float((right == labels).mean() - (student["test"] == labels).mean()),
-        "superposed": 100 * float(distances[superposed].mean()),
-        "superposed_error": 100 * standard_error(distances[superposed]),
-        "one_class": 100 * float(distances[single].mean()),
-        "one_class_error": 100 * standard_error(distances[single]),
+        "superposed": near,
+        "superposed_error": near_error,
+        "one_class": far,
+        "one_class_error": far_error,
         "agreement": _agreement(mine[single].numpy(), theirs[single].numpy()),
         "trained_agreement": _agreement(student["train"], teacher["train"]),
         "real_agreement": 100 * float((student["test"] == right).mean()),

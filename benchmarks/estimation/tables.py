@@ -16,8 +16,8 @@ from benchmarks.estimation.calibration import (
     measured_students,
     of_other_networks,
     students,
+    told,
 )
-from qimera.assessment.estimation import Calibration, interval
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = RESULTS / "steps"
@@ -46,7 +46,7 @@ def estimation() -> str:
         each = [row for row in found if name in ("all", row.network)]
         counts = sorted({held_out[row.network] for row in each})
         drops = [row.drop for row in each]
-        estimates = [_told(row, constants[row.network])[0] for row in each]
+        estimates = [told(row, constants[row.network])[0] for row in each]
         errors = [abs(estimate - drop) for estimate, drop in zip(estimates, drops, strict=True)]
         small = [error for error, drop in zip(errors, drops, strict=True) if drop < SMALL_DROP]
         inside = sum(holds(row, constants[row.network]) for row in each)
@@ -79,7 +79,7 @@ def coverage() -> str:
     head = "| students | number | networks | interval holds the real drop | largest error upwards | downwards |\n"
     table = [head, "|---|---|---|---|---|---|\n"]
     for name, group in ((name, group) for name, group in groups.items() if group):
-        pairs = [(row, _told(row, constants[row.network])[0]) for row in group]
+        pairs = [(row, told(row, constants[row.network])[0]) for row in group]
         held = sum(holds(row, constants[row.network]) for row in group)
         high, low = (choose(pairs, key=lambda pair: pair[1] - pair[0].drop) for choose in (max, min))
         table.append(
@@ -137,14 +137,14 @@ def estimators() -> str:
     networks = dict.fromkeys(row.network for row in found)
     for name, score in looked_at.items():
         laws = {each: law([row for row in found if row.network != each], score) for each in networks}
-        told = [laws[row.network][0] * score(row) ** laws[row.network][1] for row in found]
-        errors = [abs(estimate - row.drop) for estimate, row in zip(told, found, strict=True)]
+        estimates = [laws[row.network][0] * score(row) ** laws[row.network][1] for row in found]
+        errors = [abs(estimate - row.drop) for estimate, row in zip(estimates, found, strict=True)]
         small = [error for error, row in zip(errors, found, strict=True) if row.drop < SMALL_DROP]
         trained = [error for error, row in zip(errors, found, strict=True) if row.is_trained]
         rows.append(
             f"| {name} | {law(found, score)[1]:.2f} | {statistics.mean(errors):.2f} "
             f"| {statistics.mean(small):.2f} | {statistics.mean(trained):.2f} "
-            f"| {_rank_correlation(told, [row.drop for row in found]):.3f} |\n"
+            f"| {_rank_correlation(estimates, [row.drop for row in found]):.3f} |\n"
         )
     return "".join(rows)
 
@@ -160,11 +160,11 @@ def estimates() -> str:
     constants = of_other_networks(everyone)
     for network in dict.fromkeys(row.network for row in everyone):
         for row in sorted((row for row in everyone if row.network == network), key=lambda row: row.drop):
-            told, low, high = _told(row, constants[network])
+            estimate, low, high = told(row, constants[network])
             numbers = (row.superposed, row.one_class, row.agreement, row.trained_agreement, row.real_agreement)
             shown = " | ".join("" if math.isnan(each) else f"{each:.2f}" for each in numbers)
             rows.append(
-                f"| {network} | {row.bits.upper()} | {_student(row)} | {row.drop:.2f} | {told:.2f} "
+                f"| {network} | {row.bits.upper()} | {_student(row)} | {row.drop:.2f} | {estimate:.2f} "
                 f"| {low:.1f} to {high:.1f} | {shown} |\n"
             )
     return "".join(rows)
@@ -198,10 +198,6 @@ def steps() -> str:
                 f"| {seen['drop']:.2f} |\n"
             )
     return "".join(rows)
-
-
-def _told(row: Known, constants: Calibration) -> tuple[float, float, float]:
-    return interval(row.superposed, row.superposed_error, constants)
 
 
 def _student(row: Known) -> str:

@@ -160,8 +160,7 @@ def estimate_from(
     distances: Float[Tensor, " sample"], agreement: float, calibration: Calibration = SUPERPOSED
 ) -> Estimate:
     """Return the estimate that these distances of held-out samples, in [0, 1], come to."""
-    percent, error = 100 * float(distances.mean()), 100 * standard_error(distances)
-    return Estimate(*interval(percent, error, calibration), agreement, len(distances))
+    return Estimate(*interval(*mean_percent(distances), calibration), agreement, len(distances))
 
 
 def interval(percent: float, error: float, calibration: Calibration = SUPERPOSED) -> tuple[float, float, float]:
@@ -176,6 +175,7 @@ def interval(percent: float, error: float, calibration: Calibration = SUPERPOSED
     return drop, drop - spread, drop + spread
 
 
-def standard_error(values: Float[Tensor, " sample"]) -> float:
-    """Return the standard deviation of the mean of so many values; 0 of a single one."""
-    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+def mean_percent(distances: Float[Tensor, " sample"]) -> tuple[float, float]:
+    """Return the mean of distances in [0, 1] and its standard error, in percent; a single one has an error of 0."""
+    error = float(distances.std()) / math.sqrt(len(distances)) if len(distances) > 1 else 0.0
+    return 100 * float(distances.mean()), 100 * error
