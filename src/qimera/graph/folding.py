@@ -10,6 +10,7 @@ from qimera.graph.nodes import (
     aten,
     batch_norms,
     copied,
+    groups_of,
     has_bias,
     has_parameter,
     layer_name,
@@ -61,7 +62,7 @@ def _fold(module: GraphModule, layer: Node, norm: Node) -> None:
         new = fuse_linear_bn_weights(weight, bias, mean, var, eps, scale, shift)
     elif layer.target is aten.conv_transpose2d.input:
         # (in, out / groups, ...) -> (out, in / groups, ...), the layout of other convolutions, and back
-        groups = int(str(layer.args[6])) if len(layer.args) > 6 else 1
+        groups = groups_of(layer)
         rows = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
         fused, shifted = fuse_conv_bn_weights(nn.Parameter(rows), bias, mean, var, eps, scale, shift)
         new = nn.Parameter(fused.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)), shifted

@@ -137,6 +137,17 @@ def new_parameter(
     return module.graph.get_attr(prefix + name)
 
 
+def node_called(module: GraphModule, name: str) -> Node:
+    """Return the node of this name."""
+    found: Node = next(node for node in module.graph.nodes if node.name == name)
+    return found
+
+
+def groups_of(layer: Node) -> int:
+    """Return into how many groups a layer divides its channels: 1 for a linear layer."""
+    return int(str(layer.args[6])) if layer.target in CONVOLUTIONS and len(layer.args) > 6 else 1
+
+
 def pair(sizes: object) -> tuple[int, int]:
     """Return a size for each of the two axes of an image, of one number for both or one for each."""
     first, *rest = [sizes] if isinstance(sizes, int) else list(sizes)  # type: ignore[call-overload]

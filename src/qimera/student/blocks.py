@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from torch import fx
 from torch.fx import GraphModule, Node
 
-from qimera.graph.nodes import CONVOLUTIONS, aten
+from qimera.graph.nodes import CONVOLUTIONS, aten, groups_of, node_called
 from qimera.quantization.losses import block_outputs
 from qimera.quantization.scheme import JOINS, RELUS, before_moves
-from qimera.student.equalization import node_called, shares_weight
+from qimera.student.equalization import shares_weight
 from qimera.student.rounding import weight_quantizer
 
 _LOCAL = {
@@ -67,7 +67,7 @@ def first_blocks(student: GraphModule, reference: GraphModule, count: int) -> li
             break
         if not all(layer.name in theirs and _has_own_weight(student, layer) for layer in layers):
             break
-        if len(layers) > 1 and not _is_depthwise(layers[-1]):
+        if len(layers) > 1 and groups_of(layers[-1]) == 1:
             found.append(Block(start, end, layers))
             start = end
     return found
@@ -104,7 +104,3 @@ def _has_own_weight(student: GraphModule, layer: Node) -> bool:
 
 def _is_local(node: Node) -> bool:
     return node.op in ("get_attr", "call_module") or node.target in _LOCAL
-
-
-def _is_depthwise(layer: Node) -> bool:
-    return len(layer.args) > 6 and int(str(layer.args[6])) > 1

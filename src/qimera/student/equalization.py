@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qimera.graph.nodes import aten, node_at, tensor_of
+from qimera.graph.nodes import aten, groups_of, node_at, node_called, tensor_of
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.ranges import search_affine_parameters, thinned
 from qimera.quantization.scheme import RELUS, is_move
@@ -163,7 +163,7 @@ def candidate_scales(
     top = reach.amax() if edge.limit == math.inf else torch.tensor(edge.limit, device=reach.device)
     full = (top / reach.clamp(min=torch.finfo(reach.dtype).tiny)).clamp(1.0, _MAX_SCALE)
     yield torch.ones_like(full)
-    for power in (1.0,) if _groups(edge.reader) == len(full) else _POWERS:
+    for power in (1.0,) if groups_of(edge.reader) == len(full) else _POWERS:
         yield full**power
 
 
@@ -200,7 +200,7 @@ def scale_rows_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"
 def scale_back_columns_(module: GraphModule, edge: Edge, scale: Float[Tensor, " channel"]) -> None:
     """Divide the reader's weights by the scales of what they multiply."""
     reader = node_called(module, edge.reader.name)
-    weight, groups = tensor_of(module, parameter_of(reader, 1)), _groups(reader)
+    weight, groups = tensor_of(module, parameter_of(reader, 1)), groups_of(reader)
     positions = weight.shape[1] * groups // len(scale)  # more than one where a linear layer reads a flattened map
     columns = scale.repeat_interleave(positions).view(groups, 1, -1, *(1 for _ in weight.shape[2:]))
     weight.copy_((weight.unflatten(0, (groups, -1)) / columns).flatten(0, 1))
@@ -234,13 +234,3 @@ def _put_limit_(module: GraphModule, activation: str, limit: Float[Tensor, "chan
         end.args, end.kwargs = (positive, module.graph.get_attr(_LIMIT + activation)), {}
     end.target = aten.minimum.default
     module.recompile()
-
-
-def _groups(layer: Node) -> int:
-    return int(str(layer.args[6])) if layer.target is aten.conv2d.default and len(layer.args) > 6 else 1
-
-
-def node_called(module: GraphModule, name: str) -> Node:
-    """Return the node of this name."""
-    found: Node = next(node for node in module.graph.nodes if node.name == name)
-    return found

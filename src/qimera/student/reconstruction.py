@@ -98,14 +98,14 @@ def _reconstruct_(
 ) -> bool:
     """Train one block, and say whether its error on unseen samples fell; it is as before where that did not."""
     mine, theirs = part_of(student, block), part_of(reference, block)
-    entering, entering_theirs = (run.value(block.start) for run in unseen)
-    before = relative_error(mine(entering), theirs(entering_theirs))
+    entering, target = unseen[0].value(block.start), theirs(unseen[1].value(block.start))
+    before = relative_error(mine(entering), target)
     kept = {name: value.clone() for name, value in mine.state_dict().items()}
     runs = seen[0].branch(), seen[1].branch()
     real = {node: round_again_(student, reference, node, runs, rng) for node in block.layers}
     crops = Crops(seen[0].value(block.start), seen[1].value(block.start), theirs, rng)
     BlockTraining(student, block, real, crops).run_()
-    if relative_error(mine(entering), theirs(entering_theirs)) < before:
+    if relative_error(mine(entering), target) < before:
         return True
     mine.load_state_dict(kept)
     return False

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qimera.graph.nodes import WEIGHTED, aten, node_at, tensor_of
+from qimera.graph.nodes import WEIGHTED, aten, node_at, node_called, tensor_of
 from qimera.graph.stepping import SteppedRun
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, round_to_grid
 from qimera.quantization.scheme import quantizer_of
@@ -15,7 +15,6 @@ from qimera.student.equalization import (
     Edge,
     candidate_scales,
     edge_into,
-    node_called,
     parameter_of,
     scale_back_columns_,
     scale_channels_,
