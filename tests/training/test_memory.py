@@ -129,7 +129,7 @@ for limit in sys.argv[1:]:
 def test_the_limit_holds() -> None:
     """Measured in processes of their own: 64 images, which would take more than half a GiB.
 
-    Where memory is fragmented, pages that were not asked for come on top, so the limit is tried twice.
+    Fragmented memory can add pages that were not requested, so the limit is tried twice.
     """
     command = [sys.executable, "-W", "ignore", "-c", MEASURED, "6.0", "0.25", "0.25"]
     whole, *limited = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())

@@ -1,8 +1,8 @@
 """A student and held-out synthetic samples -> the accuracy that it loses on real images, estimated without any.
 
 What is measured is how far the student's class probabilities lie from the teacher's on samples that no student learned
-from and that lie near decision boundaries, where both part first. What that means in points of top-1 is a calibration,
-as of any measuring device: its constants come from students of other networks, whose real drop is known
+from and that lie near decision boundaries, where both differ first. What that means in points of top-1 is a
+calibration, as of any measuring device: its constants come from students of other networks, whose real drop is known
 (benchmarks/estimation, docs/estimation.md).
 """
 
