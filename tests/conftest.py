@@ -45,7 +45,7 @@ boundary._MOST_STEPS = 20
 TINY_SYNTHESIS = SynthesisSettings(
     num_generated=48,
     num_optimized=48,
-    generator=GeneratorSettings(num_steps=8, batch_size=16, base_channels=16, mapping_dim=8),
+    generator=GeneratorSettings(num_steps=8, batch_size=16, base_channels=16, mapping_dim=8, precision="float32"),
     direct=DirectSettings(num_steps=20, batch_size=24, precision="float32"),  # the same samples on every machine
 )
 

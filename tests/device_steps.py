@@ -79,7 +79,8 @@ def generator_with_gradients(teacher: Teacher, mode: Compile) -> tuple[list[floa
 
 
 def _training(teacher: Teacher, mode: Compile) -> SynthesizerTraining:
-    settings = SynthesisSettings(generator=GeneratorSettings(batch_size=32, num_steps=NUM_STEPS, compile=mode))
+    generator = GeneratorSettings(batch_size=32, num_steps=NUM_STEPS, compile=mode, precision="float32")
+    settings = SynthesisSettings(generator=generator)
     synthesizer = Synthesizer(teacher, settings, generator_for(0, Stream.GENERATOR)).to(teacher.device)
     return SynthesizerTraining(synthesizer, teacher, settings, 0)
 

@@ -25,7 +25,6 @@ from qimera import LabelledImages, QuantizationSettings, Teacher, recipe
 from qimera.cli.console import ProgressDisplay
 from qimera.config.bits import parse_bits
 from qimera.config.run_settings import RunSettings
-from qimera.config.settings import LabelSettings
 from qimera.machine.acceleration import find_device
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import carry_out, evaluate_run
@@ -44,7 +43,7 @@ class Row:
     recipe: str
     seed: int = 0
     variant: str = ""
-    """``released``: as the authors' scripts run it, the mapping off and whole batches superposed."""
+    """``released``: as the authors' scripts run it, the mapping off."""
     share: float = 1.0
     """Of the schedule; steps and milestones are scaled by it."""
 
@@ -74,9 +73,7 @@ def settings_of(row: Row, teacher: Teacher) -> RunSettings:
     made = recipe(row.recipe, teacher.input_spec, teacher.num_classes)
     synthesis, distillation = made.synthesis, made.distillation
     if row.variant == "released":
-        labels = LabelSettings(**{**synthesis.labels.model_dump(), "per_sample": False})
-        generator = synthesis.generator.replace(disentanglement_mapping=False)
-        synthesis = synthesis.replace(labels=labels, generator=generator)
+        synthesis = synthesis.replace(generator=synthesis.generator.replace(disentanglement_mapping=False))
     if row.share != 1:
         steps = lambda count: max(1, round(row.share * count))  # noqa: E731
         generator = synthesis.generator

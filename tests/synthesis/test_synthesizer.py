@@ -24,7 +24,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def settings_of(labels: LabelSettings | None = None, **generator: object) -> SynthesisSettings:
-    small = {"batch_size": 16, "base_channels": 16, "mapping_dim": 8, "embedding_dim": 9}
+    small = {"batch_size": 16, "base_channels": 16, "mapping_dim": 8, "embedding_dim": 9, "precision": "float32"}
     return SynthesisSettings(
         labels=labels or LabelSettings(superposition_probability=1.0, num_superposed_classes=3),
         generator=GeneratorSettings(**{**small, **generator}),
@@ -261,6 +261,22 @@ def test_training_makes_the_teacher_recognise_the_samples_and_its_statistics(tea
     after = measured(synthesizer, teacher)
     assert after[0] < 0.8 * before[0]
     assert after[1] < 0.5 * before[1]
+
+
+def test_at_bfloat16_images_and_losses_are_nearly_the_same_and_images_float32(teacher: Teacher) -> None:
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        generator = GeneratorSettings(batch_size=32, num_steps=1, compile="never", precision=precision)
+        settings = SynthesisSettings(generator=generator)
+        synthesizer = Synthesizer(teacher, settings, generator_for(0, Stream.GENERATOR))
+        images = synthesizer(synthesizer.draw(32, seeded(0)))[0].detach()
+        found[precision] = images, SynthesizerTraining(synthesizer, teacher, settings, 0).step()
+    (exact, losses), (narrow, narrow_losses) = found.values()
+    assert narrow.dtype == torch.float32
+    assert 0 < float((narrow - exact).norm() / exact.norm()) < 0.03  # eight bits of mantissa, twice in sequence
+    assert {name: float(value) for name, value in narrow_losses.items()} == pytest.approx(
+        {name: float(value) for name, value in losses.items()}, rel=0.05
+    )
 
 
 def test_no_gradient_reaches_the_teacher(teacher: Teacher) -> None:

@@ -49,19 +49,16 @@ class GeneratorSettings(Settings):
     """Width that the disentanglement mapping leads to (deviation D25)."""
 
     noise_scale: float = Field(1.0, ge=0)
-    """Standard deviation of the noise added to a class embedding, in that of the embedding. The authors' code has it
-    for CIFAR alone (deviation D20)."""
+    """Standard deviation of the noise added to a class embedding, in that of the embedding (deviation D20)."""
 
     base_channels: int = Field(64, ge=8)
     """Channels of the generator's first feature map, and of the second; from there on half of them at each doubling."""
 
     num_doublings: int = Field(0, ge=0, le=8)
-    """Doublings of the resolution behind the linear layer; 0: as many as leave 4 to 7 pixels there. The authors make 2
-    (deviation D32)."""
+    """Doublings of the resolution behind the linear layer; 0: from 4 to 7 pixels. The authors make 2 (D32)."""
 
     sum_of_scales: bool = True
-    """Let every resolution add an image of its own, as in directly optimised images; off, the last one alone makes the
-    image, as in the authors' code (deviation D33)."""
+    """Let every resolution add an image of its own; off, the last one makes the image, as the authors' (D33)."""
 
     conditional_norm_from: int = Field(200, ge=2)
     """Number of classes from which the generator's batch norms are conditioned on the class (deviation D26)."""
@@ -90,6 +87,9 @@ class GeneratorSettings(Settings):
 
     milestones: tuple[int, ...] = ()
     """Steps after which the learning rate is divided by ten."""
+
+    precision: Precision = "auto"
+    """Of convolutions and matrix products, as for directly optimised images."""
 
     compile: Compile = "auto"
     """Fuse the step with ``torch.compile``, as in the training of the student."""

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import GeneratorSettings
+from qimera.machine.acceleration import at_least_float32
 from qimera.synthesis.pixels import enlarged, within_limits
 
 _FEWEST_CHANNELS = 8
@@ -90,9 +91,24 @@ class Generator(nn.Module):
         for level, (size, conv, norm) in enumerate(zip(self.sizes[1:], self.convs, self.norms, strict=True)):
             if self.to_pixels:
                 coarse.append(self.to_pixels[level](x))
-            x = F.leaky_relu(norm(conv(F.interpolate(x, size=size)), soft_label), 0.2)
-        images = sum((enlarged(each, self.sizes[-1]) for each in coarse), self.last_conv(x))
+            assert isinstance(conv, nn.Conv2d)
+            x = F.leaky_relu(norm(convolve_enlarged(x, size, conv), soft_label), 0.2)
+        images = at_least_float32(sum((enlarged(each, self.sizes[-1]) for each in coarse), self.last_conv(x)))
         return within_limits(self.mean + self.std * self.last_norm(images), self.low, self.high)
+
+
+def convolve_enlarged(
+    x: Float[Tensor, "batch channel height width"], size: tuple[int, int], conv: nn.Conv2d
+) -> Float[Tensor, "batch new_channel new_height new_width"]:
+    """Return ``conv``, 3 x 3 with padding 1, of ``x`` enlarged to ``size`` by its nearest pixels.
+
+    To double the size and then convolve is one transposed convolution, whose 4 x 4 weights are sums of the 3 x 3 ones:
+    4 multiply-adds for each value and input channel instead of 9.
+    """
+    if size != (2 * x.shape[2], 2 * x.shape[3]):
+        return conv(F.interpolate(x, size=size))  # type: ignore[no-any-return]
+    sums = F.avg_pool2d(conv.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
+    return F.conv_transpose2d(x, sums.transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
 def _doublings(side: int) -> int:

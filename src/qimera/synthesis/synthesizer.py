@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera.config.settings import SynthesisSettings
-from qimera.machine.acceleration import begin_step, compiled, is_compiled
+from qimera.machine.acceleration import autocast, begin_step, compiled, is_compiled
 from qimera.machine.checkpoint import State
 from qimera.machine.distributed import average_gradients_, rank, world_size
 from qimera.machine.divergence import check_finite
@@ -36,7 +36,7 @@ class Synthesizer(nn.Module):
     def __init__(self, teacher: Teacher, settings: SynthesisSettings, rng: torch.Generator) -> None:
         super().__init__()
         spec, num_classes = settings.generator, teacher.num_classes
-        self.labels, self.num_classes = settings.labels, num_classes
+        self.labels, self.num_classes, self.precision = settings.labels, num_classes, spec.precision
         with torch.random.fork_rng(devices=[]):  # modules draw their start from the global generator
             torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
             self.embedding = ClassEmbedding(teacher.classifier.weight, spec, rng)
@@ -67,8 +67,9 @@ class Synthesizer(nn.Module):
     ) -> tuple[Float[Tensor, "batch channel height width"], Float[Tensor, "batch num_classes"]]:
         """Return the images and their soft labels."""
         soft_label = soft_labels(drawn.label, drawn.weight, self.num_classes)
-        latent = self.mapping(self.embedding(drawn.label, drawn.noise))  # (batch, k, latent)
-        return self.generator(superpose(latent, drawn.weight), soft_label), soft_label
+        latent = superpose(self.mapping(self.embedding(drawn.label, drawn.noise)), drawn.weight)
+        with autocast(self.precision, self.device):
+            return self.generator(latent, soft_label), soft_label
 
 
 class SynthesizerTraining:
@@ -128,7 +129,9 @@ class SynthesizerTraining:
     def _losses(self, images: Tensor, soft_label: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of all terms, and each of them without its weight or gradient."""
         settings = self.settings
-        logits, taps = self.teacher.forward_with_taps(images)
+        with autocast(settings.precision, images.device):
+            logits, taps = self.teacher.forward_with_taps(images)
+        logits = logits.float()
         terms = {"generator_ce": (settings.ce_weight, soft_cross_entropy(logits, soft_label))}
         terms |= realism_terms("generator", taps, self.teacher, settings, relative=settings.relative_bns)
         if settings.tv_weight:
