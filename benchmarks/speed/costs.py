@@ -110,27 +110,45 @@ def _stages(teacher: Teacher, batch: int, bits: str) -> dict[str, Stage]:
     spec, classes = teacher.input_spec, teacher.num_classes
     paper, ours = recipe("paper", spec, classes), recipe("fast", spec, classes)
     bank = drawn_bank(teacher, paper.synthesis, batch)
-    training = make_training(teacher, bank, batch)
+    qimera_bank = drawn_bank(teacher, recipe("qimera", spec, classes).synthesis, batch)
     published = paper.distillation.model_copy(
-        update={"num_steps": MANY, "batch_size": batch, "generator_steps_per_step": 0, "compile": "never"}
+        update={"num_steps": MANY, "batch_size": batch, "generator_steps_per_step": 0}
     )
     learned = ours.distillation.model_copy(update={"num_steps": MANY, "batch_size": batch, "start": "nearest"})
-    plain = learned.model_copy(update={"compile": "never", "num_steps": 1})
     return {
-        "paper: generator": Stage(batch, _timed(training.step), training.step),
-        "paper: student": _student(teacher, bank, bits, published, published, "paper"),
+        "paper: generator": _generator(teacher, bank, batch),
+        "paper: student": _student(teacher, bank, bits, published, "paper"),
+        "qimera: generator": _generator(teacher, qimera_bank, batch),
+        "qimera: samples drawn": _drawing(qimera_bank, batch),
         "images": _images(teacher, ours.synthesis, batch),
-        "student": _student(teacher, bank, bits, learned, plain, "hardware"),
+        "student": _student(teacher, bank, bits, learned, "hardware"),
         "convolutions": Stage(batch, _timed(Convolutions(teacher, batch, learned)), None),
     }
 
 
-def make_training(teacher: Teacher, bank: SampleBank, batch: int, mode: Compile = "never") -> SynthesizerTraining:
-    """Return a generator's training as published, every operation by itself unless ``mode`` asks for other."""
+def make_training(teacher: Teacher, bank: SampleBank, batch: int, mode: Compile = "auto") -> SynthesizerTraining:
+    """Return the training of a bank's generator for many steps."""
     assert bank.synthesizer is not None
-    published = bank.settings.generator.model_copy(update={"batch_size": batch, "compile": mode})
-    settings = bank.settings.model_copy(update={"generator": published})
-    return SynthesizerTraining(bank.synthesizer.to(teacher.device), teacher, settings, 0)
+    asked = bank.settings.generator.model_copy(update={"batch_size": batch, "compile": mode})
+    settings = bank.settings.model_copy(update={"generator": asked})
+    return SynthesizerTraining(bank.synthesizer.to(teacher.device), teacher, settings, 0, num_steps=MANY)
+
+
+def _generator(teacher: Teacher, bank: SampleBank, batch: int) -> Stage:
+    return Stage(
+        batch, _timed(make_training(teacher, bank, batch).step), make_training(teacher, bank, batch, "never").step
+    )
+
+
+def _drawing(bank: SampleBank, batch: int) -> Stage:
+    synthesizer, draws = bank.synthesizer, torch.Generator().manual_seed(0)
+    assert synthesizer is not None
+
+    @torch.no_grad()
+    def draw() -> None:
+        synthesizer(synthesizer.draw(batch, draws))
+
+    return Stage(batch, _timed(draw), draw)
 
 
 def make_course(
@@ -164,10 +182,10 @@ def _student(
     bank: SampleBank,
     bits: str,
     settings: DistillationSettings,
-    plain: DistillationSettings,
     scheme: str,
 ) -> Stage:
     course = partial(make_course, teacher, bank, bits, scheme)
+    plain = settings.model_copy(update={"compile": "never"})
     return Stage(settings.batch_size, _timed(course(settings).step), course(plain).step)
 
 
@@ -282,8 +300,8 @@ def _results(options: argparse.Namespace) -> None:
     batch = paper.distillation.batch_size
     bank = drawn_bank(teacher, paper.synthesis, batch)
     training = make_training(teacher, bank, batch)
-    published = paper.distillation.model_copy(update={"generator_steps_per_step": 0, "compile": "never"})
-    student = _student(teacher, bank, options.bits, published, published, "paper")
+    published = paper.distillation.model_copy(update={"generator_steps_per_step": 0})
+    student = _student(teacher, bank, options.bits, published, "paper")
     weight_bits, activation_bits = parse_bits(options.bits)
     quantization = QuantizationSettings(weight_bits=weight_bits, activation_bits=activation_bits)
     priced, rows = [], []
@@ -292,6 +310,7 @@ def _results(options: argparse.Namespace) -> None:
         pair = zip(_timed(training.step)(options.steps), student.run(options.steps), strict=True)
         priced.extend(sum(each) for each in pair)
 
+    training.step()
     student.run(1)
     price()
     for name in options.recipes:
