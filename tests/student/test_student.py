@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qimera.config.bits import parse_bits, parse_layer_bits
 from qimera.config.settings import QuantizationSettings
@@ -15,7 +15,7 @@ from qimera.quantization.losses import block_outputs
 from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
-from tests.networks import NETWORKS
+from tests.networks import NETWORKS, NUM_CLASSES, SPEC, Lambda
 
 SCHEMES = ["hardware", "paper"]
 
@@ -306,6 +306,16 @@ def test_block_outputs_are_the_activations_that_everything_flows_through(teacher
     assert found[:4] == [aten.relu.default, aten.relu.default, aten.hardtanh.default, aten.relu.default]
     inside = [node.name for node in folded.graph.nodes if node.target is aten.relu.default][1]
     assert inside not in block_outputs(folded)  # the shortcut flows past it
+
+
+def test_a_flattening_that_reads_the_size_of_the_batch_hides_no_block() -> None:
+    def blocks_with(flattening: nn.Module) -> list[str]:
+        layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2)
+        module = Teacher.capture(nn.Sequential(*layers, flattening, nn.Linear(144, NUM_CLASSES)), SPEC).module
+        return block_outputs(module)[:-1]
+
+    found = blocks_with(Lambda(lambda x: x.view(x.size(0), -1)))
+    assert found == blocks_with(nn.Flatten()) == ["relu", "relu_1"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -53,6 +53,11 @@ def has_bias(layer: Node) -> bool:
     return isinstance(bias, Node) and bias.op == "get_attr"
 
 
+def is_size(node: Node) -> bool:
+    """Whether ``node`` is a number, such as the size of the batch, and no tensor."""
+    return isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
 def layer_name(node: Node) -> str:
     """Return the dotted name of the module whose weight ``node`` uses, such as ``layer1.0.conv1``."""
     for argument in node.args[1:]:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from qimera.graph.nodes import WEIGHTED, aten
+from qimera.graph.nodes import WEIGHTED, aten, is_size
 from qimera.machine.acceleration import at_least_float32
 from qimera.quantization.scheme import JOINS, POOLINGS
 
@@ -47,7 +47,7 @@ def block_outputs(module: GraphModule) -> list[str]:
 
     In a residual network these are the activations after each addition, in a plain one those before each layer.
     """
-    nodes = [node for node in module.graph.nodes if node.op not in ("get_attr", "output")]
+    nodes = [node for node in module.graph.nodes if node.op not in ("get_attr", "output") and not is_size(node)]
     position = {node: index for index, node in enumerate(nodes)}
     names, furthest = [], 0
     for index, node in enumerate(nodes):
