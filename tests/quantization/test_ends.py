@@ -12,7 +12,7 @@ from qimera.quantization.fake_quantize import MinMaxFakeQuantize
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
-from tests.networks import SPEC, Head
+from tests.networks import SPEC, Head, Lambda
 
 W3A4 = {"weight_bits": 3, "activation_bits": 4}
 
@@ -64,6 +64,13 @@ def test_every_layer_that_reads_the_stem_reads_it_at_the_bits_of_the_ends() -> N
     found = bits_of(Teacher.capture(Stem(), SPEC), QuantizationSettings(first_last_bits=8, **W3A4))
     ends = {"stem.0": (8, 8), "head.fc": (8, 8)}
     assert found == {**ends, "left": (3, 8), "right": (3, 8), "joined": (3, 4)}
+
+
+def test_a_layer_that_reads_the_stem_by_a_view_of_every_image_reads_it_at_the_bits_of_the_ends() -> None:
+    view = Lambda(lambda x: x.view(x.size(0), -1))
+    model = nn.Sequential(nn.Conv2d(3, 2, 4, 4), nn.ReLU(), view, nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 5))
+    found = bits_of(Teacher.capture(model, SPEC), QuantizationSettings(first_last_bits=8, **W3A4))
+    assert found == {"0": (8, 8), "3": (3, 8), "5": (8, 8)}
 
 
 def test_bits_that_are_given_by_name_win(teacher: Teacher) -> None:

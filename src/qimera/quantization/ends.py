@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from qimera.config.bits import check_layer_bits
 from qimera.config.settings import LayerBits, QuantizationSettings
-from qimera.graph.nodes import has_parameter, layer_name, node_at
+from qimera.graph.nodes import has_parameter, is_size, layer_name, node_at
 from qimera.quantization.scheme import reading_network_input
 from qimera.teacher.teacher import Teacher
 
@@ -62,7 +62,7 @@ def _source(layer: Node) -> str | None:
     """
     tensor = node_at(layer, 0)
     while not has_parameter(tensor):
-        read = [each for each in tensor.all_input_nodes if each.op != "get_attr"]
+        read = [each for each in tensor.all_input_nodes if each.op != "get_attr" and not is_size(each)]
         if len(read) != 1:
             return None
         tensor = read[0]
