@@ -88,3 +88,25 @@ def test_a_network_whose_layers_share_a_weight_keeps_it() -> None:
     torch.manual_seed(0)
     student = Student(Teacher.capture(Twice(), SPEC), QuantizationSettings())
     assert first_blocks(student.module, student.reference, 9) == []
+
+
+def test_no_block_adds_another_number_at_each_position() -> None:
+    """Crops of the map say nothing of what is added elsewhere."""
+
+    class Positions(nn.Module):
+        def __init__(self, height: int) -> None:
+            super().__init__()
+            self.first, self.second, self.fc = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 10)
+            self.added = nn.Parameter(torch.randn(8, height, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.second(F.relu(self.first(x)) + self.added))
+            out: Tensor = self.fc(x.mean((2, 3)))
+            return out
+
+    def num_blocks(height: int) -> int:
+        student = Student(Teacher.capture(Positions(height), SPEC), QuantizationSettings())
+        return len(first_blocks(student.module, student.reference, 9))
+
+    assert num_blocks(1) == 1
+    assert num_blocks(32) == 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import fx
 from torch.fx import GraphModule, Node
 
-from qimera.graph.nodes import CONVOLUTIONS, aten, groups_of, node_called
+from qimera.graph.nodes import CONVOLUTIONS, aten, groups_of, node_called, tensor_of
 from qimera.quantization.losses import block_outputs
 from qimera.quantization.scheme import JOINS, RELUS, before_moves
 from qimera.student.equalization import shares_weight
@@ -63,7 +63,9 @@ def first_blocks(student: GraphModule, reference: GraphModule, count: int) -> li
             continue
         inside = _between(student, start, end)
         layers = tuple(node for node in inside if node.target in CONVOLUTIONS)
-        if not all(_is_local(node) for node in [*inside, *_between(reference, start, end)]):
+        if not all(_is_local(student, node) for node in inside):
+            break
+        if not all(_is_local(reference, node) for node in _between(reference, start, end)):
             break
         if not all(layer.name in theirs and _has_own_weight(student, layer) for layer in layers):
             break
@@ -102,5 +104,8 @@ def _has_own_weight(student: GraphModule, layer: Node) -> bool:
     return weight_quantizer(student, layer) is not None and not shares_weight(student, layer)
 
 
-def _is_local(node: Node) -> bool:
-    return node.op in ("get_attr", "call_module") or node.target in _LOCAL
+def _is_local(module: GraphModule, node: Node) -> bool:
+    if node.op == "get_attr":
+        joined = any(user.target in JOINS for user in node.users)
+        return not joined or tensor_of(module, node).shape[-2:].numel() == 1  # the same at every position
+    return node.op == "call_module" or node.target in _LOCAL
