@@ -63,6 +63,14 @@ def test_batch_norms_that_stay_hold_a_factor_and_an_offset_per_channel() -> None
     assert unquantized_bytes(teacher.module) == 3 * 6 * 2 * 4
 
 
+def test_a_batch_norm_of_tokens_is_no_part_of_the_layer_before_it() -> None:
+    """It holds a factor and an offset for each of 3 tokens, and the layer a scale and a bias for each of 4 features."""
+    model = nn.Sequential(nn.Flatten(2), nn.Linear(64, 4), nn.BatchNorm1d(3), nn.Flatten(), nn.Linear(12, 2))
+    teacher = Teacher.capture(model, InputSpec(shape=(3, 8, 8), mean=(0.5,) * 3, std=(0.25,) * 3))
+    assert stored_layers(teacher.module)["1"].num_biases == 4
+    assert unquantized_bytes(teacher.module) == 3 * 2 * 4
+
+
 def test_scales_of_a_transposed_convolution_are_for_its_output_channels() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(3, 4, 2, groups=1), nn.ReLU(), Head(4))
     assert said(model, 8) == 3 * 4 * 4 + 4 * 12 + 4 * 5 + 5 * 12

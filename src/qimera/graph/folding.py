@@ -28,7 +28,7 @@ def fold_batch_norms(module: GraphModule) -> GraphModule:
     folded = copied(module)
     for norm in batch_norms(folded):
         layer = node_at(norm, 0)
-        if _can_take_in_norm(layer):
+        if can_take_in_norm(layer):
             _fold(folded, layer, norm)
     folded.graph.eliminate_dead_code()
     folded.delete_all_unused_submodules()
@@ -36,7 +36,7 @@ def fold_batch_norms(module: GraphModule) -> GraphModule:
     return folded
 
 
-def _can_take_in_norm(layer: Node) -> bool:
+def can_take_in_norm(layer: Node) -> bool:
     """Whether the norm of what ``layer`` returns scales and shifts what each row of its weight makes, and nothing else.
 
     Behind a linear layer on tokens (batch, token, feature) a batch norm is one of tokens.

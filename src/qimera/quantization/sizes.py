@@ -1,12 +1,12 @@
 """A teacher and its bits -> the bytes of what an ONNX file of the student holds, and of the teacher's own numbers."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
 from qimera.config.settings import QuantizationSettings
+from qimera.graph.folding import can_take_in_norm
 from qimera.graph.nodes import aten, batch_norms, has_bias, has_parameter, layer_name, node_at, tensor_of
 from qimera.quantization.scheme import is_integer_product
 from qimera.teacher.teacher import Teacher
@@ -91,13 +91,8 @@ def unquantized_bytes(module: GraphModule) -> int:
 
 def _folded_norms(module: GraphModule) -> dict[Node, Node]:
     """Return the batch norm that becomes part of each layer, as ``fold_batch_norms`` does it."""
-    return {layer: norm for norm in batch_norms(module) for layer in _layer_before(norm)}
-
-
-def _layer_before(norm: Node) -> Iterator[Node]:
-    layer = node_at(norm, 0)
-    if has_parameter(layer) and len(layer.users) == 1:
-        yield layer
+    norms = {node_at(norm, 0): norm for norm in batch_norms(module)}
+    return {layer: norm for layer, norm in norms.items() if can_take_in_norm(layer)}
 
 
 def _num_biases(module: GraphModule, layer: Node, norm: Node | None) -> int:
