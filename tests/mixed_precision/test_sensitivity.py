@@ -74,6 +74,13 @@ def test_the_same_seed_gives_the_same_losses_and_every_layer_is_reported(
     assert [(each.stage, each.step, each.total) for each in reports] == [("sensitivity", i, 6) for i in range(1, 7)]
 
 
+def test_a_bank_of_a_single_image_is_enough(teacher: Teacher, bank: SampleBank) -> None:
+    settings = SynthesisSettings(num_optimized=0)
+    nothing = SampleBank.from_pixels(bank.pixels[:0], bank.soft_labels[:0], teacher, settings, seed=0)
+    found = measure_sensitivity(teacher, nothing.with_images(bank.pixels[:1], teacher), activations=False)
+    assert all(losses[0] > losses[-1] for losses in found.weights.values())
+
+
 @pytest.mark.parametrize("name", ["transposed convolution", "shared convolution", "norms before convolutions"])
 def test_layers_of_every_kind_are_measured(name: str) -> None:
     teacher = shared.teacher_of(name)

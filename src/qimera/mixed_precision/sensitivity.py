@@ -67,7 +67,7 @@ def measure_sensitivity(
 
     Args:
         teacher: The model.
-        bank: Samples of it; half of those used are to fit, half to judge by.
+        bank: Samples of it; half of those used are to fit, half to judge by. A single one serves for both.
         activations: Whether inputs are of interest; without them it takes half the time.
         seed: Draws the samples.
         progress: Called after every layer.
@@ -78,7 +78,8 @@ def measure_sensitivity(
     seed = check_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     num_samples = _NUM_LARGE_SAMPLES if teacher.input_spec.has_large_images else _NUM_SAMPLES
-    fit_on, judge_on = next(bank.batches(num_samples, rng)).images.chunk(2)
+    images = next(bank.batches(num_samples, rng)).images
+    fit_on, judge_on = images.chunk(2) if len(images) > 1 else (images, images)
     trial = _Trial(fold_batch_norms(teacher.module), fit_on, judge_on, seed)
     at_input = reading_network_input(teacher.module)
     found: tuple[dict[str, list[float]], ...] = ({}, {})
