@@ -156,6 +156,16 @@ def test_a_wrong_budget_is_refused(teacher: Teacher, bank: SampleBank, budget: s
         allocate_bits(teacher, bank, budget)
 
 
+def test_a_sensitivity_without_a_layer_that_the_budget_decides_on_is_refused(
+    teacher: Teacher, bank: SampleBank, sensitivity: Sensitivity
+) -> None:
+    of_weights = Sensitivity(weights=sensitivity.weights, activations={})
+    with pytest.raises(ConfigError, match=r"sensitivity: does not hold what budget bops=0\.02 needs of conv2"):
+        allocate_bits(teacher, bank, "bops=0.02", sensitivity=of_weights)
+    with pytest.raises(ConfigError, match=r"sensitivity: does not hold what budget size=0\.2 needs of conv1"):
+        allocate_bits(teacher, bank, "size=0.2", sensitivity=Sensitivity(weights={}, activations={}))
+
+
 def test_a_student_is_not_made_while_the_budget_is_not_turned_into_bits(teacher: Teacher, bank: SampleBank) -> None:
     settings = QuantizationSettings(
         budget="size=0.15", layer_bits=(LayerBits(pattern="fc", weight_bits=8, activation_bits=8),)

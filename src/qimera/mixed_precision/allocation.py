@@ -8,6 +8,7 @@ from torch import nn
 from qimera.config.base import Settings
 from qimera.config.bits import parse_bits, parse_layer_bits, spell_layer_bits
 from qimera.config.settings import LayerBits, QuantizationSettings
+from qimera.errors import ConfigError
 from qimera.machine.progress import ProgressCallback, silent
 from qimera.mixed_precision.budget import Budget, LayerChoice, check_budget, fixed_cost, layer_choices
 from qimera.mixed_precision.knapsack import Option, solve_knapsack
@@ -111,12 +112,14 @@ def allocate_bits(
         layer_bits: Bits by layer name that are kept, and count in the budget.
         first_last_bits: Bits of the first and the last layer that are kept, and count in the budget; 0 if these two are
             to be chosen as well.
-        sensitivity: Of an earlier call, or of ``measure_sensitivity``; it does not depend on the budget.
+        sensitivity: Of ``measure_sensitivity``, or of an earlier call with the same measure, ``size`` or ``bops``; it
+            does not depend on the share.
         seed: Same seed, bank and machine: same allocation.
         progress: Called after every layer.
 
     Raises:
-        ConfigError: a budget that no bits can meet, or all can, wrong bits, or a bank of another teacher.
+        ConfigError: a budget that no bits can meet, or all can, wrong bits, a bank of another teacher, or a sensitivity
+            that lacks a layer.
     """
     weight_bits, activation_bits = parse_bits(bits)
     quantization = QuantizationSettings(
@@ -182,6 +185,11 @@ def _options(choice: LayerChoice, sensitivity: Sensitivity, budget: Budget) -> l
     if choice.is_fixed:
         return [Option(cost, 0.0) for cost in choice.costs.values()]
     by_budget = len({activation_bits for _, activation_bits in choice.costs}) > 1
+    if choice.name not in sensitivity.weights or (by_budget and choice.name not in sensitivity.activations):
+        raise ConfigError(
+            f"sensitivity: does not hold what budget {budget} needs of {choice.name}; leave it out, or give what "
+            "measure_sensitivity returns for this model"
+        )
     return [
         Option(cost, sensitivity.loss(choice.name, weight_bits, activation_bits if by_budget else None))
         for (weight_bits, activation_bits), cost in choice.costs.items()
