@@ -10,6 +10,7 @@ from qimera.config.input_spec import InputSpec
 from qimera.config.settings import LayerBits, QuantizationSettings
 from qimera.errors import ConfigError
 from qimera.mixed_precision.budget import Budget, bit_operations, check_budget, fixed_cost, layer_choices
+from qimera.quantization.ends import with_rules_for_ends
 from qimera.quantization.sizes import float_bytes, packed_bytes, unquantized_bytes
 from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
@@ -148,6 +149,12 @@ def test_bits_that_are_all_given_may_take_less_than_the_budget_but_not_more(toy:
     check_budget(toy, settings("size=0.9", *rules))
     with pytest.raises(ConfigError, match=r"budget: size=0.1 cannot be met: at the bits of layer_bits"):
         check_budget(toy, settings("size=0.1", *rules))
+
+
+def test_a_budget_that_the_bits_of_both_ends_leave_out_of_reach_names_their_setting(toy: Teacher) -> None:
+    ends = with_rules_for_ends(QuantizationSettings(first_last_bits=8, budget="size=0.1"), toy)
+    with pytest.raises(ConfigError, match=r"cannot be met: at the bits of first_last_bits and layer_bits the model"):
+        check_budget(toy, ends)
 
 
 def test_a_budget_for_the_scheme_of_the_paper_is_refused(toy: Teacher) -> None:

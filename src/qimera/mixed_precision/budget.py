@@ -149,9 +149,10 @@ def check_budget(teacher: Teacher, quantization: QuantizationSettings) -> None:
         f"{budget.measure}={math.ceil(1e4 * lowest / full) / 1e4:g} to {math.floor(1e4 * highest / full) / 1e4:g}"
     )
     num_fixed = sum(choice.is_fixed for choice in choices)
-    beside = " beside those of layer_bits" if num_fixed else ""
+    given = "first_last_bits and layer_bits" if quantization.first_last_bits else "layer_bits"
+    beside = f" beside those of {given}" if num_fixed else ""
     if budget.limit(teacher) < lowest:
-        bits = "the bits of layer_bits" if num_fixed == len(choices) else f"2 bits{beside}"
+        bits = f"the bits of {given}" if num_fixed == len(choices) else f"2 bits{beside}"
         raise ConfigError(
             f"budget: {budget} cannot be met: at {bits} the model takes {lowest / full:.4f} of full precision; "
             f"give {reachable}"
