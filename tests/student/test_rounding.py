@@ -104,6 +104,14 @@ def test_a_layer_that_misses_nothing_and_sees_nothing_is_damped_too() -> None:
     assert suiting_damping(torch.zeros(2, 1, 3), torch.zeros(2, 1, 4)) in _DAMPINGS
 
 
+def test_a_dead_channel_keeps_its_weights() -> None:
+    """Its inputs are alike and next to nothing: weight decay brings channels there that no loss holds back."""
+    inputs = 1e-21 * (1 + 1e-3 * torch.randn(1, 64, 9, generator=torch.Generator().manual_seed(0)))
+    weight = torch.ones(1, 1, 3, 3)
+    found, _ = adapted(weight, None, inputs, torch.zeros(1, 64, 1), suiting_damping(inputs, torch.zeros(1, 64, 1)))
+    assert torch.equal(found, weight)
+
+
 @torch.no_grad()
 def test_rounding_comes_close_to_the_best_of_all_integers() -> None:
     """Against every combination of three levels for five weights, whose inputs vary together."""

@@ -33,6 +33,9 @@ layers are given 3, first ones 0.03.
 _MAX_INPUTS = 8192
 """Inputs of one output from which a layer keeps its nearest integers: the matrix of products would not fit."""
 
+_NEXT_TO_NOTHING = 1e-34
+"""Power of inputs with which float32 cannot compute, as of dead channels: their weights keep their nearest integers."""
+
 
 @torch.no_grad()
 def round_layers_(
@@ -286,7 +289,7 @@ def _products(a: Float[Tensor, "group position x"], b: Float[Tensor, "group posi
 
 def _damped(moments: Float[Tensor, "group input input"], damping: float) -> Float[Tensor, "group input input"]:
     power = moments.diagonal(dim1=1, dim2=2).mean(1)
-    added = torch.where(power > 0, damping * power, 1.0)[:, None, None]
+    added = torch.where(power > _NEXT_TO_NOTHING, damping * power, 1.0)[:, None, None]
     return moments + added * torch.eye(moments.shape[1], device=moments.device)
 
 
