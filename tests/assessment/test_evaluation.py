@@ -136,6 +136,12 @@ def test_a_network_in_training_mode_is_refused(role: str) -> None:
         evaluate(networks["model"], numbered_images([0]), SPEC, teacher=networks["teacher"])
 
 
+@pytest.mark.parametrize("layer", [nn.Dropout1d(), nn.Dropout3d(), nn.AlphaDropout(), nn.RReLU()])
+def test_a_layer_that_draws_in_training_mode_is_refused_there(layer: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="model: layer 1 is in training mode"):
+        evaluate(nn.Sequential(Classifier(3).eval(), layer), numbered_images([0]), SPEC)
+
+
 def test_a_teacher_of_other_classes_is_refused() -> None:
     with pytest.raises(ConfigError, match="teacher: has 4 classes, the model has 3"):
         evaluate(Answers(one_hot([0], 3)), numbered_images([0]), SPEC, teacher=Answers(one_hot([0], 4)))

@@ -26,7 +26,7 @@ _SURE = 2.33
 _QUANTILE = 1.645
 """Of the normal distribution, for a two-sided interval of 90 percent."""
 
-_MODE_DEPENDENT = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.Dropout, nn.Dropout2d)
+_MODE_DEPENDENT = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def _check_eval_mode(role: str, classifier: AnyClassifier) -> None:
         # Exported graphs keep `training` set but hold no such modules; there the flag means nothing.
         if isinstance(module, _MODE_DEPENDENT) and module.training:
             raise ConfigError(
-                f"{role}: layer {name or type(module).__name__} is in training mode, where it answers by the batch and "
-                f"changes its statistics; call {role}.eval() first"
+                f"{role}: layer {name or type(module).__name__} is in training mode, where it answers by the batch or "
+                f"by chance; call {role}.eval() first"
             )
 
 
