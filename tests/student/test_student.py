@@ -296,6 +296,15 @@ def test_a_file_without_a_whole_student_is_refused(
         Student.load(path)
 
 
+def test_ranges_stay_where_they_are_once_a_search_has_failed(teacher: Teacher, toy_images: Tensor) -> None:
+    student = Student(teacher, settings_of("w4a4", "hardware"))
+    with pytest.raises(RuntimeError):
+        student.initialize_ranges_([toy_images[:4, :2]])
+    before = [step.clone() for step in student.steps]
+    student(toy_images[:4])
+    assert all(torch.equal(step, kept) for step, kept in zip(student.steps, before, strict=True))
+
+
 # --- block outputs ----------------------------------------------------------------------------------------------------
 
 

@@ -204,8 +204,7 @@ class Student(nn.Module):
             behind = [user for user in end.users if user.op == "call_module"]
             if behind:
                 quantizers[name] = behind[0]
-        exact = with_exact_rounding(self.module, self.settings.target)
-        _, values = with_outputs(exact, [node.name for node in quantizers.values()])(images)
+        _, values = with_outputs(self._exact[0], [node.name for node in quantizers.values()])(images)
         found = {}
         for (name, node), value in zip(quantizers.items(), values, strict=True):
             quantizer = self.module.get_submodule(str(node.target))
@@ -271,9 +270,11 @@ class Student(nn.Module):
         averaging = any(isinstance(quantizer, MinMaxFakeQuantize) for quantizer in quantizers)
         for quantizer in quantizers:
             quantizer.searching = "minmax" if averaging else "mse"
-        yield averaging
-        for quantizer in quantizers:
-            quantizer.searching = None
+        try:
+            yield averaging
+        finally:
+            for quantizer in quantizers:
+                quantizer.searching = None
 
 
 def _weight_quantizers(module: GraphModule) -> Iterator[tuple[Tensor, nn.Module]]:
