@@ -5,7 +5,12 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize, round_to_grid
+from qimera.quantization.fake_quantize import (
+    LearnedStepFakeQuantize,
+    MinMaxFakeQuantize,
+    PerChannelBiasFakeQuantize,
+    round_to_grid,
+)
 from qimera.quantization.ranges import affine_parameters, integer_range
 from tests import reference
 
@@ -377,3 +382,15 @@ def test_the_range_is_fitted_while_searching_alone() -> None:
     quantizer.searching = "mse"
     quantizer(x)
     assert float(quantizer.scale.detach()) < 0.07
+
+
+def test_zero_points_of_a_bias_are_on_the_device_of_its_steps() -> None:
+    activation = activation_quantizer(4, 0.1, 0).to("meta")
+    weight = weight_quantizer(4, torch.ones(6, 3)).to("meta")
+    bias = PerChannelBiasFakeQuantize(
+        num_channels=6, dtype=torch.int32, quant_min=-1, quant_max=1, qscheme=torch.per_channel_symmetric
+    )
+    bias.follow_(activation, weight)
+    scale, zero_point = bias.calculate_qparams()
+    assert scale.device == zero_point.device == torch.device("meta")
+    assert scale.shape == zero_point.shape == (6,)

@@ -237,7 +237,8 @@ class PerChannelBiasFakeQuantize(_Declared):
 
     def calculate_qparams(self, **_: object) -> tuple[Float[Tensor, " channel"], Int[Tensor, " channel"]]:
         """Return (scale, zero point) per channel, as ``convert_pt2e`` asks for them."""
-        return self.scale, torch.zeros(self.num_channels, dtype=torch.int32)
+        scale = self.scale
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
 
     def forward(self, x: Float[Tensor, " channel"]) -> Float[Tensor, " channel"]:
         """Return the bias on the grid."""
