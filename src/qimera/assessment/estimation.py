@@ -137,8 +137,9 @@ def telling(
 ) -> tuple[Bool[Tensor, " sample"], Bool[Tensor, " sample"]]:
     """Return which samples show one class and do so without doubt to the teacher, and which are superposed.
 
-    The first are what it sees most real images as; all samples, where there are none. The others lie near its
-    boundaries on purpose. A student that was trained for long agrees with it about the first, but not there.
+    The teacher is as sure of most real images as of the first; where there are none, all samples are taken for them.
+    Superposed ones lie near its boundaries on purpose. A student that was trained for long agrees with it about the
+    first, but not there.
     """
     is_single = shows_one_class(soft_labels)
     sure = is_single & (logits.softmax(1).amax(1) > _SURE)

@@ -133,7 +133,7 @@ def check_budget(teacher: Teacher, quantization: QuantizationSettings) -> None:
     """Refuse a budget that no bits can meet, or that all can.
 
     Raises:
-        ConfigError: so it is, or the scheme has no bits per layer.
+        ConfigError: no bits can meet it, all bits can, or the scheme has no bits per layer.
     """
     if not quantization.budget:
         return

@@ -55,7 +55,7 @@ def solve_knapsack(layers: Sequence[Sequence[Option]], limit: int) -> list[int]:
 
 @dataclass(frozen=True)
 class _States:
-    """Sums over the layers so far, by rising cost and falling loss, and how each was come by."""
+    """Sums over the layers so far, by rising cost and falling loss, and the choices that led to each."""
 
     cost: Int64[np.ndarray, " state"]
     loss: Float64[np.ndarray, " state"]

@@ -63,7 +63,7 @@ def measure_sensitivity(
     That the harm of layers adds up is what ZeroQ (Cai et al. 2020) assumes for its Pareto frontier. Ours differs in how
     it is measured: weights are rounded as those of the student are, the layers that follow may make up for what they
     can, as they do in the student (deviation D29), and the divergence is that on samples that none of this has seen.
-    Each of the three tells more of what becomes of the whole student (deviation D31).
+    Each of these three makes the sum a better guide to the whole student (deviation D31).
 
     Args:
         teacher: The model.
@@ -96,9 +96,9 @@ def measure_sensitivity(
 def _losses(trial: "_Trial", quantize: Callable[[int, bool], "_Outputs"]) -> list[float]:
     """Return the loss at each width, of 2 to 8 bits.
 
-    Up to 4 bits the layers that follow make up for what they can. Above, the loss is what the layer does alone, times
-    the share that remains at 4 bits, which is measured at 6 bits; a bit more or less is a factor of 4 there, as the
-    squared error of any rounding has it.
+    Up to 4 bits the layers that follow make up for what they can. Above, the loss is that of the layer alone, measured
+    at 6 bits, times the share that the layers behind leave of it at 4 bits. Each bit more divides it by 4, as it does
+    the squared error of any rounding.
     """
     losses = [trial.loss(quantize(bits, True), _NUM_FOLLOWERS) for bits in (2, 3, 4)]
     alone_at_4, alone_at_6 = (trial.loss(quantize(bits, False), 0) for bits in (4, 6))

@@ -33,10 +33,10 @@ def round_to_grid(x: Tensor, scale: Tensor, low: Levels, high: Levels) -> Tensor
 class _LearnedStep(Function):
     """``round_to_grid`` with the gradients of Esser et al. 2020 (LSQ).
 
-    Where ``x`` is rounded the gradient passes to it, where it is clamped not; the step gets (q - x / s) where rounded
-    and q where clamped. The range reaches half a step beyond its last levels (deviation D10). Summed over
-    all elements this is (dy . y - dx . x) / s: with one clipped copy of dy and two dot products, no more is stored or
-    read than training must touch anyway.
+    The gradient passes to ``x`` where it is rounded, and not where it is clamped. The step gets (q - x / s) where ``x``
+    is rounded and q where it is clamped. The range reaches half a step beyond its last levels (deviation D10). Summed
+    over all elements, the gradient of the step is (dy . y - dx . x) / s. With one clipped copy of dy and two dot
+    products, nothing is stored or read beyond what training needs anyway.
     """
 
     @staticmethod
@@ -85,7 +85,7 @@ class _Declared(FakeQuantizeBase):
         self.dtype, self.qscheme, self.is_dynamic = dtype, qscheme, is_dynamic
         self.quant_min, self.quant_max, self.ch_axis = quant_min, quant_max, ch_axis
         self.searching: RangeMethod | None = None
-        """While set, every call first fits the range, that of a weight whose bias this is, to its input."""
+        """While set, every call first fits the range to its input; a bias enlarges the range of its layer's weight."""
 
 
 class _FakeQuantize(_Declared):

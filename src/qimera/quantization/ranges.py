@@ -9,7 +9,7 @@ from torch import Tensor
 RangeMethod = Literal["mse", "minmax"]
 
 LOWEST_WEIGHT = -127
-"""Of all weights in files; see ``weight_range``."""
+"""Lowest integer of weights in files; see ``weight_range``."""
 
 _SCALE_OF_ZEROS = 2.0**-12
 _NUM_CANDIDATES = 80

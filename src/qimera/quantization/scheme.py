@@ -79,8 +79,8 @@ _Edge = tuple[Node, Node, int]
 class HardwareQuantizer(Quantizer):
     """What integer kernels need: zero-point-0 weights per channel, and every activation edge (deviation D18).
 
-    Inputs of layers and matrix products get the stated bits; edges into additions, concatenations and average pooling,
-    and outputs of layers that something reads in full precision, ``edge_bits``; the network's input ``input_bits``. A
+    Inputs of layers and matrix products get the stated bits, and the network's input gets ``input_bits``. Tensors that
+    enter additions, concatenations and average pooling get ``edge_bits``, as do outputs that are read unquantized. A
     tensor that is read at several widths is first put on the widest grid and from there on the narrower ones, as an
     integer requantization would. Biases lie on the grid of the sums that they are added to (deviation D27). For
     targets whose kernels add before they round, the convolution's own result is on no grid.

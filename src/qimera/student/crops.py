@@ -32,7 +32,7 @@ class Crops:
         with torch.no_grad():
             sample = reference(theirs[:8])
         self.variance = float(sample.var((0, 2, 3)).sum()) + 1e-12
-        """Of what the block returns, added up over channels."""
+        """Variance of what the block returns, added up over channels."""
         sizes = list(zip(mine.shape[2:], sample.shape[2:], strict=True))
         self._strides = [max(1, round(entering / leaving)) for entering, leaving in sizes]
         self._sizes = [min(mine.shape[2 + axis], _SIZE * stride) for axis, stride in enumerate(self._strides)]

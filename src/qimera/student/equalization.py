@@ -24,7 +24,7 @@ _POWERS = (0.25, 0.5)
 """Shares of the way to equal reaches, in logarithms, that are tried where channels share a grid of weights."""
 
 _LIMIT = "limit_of_"
-"""What buffers of clamps are called by, before the name of the node that clamps."""
+"""Prefix of buffers that hold the limits of clamps, before the name of the node that clamps."""
 
 _POOLINGS = {aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
 _COPIES = {aten.dropout.default, aten.clone.default, aten.contiguous.default}

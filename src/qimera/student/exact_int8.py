@@ -54,7 +54,7 @@ def with_int8_kernels(module: GraphModule, arithmetic: Arithmetic) -> GraphModul
 
     Args:
         module: The student's graph.
-        arithmetic: Of the kernels. Those of microcontrollers read weights of 4 bits as they are, others widened.
+        arithmetic: That of the kernels. Microcontrollers read weights of 4 bits as they are, others widened.
     """
     packs = arithmetic == FixedPoint()
     graph = fx.Graph()

@@ -106,8 +106,8 @@ def widening(largest: int, largest_bias: int = 0) -> int:
     Kernels that multiply by a fixed-point number and round twice are more exact for larger sums.
 
     Args:
-        largest: Of all integers of the weight, without signs.
-        largest_bias: Of all integers of the bias, without signs.
+        largest: Largest absolute value of the weight's integers.
+        largest_bias: Largest absolute value of the bias's integers.
     """
     room = min(HIGHEST / max(1, largest), _BIAS_LIMIT / max(1, largest_bias))
     return 1 << math.floor(math.log2(room)) if room >= 1 else 1

@@ -24,13 +24,13 @@ _MAX_LEVELS = 16
 _NUM_STEPS = 600
 _BATCH_SIZE = 8
 _SOFT_SHARE = 0.75
-"""Of the steps, those in which weights lie between integers; biases and steps then adapt to the integers."""
+"""Share of the steps in which weights lie between integers; biases and quantizer steps then adapt to the integers."""
 
 _WEIGHT_RATE, _BIAS_RATE, _STEP_RATE = 1e-2, 3e-3, 3e-4
-"""Of Adam; biases count in the deviation of their layer's, quantizer steps as logarithms."""
+"""Of Adam: for logits of shares, for biases in their standard deviation, and for logarithms of quantizer steps."""
 
 _MEASURED_SHARE = 0.2
-"""Of the steps, those in which gradients are only measured, before weights are pulled towards integers."""
+"""Share of the steps in which gradients are only measured, before weights are pulled towards integers."""
 
 _PULL = 10.0
 """The pull towards integers, in measured gradients."""
@@ -96,7 +96,7 @@ def _reconstruct_(
     unseen: tuple[SteppedRun, ...],
     rng: torch.Generator,
 ) -> bool:
-    """Train one block, and say whether its error on unseen samples fell; it is as before where that did not."""
+    """Train one block, and return whether its error on unseen samples fell; if it did not, nothing changes."""
     mine, theirs = part_of(student, block), part_of(reference, block)
     entering, target = unseen[0].value(block.start), theirs(unseen[1].value(block.start))
     before = relative_error(mine(entering), target)
@@ -211,7 +211,7 @@ def _soft(student: GraphModule, node: Node, weight: Tensor, real: Tensor) -> Sof
 
 
 def _own_steps(student: GraphModule, part: GraphModule, block: Block) -> list[nn.Parameter]:
-    """Return the steps of the activations' grids that nothing outside of the block lies on; the images' is no such."""
+    """Return the steps of activation grids that are used in this block alone, without the grid of the images."""
     (images,) = student.graph.find_nodes(op="placeholder")
     inside = [node for node in part.graph.nodes if node.op == "call_module"]
     calls = [node.target for node in student.graph.nodes if node.op == "call_module"]

@@ -24,14 +24,14 @@ from qimera.student.equalization import (
 from qimera.student.positions import argument_of, look_at_layer
 
 _DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0)
-"""Shares of the mean input power that are tried as what is added to every input's own; GPTQ adds 0.01 always.
+"""Shares of the mean input power to try; the best one is added to the power of every input. GPTQ always adds 0.01.
 
-Weights then suit the samples less and other images more, which layers with many inputs and few positions need: last
+Damped weights suit the samples less and other images more, which layers with many inputs and few positions need: last
 layers are given 3, first ones 0.03.
 """
 
 _MAX_INPUTS = 8192
-"""Inputs of one output from which a layer keeps its nearest integers: the matrix of products would not fit."""
+"""Inputs of one output above which a layer keeps its nearest integers: the matrix of products would not fit."""
 
 _NEXT_TO_NOTHING = 1e-34
 """Power of inputs with which float32 cannot compute, as of dead channels: their weights keep their nearest integers."""
@@ -208,7 +208,7 @@ class Compensation:
         target: Float[Tensor, "group position output"],
         damping: float | None = None,
     ) -> None:
-        """``damping`` is the one that suits these inputs unless it is known."""
+        """The damping that suits these inputs is searched unless it is given."""
         self._shape, self._bias, self._inputs, self._target = weight.shape, bias, inputs, target
         rows = weight.reshape(len(inputs), -1, inputs.shape[2])
         missing = target - inputs @ rows.mT
@@ -267,7 +267,7 @@ def adapted(
 def suiting_damping(
     inputs: Float[Tensor, "group position input"], missing: Float[Tensor, "group position output"]
 ) -> float:
-    """Return the damping with which what one half of the images is missing says most about the other half.
+    """Return the damping whose correction, found on one half of the images, leaves the least error on the other half.
 
     A single position has no halves; it gets the strongest.
     """

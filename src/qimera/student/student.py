@@ -39,10 +39,10 @@ from qimera.teacher.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 _SCALES = "channel_scales."
-"""What names of scales begin with in a file, before the name of the node."""
+"""Prefix of the scales' names in a file, before the name of the node."""
 
 _STATE, _INPUT, _QUANTIZATION = "student/", "input_spec", "quantization"
-"""In a file with everything: what names of the student's own tensors begin with, and names of notes."""
+"""In a file of ``Student.save``: the prefix of the student's own tensors, and the names of the notes."""
 
 
 class Student(nn.Module):

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 _GIB = 2**30
 _FEWEST = 2
-"""Images that have statistics."""
+"""Fewest images of a batch: a single one has no variance."""
 
 _KEPT_BY_STUDENT = 2
 """Its quantizers keep as much again as they write."""
