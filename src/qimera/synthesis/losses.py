@@ -50,7 +50,8 @@ def layer_norm_loss(entering: Sequence[Tensor]) -> Float[Tensor, ""]:
     """
     losses = []
     for x in entering:
-        var, mean = torch.var_mean(F.layer_norm(x.float(), x.shape[-1:]).flatten(0, -2), 0, correction=0)
+        tokens = F.layer_norm(at_least_float32(x), x.shape[-1:]).flatten(0, -2)
+        mean, var = channel_moments(tokens, torch.zeros_like(tokens[0]))
         losses.append(((mean.square() + (safe_sqrt(var) - 1).square()) / (var + 1)).mean())
     return torch.stack(losses).mean()
 
@@ -67,11 +68,25 @@ def attention_loss(attended: Sequence[Tensor]) -> Float[Tensor, ""]:
     """
     losses = []
     for x in attended:
-        tokens = x.float().transpose(1, 2).flatten(2) if x.ndim == 4 else x.float().flatten(0, -3)
-        directions = F.normalize(tokens, dim=-1)
-        similarities = (directions @ directions.mT).flatten(1)
-        losses.append(-safe_sqrt(similarities.var(1, correction=0)).mean())
+        tokens = (x.transpose(1, 2) if x.ndim == 4 else x.flatten(0, -3).unsqueeze(2)).flatten(2)
+        mean, mean_square = _similarity_moments(F.normalize(at_least_float32(tokens), dim=-1))
+        losses.append(-safe_sqrt((mean_square - mean.square()).clamp(min=0)).mean())
     return torch.stack(losses).mean()
+
+
+def _similarity_moments(
+    directions: Float[Tensor, "batch token feature"],
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """Return the mean and the mean square of the products of all pairs of an image's tokens.
+
+    The squares of token by token products have the same sum as those of feature by feature products, which are fewer
+    where there are more tokens than features.
+    """
+    _, num_tokens, num_features = directions.shape
+    narrow = directions.mT if num_tokens > num_features else directions
+    products = narrow @ narrow.mT
+    num_pairs = num_tokens**2
+    return directions.sum(1).square().sum(1) / num_pairs, products.square().sum((1, 2)) / num_pairs
 
 
 Terms = dict[str, tuple[float, Tensor]]
