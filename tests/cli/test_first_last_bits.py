@@ -6,6 +6,7 @@ import pytest
 
 from qimera.cli.arguments import ModelOptions, RunOptions
 from qimera.cli.options import resolve
+from qimera.config.bits import parse_layer_bits
 from qimera.config.run_settings import RunSettings
 from qimera.config.settings import QuantizationSettings
 from qimera.runs.comparison import comparison_table
@@ -66,3 +67,19 @@ def test_the_option_comes_before_rules_by_name() -> None:
     assert {found.settings.quantization.bits_of(name) for name in (names[0], names[-1])} == {(6, 6)}
     options = RunOptions(first_last_bits=6, layer_bits=f"{names[-1]}=w5a5")
     assert resolve(ModelOptions(model="mnist_cnn"), options).settings.quantization.bits_of(names[-1]) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("rules", "told"),
+    [
+        ("*=w4a4", "bits       w4a4, except *=w4a4, scheme"),
+        ("0.0=5,3=6", "bits       w4a4, except 1.0=w4a8,0.0=w5a5,3=w6a6, scheme"),
+        ("3=5", "bits       w4a4, first and last layer at 8, except 3=w5a5, scheme"),
+    ],
+)
+def test_ends_that_rules_by_name_override_are_not_said_to_have_the_bits(tmp_path: Path, rules: str, told: str) -> None:
+    ends = QuantizationSettings(first_last_bits=8, layer_bits=parse_layer_bits(rules))
+    tiny_settings(quantization=ends).save(tmp_path / "settings.json")
+    done = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
+    assert told in done.stdout
+    assert ("first and last" in (tmp_path / "run" / "report.html").read_text()) == ("first and last" in told)

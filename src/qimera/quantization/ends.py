@@ -1,6 +1,7 @@
 """``first_last_bits`` and a teacher -> rules by layer name, as for any other layer."""
 
 import glob
+from fnmatch import fnmatchcase
 
 from torch.fx import Node
 
@@ -37,6 +38,18 @@ def rules_beside_ends(settings: QuantizationSettings, teacher: Teacher) -> tuple
     """Return ``layer_bits`` without the rules that ``first_last_bits`` brought."""
     rules = _rules(settings, teacher)
     return settings.layer_bits[len(rules) if settings.layer_bits[: len(rules)] == rules else 0 :]
+
+
+def told_of_ends(settings: QuantizationSettings, teacher: Teacher) -> tuple[int, tuple[LayerBits, ...]]:
+    """Return ``first_last_bits``, and ``layer_bits`` beside them, as a person is told.
+
+    Where rules by name take the first and the last layer's bits, this is 0 and every rule that decides on a layer.
+    """
+    bits, rules, names = settings.first_last_bits, settings.layer_bits, [layer.name for layer in teacher.layers]
+    if not bits or any(settings.bits_of(name) == (bits, bits) for name in first_and_last_layers(teacher)):
+        return bits, rules_beside_ends(settings, teacher)
+    last = {max((i for i, rule in enumerate(rules) if fnmatchcase(name, rule.pattern)), default=-1) for name in names}
+    return 0, tuple(rule for i, rule in enumerate(rules) if i in last)
 
 
 def _rules(settings: QuantizationSettings, teacher: Teacher) -> tuple[LayerBits, ...]:

@@ -12,7 +12,7 @@ from qimera.assessment.estimation import Estimate
 from qimera.config.base import Settings
 from qimera.config.bits import spell_layer_bits
 from qimera.config.run_settings import RunSettings
-from qimera.quantization.ends import rules_beside_ends
+from qimera.quantization.ends import told_of_ends
 from qimera.quantization.sizes import float_bytes, packed_bytes
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import short_source
@@ -47,7 +47,8 @@ class Summary(Settings):
     """Exceptions by layer name, as ``--layer-bits`` takes them, including those that a budget chose."""
 
     first_last_bits: int = 0
-    """Bits of the first and the last layer, unless ``layer_bits`` names them; 0 for those of all others."""
+    """Bits of the first and the last layer, unless ``layer_bits`` names one of them; 0 where they have the bits of all
+    others, or ``layer_bits`` names both."""
 
     budget: str = ""
     """Such as ``size=0.14``; empty where there was none."""
@@ -146,6 +147,7 @@ class Summary(Settings):
     ) -> "Summary":
         """Collect the summary of a run that has just finished."""
         quantization = settings.quantization
+        first_last_bits, layer_bits = told_of_ends(quantization, teacher)
         return cls(
             model=short_source(settings.model),
             warnings=warnings,
@@ -154,8 +156,8 @@ class Summary(Settings):
             bits=f"w{quantization.weight_bits}a{quantization.activation_bits}",
             scheme=quantization.scheme,
             target=quantization.target,
-            layer_bits=spell_layer_bits(rules_beside_ends(quantization, teacher)),
-            first_last_bits=quantization.first_last_bits,
+            layer_bits=spell_layer_bits(layer_bits),
+            first_last_bits=first_last_bits,
             budget=quantization.budget,
             allocation=allocation,
             recipe=settings.recipe,

@@ -33,7 +33,8 @@ class ComparedRun(Settings):
     """Exceptions by layer name, as ``--layer-bits`` takes them."""
 
     first_last_bits: int
-    """Bits of the first and the last layer, unless ``layer_bits`` names them; 0 for those of all others."""
+    """Bits of the first and the last layer, unless ``layer_bits`` names one of them; 0 where they have the bits of all
+    others, or ``layer_bits`` names both."""
 
     budget: str
     """Such as ``size=0.14``; empty if there was none."""
