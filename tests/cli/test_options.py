@@ -191,6 +191,15 @@ def test_several_bits_make_several_runs_of_one_bank(tmp_path: Path) -> None:
     assert "finished already" in said(qimera(*command))
 
 
+def test_runs_of_several_bits_find_their_bank_after_their_folder_was_moved(tmp_path: Path) -> None:
+    tiny = ("--recipe", "ptq", "--set", "synthesis.num_optimized=16", "--set", "direct.num_steps=1")
+    made = qimera("quantize", SMALL, *INPUT, "--bits", "w8a8,w4a4", *tiny, "--output", tmp_path / "here")
+    assert made.exit_code == 0, said(made)
+    (tmp_path / "here").rename(tmp_path / "there")
+    found = qimera("report", tmp_path / "there" / "w4a4")
+    assert found.exit_code == 0, said(found)
+
+
 @pytest.mark.parametrize("bits", ["w4a4,w4a4", "w8a8,", ","])
 def test_bits_that_are_named_twice_or_missing_are_refused(tmp_path: Path, bits: str) -> None:
     result = qimera("quantize", "mnist_cnn", "--bits", bits, "--output", tmp_path / "runs")
