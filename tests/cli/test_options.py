@@ -62,6 +62,13 @@ def test_a_wrong_option_of_quantize_is_refused_before_anything_is_written(
         assert not output.parent.exists()
 
 
+def test_wrong_bits_behind_right_ones_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    result = qimera("quantize", SMALL, *INPUT, "--recipe", "ptq", "--bits", "w8a8,w9a9", "--output", tmp_path / "runs")
+    assert result.exit_code == 2
+    assert "weight bits must be 2 to 8, given 9 in 'w9a9'" in said(result)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_run_without_a_model_is_refused(tmp_path: Path) -> None:
     result = qimera("quantize", "--output", tmp_path / "run")
     assert (result.exit_code, list(tmp_path.iterdir())) == (2, [])

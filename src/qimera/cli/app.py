@@ -217,11 +217,15 @@ def quantize(
 
 def _one_by_one(output: Path, options: RunOptions) -> list[tuple[Path, RunOptions]]:
     """Return where each of ``--bits W8A8,W4A4`` goes; the first of several makes the bank of all."""
+    from qimera.config.bits import parse_bits
+
     widths = [each.strip() for each in (options.bits or "").split(",")]
     if len(widths) == 1:
         return [(output, options)]
     if len(set(widths)) < len(widths) or "" in widths:
         raise ConfigError(f"--bits: expected each once, with commas between, such as w8a8,w4a4, given {options.bits}")
+    for each in widths:
+        parse_bits(each)
     bank = options.bank or output / widths[0] / "bank"
     banks = [options.bank, *[bank] * (len(widths) - 1)]
     keep = [options.keep_images, *[None] * (len(widths) - 1)]  # the first one's bank does
