@@ -176,7 +176,7 @@ def test_any_setting_can_be_set_by_its_dotted_name(model_file: Path) -> None:
         ({"set_": ["seed=3"]}, "--set: expected NAME=VALUE"),
         ({"set_": ["labels.superpositon=false"]}, "no such setting; did you mean superposition"),
         ({"set_": ["direct.num_steps=-3"]}, "--set: DirectSettings: num_steps: .*given -3"),
-        ({"steps": 5, "recipe": "fast,ptq"}, "distillation.num_steps is for one recipe, given fast,ptq"),
+        ({"steps": 5, "recipe": "fast,ptq"}, "^--steps: distillation.num_steps is for one recipe, given fast,ptq"),
     ],
 )
 def test_a_setting_that_cannot_be_set_is_refused(model_file: Path, options: dict[str, Any], message: str) -> None:

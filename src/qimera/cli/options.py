@@ -159,8 +159,8 @@ def _changed(settings: RunSettings, options: RunOptions) -> RunSettings:
     Raises:
         ConfigError: there is no such setting, its value is wrong, or a bank made earlier has another.
     """
-    steps = [] if options.steps is None else [f"distillation.num_steps={options.steps}"]
-    for text in [*steps, *(options.set_ or [])]:
+    steps = [] if options.steps is None else [("--steps", f"distillation.num_steps={options.steps}")]
+    for option, text in [*steps, *(("--set", text) for text in options.set_ or [])]:
         name, given, value = text.partition("=")
         path = name.strip().split(".")
         path = [_PLACES[path[0]], *path] if path[0] in _PLACES else path
@@ -170,11 +170,11 @@ def _changed(settings: RunSettings, options: RunOptions) -> RunSettings:
                 f"given {text!r}"
             )
         if settings.alternatives and path[0] == "distillation":
-            raise ConfigError(f"--set: {name} is for one recipe, given {settings.recipe}; choose one of them")
+            raise ConfigError(f"{option}: {name} is for one recipe, given {settings.recipe}; choose one of them")
         try:
             changed = _with_value(settings, path, _value_of(value))
         except ConfigError as error:
-            raise ConfigError(f"--set: {error}") from None
+            raise ConfigError(f"{option}: {error}") from None
         if options.bank is not None and changed.synthesis != settings.synthesis:
             raise ConfigError(f"--set: {name} differs from the bank; leave out --bank, or leave {name} out")
         settings = changed
