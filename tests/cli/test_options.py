@@ -147,6 +147,12 @@ def test_a_bank_by_several_recipes_is_refused_with_the_one_that_would_make_it(tm
     assert [each.name for each in tmp_path.iterdir()] == [model_file.name]
 
 
+def test_a_bank_in_the_place_of_the_working_directory_is_refused() -> None:
+    result = qimera("synthesize", SMALL, *INPUT, "--output", ".")
+    assert result.exit_code == 2
+    assert ".: exists already; choose another --output" in said(result)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_where_to_make_a_bank_that_is_made_already_is_refused(tmp_path: Path, model_file: Path, device: str) -> None:
     options = (*INPUT, "--bank", tmp_path / "bank", "--device", device, "--output", tmp_path / "npz")

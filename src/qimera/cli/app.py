@@ -123,7 +123,7 @@ def make_bank(
     output: OutputOptions,
 ) -> None:
     """Make a bank of synthetic samples: once per model, for every bit width."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = path.parent / f"{path.name}.unfinished"
     with speaking(output, f"the same command continues with what is in {unfinished}") as out:
         from qimera.assessment.diagnostics import diagnose, untrained_because
         from qimera.cli.facts import synthesis
