@@ -81,6 +81,16 @@ def test_evaluate_prints_accuracy_and_drop(tmp_path: Path, finished_run: Path, d
     assert values["drop"] == pytest.approx(values["teacher_top1"] - values["student_top1"])
 
 
+def test_warnings_go_to_stderr_where_an_object_goes_to_stdout(tmp_path: Path, finished_run: Path) -> None:
+    quantized = qimera("quantize", SMALL, *INPUT, *TINY, "--output", tmp_path / "run", "--quiet", "--json")
+    compared = qimera("compare", finished_run, "--json", "--strict")
+    (summary,) = (each["summary"] for each in json.loads(quantized.stdout)["runs"])
+    (row,) = json.loads(compared.stdout)["runs"]
+    assert quantized.stderr.splitlines() == [f"warning: {warning}" for warning in summary["warnings"]]
+    *shown, _ = compared.stderr.splitlines()
+    assert shown == [f"warning: {finished_run}: {warning}" for warning in row["warnings"]]
+
+
 def test_recipes_prints_every_recipe() -> None:
     values = printed("recipes", "--num-classes", 100)
     assert values["num_classes"] == 100

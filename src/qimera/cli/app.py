@@ -208,7 +208,7 @@ def quantize(
                 run, summary = _quantize(each, model_options, run_options, settings, place, out)
                 done.append(FinishedRun(run=str(each), report=str(run.report_page_file), summary=summary))
                 if is_main():
-                    out.result(Quantization(runs=tuple(done)), summary.text())
+                    out.result(Quantization(runs=tuple(done)), summary.text(), warnings=summary.warnings)
                     out.hint(f"report: {run.report_page_file}\nnext: qimera export {each}")
             if is_main():
                 found = (Result(each.run, each.summary.warnings, each.summary.estimated_drop) for each in done)

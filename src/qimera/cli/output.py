@@ -38,10 +38,17 @@ class Output:
         self._values: dict[str, object] = {}
         self._console = Console(stderr=True)
 
-    def result(self, values: "pydantic.BaseModel", *shown: str | Table) -> None:
-        """Print what was found; with ``--json``, keep ``values`` in place of earlier ones until the command ends."""
+    def result(self, values: "pydantic.BaseModel", *shown: str | Table, warnings: Iterable[str] = ()) -> None:
+        """Print what was found; with ``--json``, keep ``values`` in place of earlier ones until the command ends.
+
+        Args:
+            values: The object that ``--json`` prints.
+            shown: The same for a person.
+            warnings: Those that are a part of ``shown``; with ``--json`` they are printed like all others.
+        """
         self._values = values.model_dump(mode="json", exclude={"error"})
         if self._options.as_json:
+            self.warn(warnings)
             return
         for each in shown:
             if isinstance(each, Table):

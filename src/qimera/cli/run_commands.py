@@ -88,7 +88,8 @@ def compare(
         directories = [RunDirectory.open(run) for run in runs]
         found = ComparedRuns(runs=tuple(map(compared, directories)))
         width = terminal_width()
-        out.result(found, comparison_table(directories, width), warning_lines(directories, width))
+        warnings = (f"{each.run}: {warning}" for each in found.runs for warning in each.warnings)
+        out.result(found, comparison_table(directories, width), warning_lines(directories, width), warnings=warnings)
         Limits(strict, max_drop).check(*map(result_of, directories))
 
 
