@@ -33,14 +33,15 @@ def test_export_writes_a_file_into_the_run_and_says_how_it_compares(finished_run
 
 
 def test_export_takes_labels_and_preprocessing_to_a_path_of_choice(tmp_path: Path, finished_run: Path) -> None:
-    (tmp_path / "labels.txt").write_text("".join(f"class {number}\n" for number in range(10)))
+    names = "".join(f"class {number}\r\n" for number in range(10))
+    (tmp_path / "labels.txt").write_bytes(names.encode("utf-8-sig"))  # as Notepad saves it
     options = ("--include-preprocessing", "--labels", tmp_path / "labels.txt", "--output", tmp_path / "x.onnx")
     result = qimera("export", finished_run, *options)
     assert result.exit_code == 0, result.stderr
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
     assert session.get_inputs()[0].type == "tensor(uint8)"
     labels = json.loads(session.get_modelmeta().custom_metadata_map["qimera.labels"])
-    assert labels[3] == "class 3"
+    assert labels == [f"class {number}" for number in range(10)]
 
 
 def test_wrong_labels_and_places_are_refused_before_anything_is_written(tmp_path: Path, finished_run: Path) -> None:

@@ -113,7 +113,7 @@ def _labels(path: Path | None, num_classes: int) -> list[str]:
     if path is None:
         return []
     try:
-        labels = path.read_text(encoding="utf-8").splitlines()
+        labels = path.read_text(encoding="utf-8-sig").splitlines()  # editors on Windows put a mark first
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--labels: {path} cannot be read as text: {error}") from error
     if len(labels) != num_classes:
