@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -119,6 +120,19 @@ def test_evaluate_prints_student_teacher_drop_and_agreement(finished_run: Path, 
     assert values["drop"] == pytest.approx(values["teacher_top1"] - values["student_top1"])
     assert 0 <= values["agreement"] <= 100
     assert values["student_top5"] >= values["student_top1"]
+
+
+def test_the_working_directory_is_named_where_it_holds_the_images(
+    tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = shutil.copytree(finished_run, tmp_path / "run")
+    for number in range(10):
+        (tmp_path / "digits" / str(number)).mkdir(parents=True)
+        Image.new("L", (8, 8), number).save(tmp_path / "digits" / str(number) / "0.png")
+    monkeypatch.chdir(tmp_path / "digits")
+    done = qimera("evaluate", copied, "--data", ".")
+    assert done.exit_code == 0, done.stderr
+    assert RunDirectory.open(copied).measured.data == "digits"
 
 
 def test_inspect_shows_classes_batch_norms_and_layers() -> None:

@@ -35,7 +35,7 @@ def keep_evaluation(run: RunDirectory, path: Path, images: LabelledImages, resul
     assert result.teacher_top1 is not None
     assert result.agreement is not None
     measured = Measured(
-        data=path.name,
+        data=path.resolve().name,
         num_images=result.num_images,
         student_top1=result.top1,
         teacher_top1=result.teacher_top1,
