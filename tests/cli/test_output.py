@@ -161,6 +161,12 @@ def test_every_line_that_is_no_warning_and_no_hint_begins_with_the_time(tmp_path
     assert all(line.startswith(("warning: ", "report: ", "next: ")) for line in others), others
 
 
+def test_the_next_command_quotes_a_path_with_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "my runs" / "digits"
+    result = qimera("quantize", SMALL, *INPUT, *TINY, "--output", path)
+    assert result.stderr.splitlines()[-1] == f"next: qimera export '{path}'"
+
+
 def test_quiet_leaves_warnings_and_results_alone(tmp_path: Path) -> None:
     result = qimera("quantize", SMALL, *INPUT, *TINY, "--output", tmp_path / "run", "--quiet")
     assert result.exit_code == 0

@@ -6,6 +6,7 @@ torch, and all that builds on it, is imported inside the commands, so that ``qim
 import signal
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -171,7 +172,7 @@ def make_bank(
                 out.result(found, bank_facts(found))
                 out.warn(found.warnings)
                 if form == "bank":
-                    out.hint(f"next: qimera quantize, with the same options and --bank {path} --output RUN")
+                    out.hint(f"next: qimera quantize, with the same options and --bank {quote(str(path))} --output RUN")
                 Limits(strict).check(Result(str(path), found.warnings))
 
 
@@ -209,7 +210,7 @@ def quantize(
                 done.append(FinishedRun(run=str(each), report=str(run.report_page_file), summary=summary))
                 if is_main():
                     out.result(Quantization(runs=tuple(done)), summary.text(), warnings=summary.warnings)
-                    out.hint(f"report: {run.report_page_file}\nnext: qimera export {each}")
+                    out.hint(f"report: {run.report_page_file}\nnext: qimera export {quote(str(each))}")
             if is_main():
                 found = (Result(each.run, each.summary.warnings, each.summary.estimated_drop) for each in done)
                 Limits(strict, max_drop).check(*found)

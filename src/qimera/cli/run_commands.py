@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import typer
@@ -159,4 +160,4 @@ def export(
         out.result(found, f"{path}: {verification.text()}")
         out.hint(f"model card: {card}")
         if not (directory.evaluation_file).exists():
-            out.hint(f"next: qimera evaluate {run} --data PATH, if you have labelled images")
+            out.hint(f"next: qimera evaluate {quote(str(run))} --data PATH, if you have labelled images")
