@@ -135,6 +135,15 @@ def test_the_working_directory_is_named_where_it_holds_the_images(
     assert RunDirectory.open(copied).measured.data == "digits"
 
 
+def test_evaluate_measures_a_student_whose_bank_is_gone(tmp_path: Path, finished_run: Path, digits: Path) -> None:
+    copied = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(copied / "bank")
+    result = qimera("evaluate", copied, "--data", digits)
+    assert result.exit_code == 0, result.stderr
+    assert "the report stays as it is (bank" in said(result)
+    assert RunDirectory.open(copied).measured.num_images == 20
+
+
 def test_inspect_shows_classes_batch_norms_and_layers() -> None:
     result = qimera("inspect", "mnist_cnn")
     assert result.exit_code == 0, result.stderr

@@ -10,6 +10,7 @@ from qimera.assessment.data import LabelledImages
 from qimera.assessment.diagnostics import diagnose
 from qimera.assessment.evaluation import Evaluation
 from qimera.config.run_settings import RunSettings
+from qimera.errors import ConfigError
 from qimera.graph.costs import total_multiply_adds
 from qimera.machine.files import replacing
 from qimera.mixed_precision.budget import bit_operations
@@ -31,7 +32,7 @@ _MAX_REAL = 100
 
 
 def keep_evaluation(run: RunDirectory, path: Path, images: LabelledImages, result: Evaluation) -> None:
-    """Put what was measured on labelled images into the run's report; one that cannot be written to stays as it is."""
+    """Put what was measured on labelled images into the run's report; one that cannot be written stays as it is."""
     assert result.teacher_top1 is not None
     assert result.agreement is not None
     measured = Measured(
@@ -52,8 +53,9 @@ def keep_evaluation(run: RunDirectory, path: Path, images: LabelledImages, resul
         with replacing(run.evaluation_file) as temporary:
             measured.save(temporary)
         report_run(run, real)
-    except OSError as error:
-        logger.warning("%s: the report stays as it is (%s)", run.path, error.strerror)
+    except (OSError, ConfigError) as error:  # the second where the bank is gone
+        reason = error.strerror if isinstance(error, OSError) else error
+        logger.warning("%s: the report stays as it is (%s)", run.path, reason)
 
 
 def report_run(run: RunDirectory, real: Tensor | None = None) -> Report:
