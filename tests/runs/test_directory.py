@@ -240,6 +240,8 @@ def test_a_run_in_which_another_is_at_work_is_refused_and_left_alone(tmp_path: P
         (tmp_path / ".student.partial-123.safetensors").touch()
         with pytest.raises(ConfigError, match="another run is at work in it; wait for its end"), other.occupied():
             pass
+        with pytest.raises(ConfigError, match="not finished, and a process is at work in it; wait for its end"):
+            RunDirectory.open(tmp_path)
         assert files(tmp_path) == [".student.partial-123.safetensors", "settings.json"]
     with other.occupied():
         pass

@@ -94,7 +94,7 @@ class RunDirectory:
         """Return the finished run in ``path``.
 
         Raises:
-            ConfigError: no run is there, or one that was interrupted.
+            ConfigError: no run is there, or one that is not finished.
         """
         if not _settings_file(path).is_file():
             inside = [str(each.parent) for each in sorted(path.glob("*/settings.json"))]
@@ -103,6 +103,8 @@ class RunDirectory:
                 f"{path}: not a run (no settings.json in it); give the --output of `qimera quantize`{meant}"
             )
         run = cls(path, RunSettings.load(_settings_file(path)))
+        if not run.is_finished and run._is_occupied():
+            raise ConfigError(f"{path}: the run is not finished, and a process is at work in it; wait for its end")
         if not run.is_finished:
             raise ConfigError(f"{path}: the run was interrupted; give the command that started it again to continue")
         return run
@@ -120,9 +122,21 @@ class RunDirectory:
                 self._forget_unfinished_files()
             yield
         finally:
-            if self._locked is not None:
-                os.close(self._locked)
-                self._locked = None
+            self._unlock()
+
+    def _is_occupied(self) -> bool:
+        """Whether another process is working here."""
+        try:
+            self._lock()
+        except ConfigError:
+            return True
+        self._unlock()
+        return False
+
+    def _unlock(self) -> None:
+        if self._locked is not None:
+            os.close(self._locked)
+            self._locked = None
 
     def _lock(self) -> None:
         if fcntl is None:
