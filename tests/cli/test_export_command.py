@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def test_export_takes_labels_and_preprocessing_to_a_path_of_choice(tmp_path: Pat
     assert session.get_inputs()[0].type == "tensor(uint8)"
     labels = json.loads(session.get_modelmeta().custom_metadata_map["qimera.labels"])
     assert labels == [f"class {number}" for number in range(10)]
+
+
+def test_files_are_recorded_apart_whatever_the_alphabet_of_their_names(tmp_path: Path, finished_run: Path) -> None:
+    copied = shutil.copytree(finished_run, tmp_path / "run")
+    for name in ("\u6a21\u578b.pt2", "\u6570\u636e.pt2", f"{200 * 'x'}.pt2"):
+        result = qimera("export", copied, "--format", "pt2", "--output", tmp_path / name)
+        assert result.exit_code == 0, result.stderr
+        assert f"`{name}`" in (tmp_path / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert len(list(copied.glob("export-pt2-*.json"))) == 3
 
 
 def test_wrong_labels_and_places_are_refused_before_anything_is_written(tmp_path: Path, finished_run: Path) -> None:

@@ -11,7 +11,8 @@ from qimera.runs.directory import RunDirectory
 
 def record_of(run: RunDirectory, form: str, file: Path, usual_name: str) -> Path:
     """Return where the run records an exported file: one place for each format and name."""
-    other = "" if file.name == usual_name else f"-{re.sub(r'[^A-Za-z0-9.]', '_', file.name)[:100]}"
+    name = re.sub(r"[^\w.]", "_", file.name)[:60]
+    other = "" if file.name == usual_name else f"-{name}"
     return run.path / f"export-{form}{other}.json"
 
 
