@@ -82,4 +82,6 @@ def test_ends_that_rules_by_name_override_are_not_said_to_have_the_bits(tmp_path
     tiny_settings(quantization=ends).save(tmp_path / "settings.json")
     done = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
     assert told in done.stdout
-    assert ("first and last" in (tmp_path / "run" / "report.html").read_text()) == ("first and last" in told)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert ("first and last" in page) == ("first and last" in told)
+    assert "scheme hardware, target onnxruntime, except" in page
