@@ -193,6 +193,13 @@ def test_recipes_say_what_they_do_to_images_of_this_size() -> None:
     assert large.count("no training") >= 3
 
 
+def test_recipes_name_the_option_that_they_refuse() -> None:
+    result = qimera("recipes", "--input-shape", "32,32,3")
+    assert result.exit_code == 2
+    message = "--input-shape must be channels (1 to 4), height and width (at least 8), given 32,32,3; did you mean"
+    assert f"qimera: {message} 3,32,32?" in said(result)
+
+
 def test_recipes_lists_every_recipe_and_what_it_costs() -> None:
     result = qimera("recipes", "--num-classes", 100)
     assert result.exit_code == 0

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,10 +61,9 @@ def _input_spec(options: ModelOptions, source: str, model: nn.Module) -> InputSp
     missing = [_OPTIONS[name] for name in ("shape", "mean", "std") if name not in values]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: missing; {source} does not say what its images look like")
-    try:
-        return InputSpec(**values)
-    except ConfigError as error:
-        raise ConfigError(_with_options(str(error).removeprefix("InputSpec: "))) from None
+    with naming_options():
+        spec = InputSpec(**values)
+    return spec
 
 
 def _quantization(options: RunOptions) -> QuantizationSettings:
@@ -272,9 +273,18 @@ _OPTIONS = {"shape": "--input-shape", "mean": "--mean", "std": "--std", "pixel_r
 """By the setting of ``InputSpec`` that each gives."""
 
 
-def _with_options(message: str) -> str:
-    """Return what ``InputSpec`` says with its settings called as the command line calls them."""
-    return re.sub(r"(?<!you )\b(shape|mean|std|pixel_range)\b", lambda found: _OPTIONS[found[0]], message)
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Let an error of ``InputSpec`` call its settings as the command line calls them.
+
+    Raises:
+        ConfigError: that error.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        said, names = str(error).removeprefix("InputSpec: "), r"(?<!you )\b(shape|mean|std|pixel_range)\b"
+        raise ConfigError(re.sub(names, lambda found: _OPTIONS[found[0]], said)) from None
 
 
 def _floats(option: str, text: str) -> tuple[float, ...]:

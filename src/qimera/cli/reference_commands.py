@@ -20,10 +20,12 @@ def recipes(
     """List the recipes, what they do and what they cost."""
     with speaking(output) as out:
         from qimera.cli.facts import recipes_of
-        from qimera.cli.options import shape_of
+        from qimera.cli.options import naming_options, shape_of
         from qimera.cli.tables import recipe_facts, recipe_table
 
-        found = recipes_of(shape_of(input_shape), num_classes)
+        shape = shape_of(input_shape)
+        with naming_options():
+            found = recipes_of(shape, num_classes)
         out.result(found, recipe_facts(found), recipe_table(found))
 
 
