@@ -58,7 +58,7 @@ def test_every_test_that_a_table_names_exists(text: str) -> None:
 
 
 def test_every_function_that_the_map_names_exists() -> None:
-    named = re.findall(r"`((?:synthesis|quantization|distillation)[\w.]*\.\w+)`", PAPER_MAP)
+    named = re.findall(r"`((?:synthesis|quantization|training|mixed_precision)[\w.]*\.\w+)`", PAPER_MAP)
     assert len(named) > 15
     for name in named:
         parts = name.split(".")
