@@ -192,6 +192,14 @@ def test_options_that_say_nothing_are_refused_before_a_run_is_begun(
     assert not (tmp_path / "run").exists()
 
 
+def test_recipe_images_is_refused_where_there_are_samples_too(tmp_path: Path, run: Path) -> None:
+    for how in (("--recipe", "images", "--bank", run / "bank"), ("--recipe", "ptq,images")):
+        result = qimera("quantize", SMALL, *INPUT, *how, "--output", tmp_path / "run")
+        assert result.exit_code == 2, how
+        assert "--recipe: images makes a student from your images alone, but there are" in said(result)
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_students_of_several_widths_learn_from_the_same_images(tmp_path: Path, images: Path) -> None:
     result = quantize(tmp_path / "runs", "--images", images, "--bits", "w8a8,w4a4")

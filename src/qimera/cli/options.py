@@ -110,6 +110,11 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
             f"{options.bank} --images PATH --keep-images"
         )
     images, bank = images_and_bank(teacher, options.images, options.bank, options.keep_images)
+    if "images" in (row.name, *(each.name for each in others)) and (count := _num_samples(row, bank)):
+        raise ConfigError(
+            f"--recipe: images makes a student from your images alone, but there are {count} samples of "
+            f"{options.bank or row.name} too; give ptq, which learns from both"
+        )
     own = None if images is None else GivenImages.of(images, kept=bool(options.keep_images))
     assert model_options.model is not None
     settings = RunSettings(
@@ -127,6 +132,13 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
         alternatives=tuple(each.distillation for each in others),
     )
     return Resolved(_with_every_rule(_changed(settings, options), teacher), teacher, bank, images)
+
+
+def _num_samples(first: Recipe, bank: SampleBank | None) -> int:
+    """Return how many synthetic samples students would learn from."""
+    if bank is not None:
+        return bank.num_training - bank.num_images
+    return first.synthesis.num_generated + first.synthesis.num_optimized
 
 
 def _with_every_rule(settings: RunSettings, teacher: Teacher) -> RunSettings:
