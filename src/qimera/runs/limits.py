@@ -39,7 +39,9 @@ class Limits:
     def _reasons(self, result: Result) -> list[str]:
         reasons = []
         if self.strict and result.warnings:
-            reasons.append(f"--strict: {result.name} has {len(result.warnings)} warnings, shown above")
+            count = len(result.warnings)
+            found = "1 warning, shown above" if count == 1 else f"{count} warnings, shown above"
+            reasons.append(f"--strict: {result.name} has {found}")
         if self.max_drop is not None and result.drop is None:
             reasons.append(
                 f"--max-drop: {result.name} has no {result.kind} drop to compare with {self.max_drop:g} points"
