@@ -241,6 +241,24 @@ def test_with_preprocessing_a_file_reads_camera_bytes(tmp_path: Path, teacher: T
     assert_same(logits_of(tmp_path / "model.onnx", nhwc), expected)
 
 
+@pytest.mark.parametrize("name", ["v1", "input", "logits", "pixels"])
+def test_a_parameter_may_have_a_name_that_the_file_uses_itself(name: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), Head(4)
+            self.register_parameter(name, nn.Parameter(torch.ones(4, 1, 1)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.sigmoid(self.conv(x)) * self.get_parameter(name))
+
+    student = student_of(Teacher.capture(Scaled().eval(), SPEC))
+    onnx_model(student, include_preprocessing=True)  # which the checker of onnx has seen
+    images = shared.noise(8)
+    session = onnxruntime.InferenceSession(ir.to_proto(onnx_model(student)).SerializeToString())
+    assert_same(session.run(None, {"input": images.numpy()})[0], student(images).numpy())
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -84,7 +84,15 @@ def _translate(module: GraphModule, student: Student) -> ir.Model:
         reason = first_line(cause)
         raise UnsupportedModelError(f"no ONNX counterpart for part of the model: {reason}") from error
     assert exported is not None
+    _rename_own_tensors_(exported.model.graph, module)
     return exported.model
+
+
+def _rename_own_tensors_(graph: ir.Graph, module: GraphModule) -> None:
+    """Give tensors of the network itself, not of a layer, names with a dot, which no tensor that we add has."""
+    for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if name in graph.initializers:
+            graph.initializers[name].name = f"{name}.value"
 
 
 def _with_windows_(module: GraphModule) -> GraphModule:
