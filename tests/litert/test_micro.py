@@ -1,14 +1,16 @@
 """Files for microcontrollers, where tflite-micro is installed: ``pip install 'qimera[tflm]'``."""
 
+import copy
 import re
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from qimera.config.bits import parse_bits
-from qimera.config.settings import QuantizationSettings
+from qimera.config.settings import QuantizationSettings, SynthesisSettings
 from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
 from qimera.export.comparison import compare
 from qimera.litert import micro
@@ -17,6 +19,7 @@ from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests import shared
+from tests.networks import SPEC, TinyNet, toy_pixels
 
 pytest.importorskip("ai_edge_litert", reason="pip install 'qimera[litert]'")
 
@@ -140,3 +143,19 @@ def test_the_kernels_that_a_student_is_made_for_decide(tmp_path: Path, teacher: 
     on_phones, built_in = export_litert(student, tmp_path / "model.tflite", bank).comparisons
     assert (built_in.identical, built_in.note) == (100, "")
     assert "rounds sums once" in on_phones.note
+
+
+@pytest.mark.usefixtures("_micro")
+def test_of_classes_that_integers_cannot_tell_apart_a_file_may_pick_either(tmp_path: Path, tiny_model: TinyNet) -> None:
+    """The weights of two pairs of classes differ by 1 %, their logits mostly by less than a step of int8."""
+    model = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        row = model.fc.weight[0]
+        model.fc.weight.copy_(torch.stack([row, 1.01 * row, -row, -1.01 * row, 0 * row]))
+        model.fc.bias.zero_()
+    alike = Teacher.capture(model, SPEC)
+    student = student_of(alike, "w8a8")
+    pixels, _ = toy_pixels(32, seed=1)
+    bank = SampleBank.from_pixels(pixels, torch.full((32, 5), 0.2), alike, SynthesisSettings(num_held_out=0), seed=0)
+    (found,) = export_tflm(student, tmp_path / "model.tflite", bank, integer_logits=True).comparisons
+    assert found.agreement == 100
