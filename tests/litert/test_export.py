@@ -21,7 +21,7 @@ from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests import shared
-from tests.networks import NETWORKS, SPEC, Head
+from tests.networks import NETWORKS, SPEC, Head, Lambda
 
 pytest.importorskip("ai_edge_litert", reason="pip install 'qimera[litert]'")
 
@@ -287,6 +287,24 @@ def test_what_has_no_counterpart_is_refused_by_name(tmp_path: Path) -> None:
     student = student_of(Teacher.capture(Sine().eval(), SPEC))
     with pytest.raises(UnsupportedModelError, match=r"cumsum: aten.cumsum.default has no counterpart in LiteRT"):
         export_litert(student, tmp_path / "model.tflite")
+
+
+UNUSUAL = {
+    "elu": (nn.ELU(0.5), "elu: aten.elu.default has no counterpart in LiteRT with these arguments"),
+    "sum": (Lambda(lambda x: x.exp().sum(1, keepdim=True, dtype=torch.float32)), "sum_1: .* with these arguments"),
+    "vector": (
+        Lambda(lambda x, v: (x.permute(0, 2, 3, 1) @ v)[:, None], weight=torch.ones(4)),
+        "LiteRT has no product of a matrix and a vector",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_operations_with_unusual_arguments_are_refused_by_name(name: str) -> None:
+    layer, message = UNUSUAL[name]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), layer, Head(4 if name == "elu" else 1))
+    with pytest.raises(UnsupportedModelError, match=message):
+        lower(student_of(Teacher.capture(model.eval(), SPEC)))
 
 
 def test_students_for_comparison_only_are_refused(tmp_path: Path, teacher: Teacher) -> None:

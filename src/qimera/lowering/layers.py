@@ -243,6 +243,8 @@ def product(w: Writer, first: Tensor, second: Tensor) -> Deferred:
     XNNPACK has no integer kernel for it, and the built-in one is far slower than XNNPACK's for float32.
     """
     layer, shape = w.layer, w.shape
+    if min(len(first.shape), len(second.shape)) < 2:
+        raise UnsupportedModelError(f"{layer}: LiteRT has no product of a matrix and a vector; export to ONNX instead")
 
     def write(levels: Levels | None) -> Value:
         w.name = layer

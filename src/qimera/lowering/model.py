@@ -1,5 +1,6 @@
 """A student -> the content of a LiteRT file whose layers run in integer kernels."""
 
+import inspect
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,6 +160,12 @@ def _lowered(writer: Writer, node: Node, value: object, lowered: dict[Node, Any]
     lowering = TABLE.get(node.target)
     if lowering is None:
         raise UnsupportedModelError(f"{name}: {node.target} has no counterpart in LiteRT; export to ONNX instead")
+    try:
+        inspect.signature(lowering).bind(writer, *args, **kwargs)
+    except TypeError as error:
+        raise UnsupportedModelError(
+            f"{name}: {node.target} has no counterpart in LiteRT with these arguments; export to ONNX instead"
+        ) from error
     writer.name, writer.layer = node.name, name
     writer.shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
     return lowering(writer, *args, **kwargs)
