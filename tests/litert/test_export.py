@@ -118,6 +118,26 @@ def test_unusual_windows_and_moves_give_the_students_logits(bits: str) -> None:
     assert_same(student_of(teacher, bits), shared.noise(48)[16:])
 
 
+class Halves(nn.Module):
+    """The two halves of a sum, whose axes change places before a function of floating point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.branch, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), Head(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        first, second = (x + self.branch(x)).chunk(2, 1)
+        return self.head(torch.cat([torch.sigmoid(first.transpose(2, 3)), torch.tanh(second.transpose(2, 3))], 1))
+
+
+def test_parts_of_a_sum_in_floating_point_can_be_moved_about() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        teacher = Teacher.capture(Halves().eval(), SPEC)
+    assert_same(student_of(teacher), shared.noise(48)[16:])
+
+
 @pytest.mark.parametrize("name", ["residual", "transposed convolution", "many edges", "transformer"])
 def test_the_model_in_full_precision_is_the_teacher(name: str) -> None:
     student = shared.student_of(name)

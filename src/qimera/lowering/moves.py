@@ -15,10 +15,10 @@ _MAX_PARTS = 4
 """Tensors that XNNPACK concatenates at once."""
 
 
-def _moved(w: Writer, x: Tensor, move: Callable[[Value], Value]) -> Tensor:
-    """Move values about, those of a tensor that is not written yet once it is."""
+def _moved(w: Writer, x: Tensor, shape: Sequence[int], move: Callable[[Value], Value]) -> Tensor:
+    """Move values about, which then have this ``shape``; those of a tensor that is not written yet once it is."""
     if isinstance(x, Deferred):
-        return replace(x, shape=w.shape, write=lambda levels: move(x.write(levels)))
+        return replace(x, shape=tuple(shape), write=lambda levels: move(x.write(levels)))
     return move(w.value(x))
 
 
@@ -33,13 +33,13 @@ def reshape(w: Writer, x: Tensor, *_: object) -> Tensor:
         assert found is not None
         return found
 
-    return _moved(w, x, move)
+    return _moved(w, x, shape, move)
 
 
 def permute(w: Writer, x: Tensor, axes: Sequence[int]) -> Tensor:
     """Lower ``aten.permute``, which moves nothing: memory is read in another order."""
     axes = [axis % len(x.shape) for axis in axes]
-    return _moved(w, x, lambda value: w.whole(value).permuted(axes))
+    return _moved(w, x, w.shape, lambda value: w.whole(value).permuted(axes))
 
 
 def transpose(w: Writer, x: Tensor, first: int = 0, second: int = 1) -> Tensor:
@@ -63,7 +63,7 @@ def cut(
 def _part(w: Writer, x: Tensor, axis: int, first: int, shape: Sequence[int]) -> Tensor:
     begin = [0] * len(shape)
     begin[axis] = first
-    return _moved(w, x, lambda value: w.sliced(w.whole(value), begin, shape))
+    return _moved(w, x, shape, lambda value: w.sliced(w.whole(value), begin, shape))
 
 
 def select(w: Writer, x: Tensor, axis: int, index: int) -> Tensor:
@@ -109,7 +109,7 @@ def expand(w: Writer, x: Tensor, *_: object) -> Tensor:
         w.file.operation("BROADCAST_TO", [number, w.integers(result.stored)], [result.tensor], 2)
         return result
 
-    return _moved(w, x, move)
+    return _moved(w, x, shape, move)
 
 
 def pad(w: Writer, x: Tensor, sides: Sequence[int], mode: str = "constant", value: float | int | None = None) -> Tensor:
@@ -118,7 +118,7 @@ def pad(w: Writer, x: Tensor, sides: Sequence[int], mode: str = "constant", valu
         raise UnsupportedModelError(f"{w.name}: only padding with zeros has a counterpart here")
     pairs = [(int(sides[2 * index]), int(sides[2 * index + 1])) for index in range(len(sides) // 2)]
     around = [(0, 0)] * (len(x.shape) - len(pairs)) + pairs[::-1]
-    return _moved(w, x, lambda each: w.surrounded(w.whole(each), around, lowest=value == -math.inf))
+    return _moved(w, x, w.shape, lambda each: w.surrounded(w.whole(each), around, lowest=value == -math.inf))
 
 
 def pad_with(w: Writer, x: Tensor, sides: Sequence[int], value: float | int = 0) -> Tensor:
