@@ -94,6 +94,13 @@ SPELLINGS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 8, 3, (2,), (1,)), nn.ConvTranspose2d(8, 8, 3, (2,), (1,))])
+def test_lists_of_one_size_become_lists_of_height_and_width(layer: nn.Module) -> None:
+    nodes = Teacher.capture(between(layer), SPEC).module.graph.nodes
+    (node,) = (each for each in nodes if each.args[3:4] == ([2, 2],))
+    assert node.args[4] == [1, 1]
+
+
 @pytest.mark.parametrize("name", SPELLINGS)
 @pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel:UserWarning")  # from torch
 def test_every_spelling_is_captured_and_quantized(name: str) -> None:

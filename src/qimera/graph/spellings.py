@@ -92,6 +92,13 @@ def _padding_in_words(module: GraphModule, node: Node) -> None:
     replace(node, _CONVOLUTIONS[rank], x, weight, bias, stride, before, dilation, groups)
 
 
+def _sizes_of_both_axes(module: GraphModule, node: Node) -> None:
+    """One number in a list stands for height and width, which other runtimes do not know."""
+    node.args = tuple(
+        list(each) * 2 if isinstance(each, list | tuple) and len(each) == 1 else each for each in node.args
+    )
+
+
 def _each(values: Sequence[int], rank: int) -> list[int]:
     """Return one value for each axis; a single one serves all."""
     return list(values) * rank if len(values) == 1 else list(values)
@@ -172,6 +179,8 @@ _REWRITES: dict[object, Callable[[GraphModule, Node], None]] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.native_group_norm.default: _group_norm,
     aten.convolution.default: _convolution,
+    aten.conv2d.default: _sizes_of_both_axes,
+    aten.conv_transpose2d.input: _sizes_of_both_axes,
     aten.conv1d.padding: _padding_in_words,
     aten.conv2d.padding: _padding_in_words,
     aten.conv3d.padding: _padding_in_words,
