@@ -262,7 +262,10 @@ def test_a_parameter_may_have_a_name_that_the_file_uses_itself(name: str) -> Non
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_disagrees_is_not_handed_over(tmp_path: Path, teacher: Teacher, bank: SampleBank) -> None:
+@pytest.mark.parametrize("reads_pixels", [False, True])
+def test_a_file_that_disagrees_is_not_handed_over(
+    tmp_path: Path, teacher: Teacher, bank: SampleBank, *, reads_pixels: bool
+) -> None:
     """The student changes between translation and comparison: as if the file computed something else."""
     student = student_of(teacher)
     model = onnx_model(student)
@@ -280,7 +283,7 @@ def test_a_file_that_disagrees_is_not_handed_over(tmp_path: Path, teacher: Teach
     assert isinstance(model, ir.Model)
     student.__class__ = Changed
     with pytest.raises(VerificationError, match=r"agree on .* the first layer that disagrees is conv3: .* no file"):
-        export_onnx(student, tmp_path / "model.onnx", bank)
+        export_onnx(student, tmp_path / "model.onnx", bank, include_preprocessing=reads_pixels)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -77,7 +77,7 @@ def verify_onnx(
         comparison = compare(runtime, expected, actual, len(names), float_layers, latencies)
         rounds_elsewhere = runtime.startswith("OpenVINO") and student.settings.target != "openvino"
         required = min(min_agreement, OPENVINO_MIN_AGREEMENT) if rounds_elsewhere else min_agreement
-        explain = partial(_first_difference, student, path, images)
+        explain = partial(_first_difference, student, path, inputs[0], images[:_BATCH])
         check_agreement(comparison, len(pixels), required, explain)
         comparisons.append(comparison)
     return Verification(len(names), path.stat().st_size, len(pixels), tuple(comparisons), tuple(refusals))
@@ -156,23 +156,25 @@ def openvino_model(path: Path, names: list[str], num_threads: int = 1):  # type:
     return compiled, _without(names, integer)
 
 
-def _first_difference(student: Student, path: Path, images: Float[Tensor, "batch channel height width"]) -> str:
-    return first_difference(_integers_of_layers(student, path, images))
+def _first_difference(
+    student: Student, path: Path, inputs: np.ndarray, images: Float[Tensor, "batch channel height width"]
+) -> str:
+    return first_difference(_integers_of_layers(student, path, inputs, images))
 
 
 def _integers_of_layers(
-    student: Student, path: Path, images: Float[Tensor, "batch channel height width"]
+    student: Student, path: Path, inputs: np.ndarray, images: Float[Tensor, "batch channel height width"]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield, for each layer, the integers behind it in the student and in the file, where both have any."""
+    """Yield, for each layer, the integers behind it in the student and in the file, where both have any.
+
+    ``inputs`` are the same images as the file reads them.
+    """
     model = onnx.load(path)
-    if model.graph.input[0].type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
-        return
     in_file = {name: value for name in student.layer_names().values() if (value := _integers_behind(model, name))}
     model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in in_file.values())
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    batch = images[:_BATCH]
-    _, *actual = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
-    expected = student.integers(batch)
+    _, *actual = session.run(None, {session.get_inputs()[0].name: inputs})
+    expected = student.integers(images)
     for (name, _), integers in zip(in_file.items(), actual, strict=True):
         if name in expected:
             yield name, expected[name].numpy(), integers.reshape(expected[name].shape)  # tokens are rows in the file
