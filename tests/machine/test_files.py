@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qimera.machine.files import replacing, sync_tree
+from qimera.machine.files import replace_directory, replacing, sync_tree
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.formats import write_bank
 
@@ -68,6 +68,18 @@ def test_a_replaced_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, 
         temporary.write_text("whole")
     assert journal.events[-2:] == ["move a.txt", f"sync {tmp_path.name}"]
     assert journal.events[0].startswith("sync .a.partial")
+
+
+def test_a_folder_stays_where_nothing_can_take_its_place(tmp_path: Path) -> None:
+    (tmp_path / "x.mlpackage").mkdir()
+    (tmp_path / "x.mlpackage" / "old.txt").write_text("old")
+    with pytest.raises(FileNotFoundError):
+        replace_directory(tmp_path / "nowhere", tmp_path / "x.mlpackage")
+    assert (tmp_path / "x.mlpackage" / "old.txt").read_text() == "old"
+    (tmp_path / "new").mkdir()
+    replace_directory(tmp_path / "new", tmp_path / "x.mlpackage")
+    assert [each.name for each in tmp_path.iterdir()] == ["x.mlpackage"]
+    assert not list((tmp_path / "x.mlpackage").iterdir())
 
 
 def test_everything_in_a_folder_is_brought_to_the_disk(tmp_path: Path, journal: Journal) -> None:

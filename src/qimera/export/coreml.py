@@ -21,7 +21,7 @@ from qimera.errors import ConfigError, UnsupportedModelError, VerificationError,
 from qimera.export.comparison import Verification, multiplying
 from qimera.export.program import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE, integer_graph
 from qimera.graph.nodes import aten, node_at, tensor_of
-from qimera.machine.files import sync_directory, sync_tree
+from qimera.machine.files import replace_directory, sync_tree
 from qimera.student.student import Student
 
 NOT_RUN = "Core ML runs on Apple's machines alone, so the file was not run; compare it with the student on one of them"
@@ -67,10 +67,7 @@ def export_coreml(student: Student, path: Path | str) -> Verification:
         model.save(str(temporary))
         _check_integers(module, temporary)
         sync_tree(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-        sync_directory(path.parent)
+        replace_directory(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     num_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,25 @@ def replacing(path: Path) -> Iterator[Path]:
             sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_directory(temporary: Path, path: Path) -> None:
+    """Rename a directory to ``path``; the directory that is there is removed only afterwards.
+
+    If the process is killed between the two renamings, the old directory is still beside ``path``, under a name that
+    begins with a dot.
+    """
+    old = path.with_name(f".{path.stem}.replaced-{os.getpid()}{path.suffix}")
+    try:
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    sync_directory(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
