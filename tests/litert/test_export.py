@@ -341,3 +341,5 @@ def test_what_is_missing_is_said(tmp_path: Path, teacher: Teacher, monkeypatch: 
 def test_labels_must_fit(tmp_path: Path, teacher: Teacher) -> None:
     with pytest.raises(ConfigError, match="labels: 1 names for 5 classes"):
         export_litert(student_of(teacher), tmp_path / "model.tflite", labels=["one"])
+    with pytest.raises(ConfigError, match=r"labels: 'b\\n' holds a line break"):
+        export_litert(student_of(teacher), tmp_path / "model.tflite", labels=["a", "b\n", "c", "d", "e"])

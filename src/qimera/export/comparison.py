@@ -189,9 +189,12 @@ def check_scheme(student: Student) -> None:
 
 
 def check_labels(student: Student, labels: Sequence[str]) -> None:
-    """Raise ConfigError if there are names of classes, but not one for each."""
+    """Raise ConfigError if there are names of classes, but not one for each, or one of several lines."""
     if labels and len(labels) != student.num_classes:
         raise ConfigError(f"labels: {len(labels)} names for {student.num_classes} classes; give one for each")
+    for label in labels:
+        if label.splitlines() not in ([], [label]):
+            raise ConfigError(f"labels: {label!r} holds a line break; give each class a name of one line")
 
 
 def check_agreement(
