@@ -9,7 +9,7 @@ import numpy as np
 from qimera.errors import UnsupportedModelError
 from qimera.lowering.values import Deferred, Tensor, Value
 from qimera.lowering.writer import Writer
-from qimera.student.grids import Levels
+from qimera.student.grids import Levels, grid_of
 
 _MAX_PARTS = 4
 """Tensors that XNNPACK concatenates at once."""
@@ -134,7 +134,7 @@ def concatenate(w: Writer, parts: Sequence[Tensor], axis: int = 0) -> Tensor:
     def write(levels: Levels | None) -> Value:
         values = [w.value(each) for each in parts]
         if levels is not None and all(each.grid is not None for each in values):
-            values = [w.quantized(each, levels) for each in values]
+            values = [w.requantized(w.quantized(each, levels), grid_of(levels)) for each in values]
         elif len({each.grid for each in values}) > 1 or levels is not None:
             values = [w.floats(each) for each in values]
         result = _joined(w, values, axis)
