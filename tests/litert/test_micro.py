@@ -93,6 +93,13 @@ def test_a_file_may_be_called_by_any_letters(tmp_path: Path, teacher: Teacher) -
 
 
 @pytest.mark.usefixtures("_micro")
+def test_a_file_may_be_called_by_a_word_of_cpp(tmp_path: Path, teacher: Teacher) -> None:
+    export_tflm(student_of(teacher), tmp_path / "switch.tflite")
+    (tmp_path / "main.cpp").write_text('#include "switch.cc"\nint main() { return _switch_size == 0; }\n')
+    subprocess.run(["g++", "-o", tmp_path / "program", tmp_path / "main.cpp"], check=True)
+
+
+@pytest.mark.usefixtures("_micro")
 @pytest.mark.parametrize("suffix", [".cc", ".h"])
 def test_a_file_does_not_take_the_place_of_its_own_source(tmp_path: Path, teacher: Teacher, suffix: str) -> None:
     with pytest.raises(ConfigError, match=r"go beside the file; call the file model\.tflite"):

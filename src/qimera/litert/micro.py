@@ -29,6 +29,17 @@ from qimera.synthesis.bank import SampleBank
 _MAX_ARENA = 1 << 28
 _BYTES_PER_LINE = 16
 
+_WORDS_OF_CPP = (
+    "alignas alignof and and_eq asm auto bitand bitor bool break case catch char char8_t char16_t char32_t "
+    "class compl concept const consteval constexpr constinit const_cast continue co_await co_return co_yield "
+    "decltype default delete do double dynamic_cast else enum explicit export extern false float for friend "
+    "goto if inline int long main mutable namespace new noexcept not not_eq nullptr operator or or_eq private "
+    "protected public register reinterpret_cast requires return short signed sizeof static static_assert "
+    "static_cast struct switch template this thread_local throw true try typedef typeid typename union "
+    "unsigned using virtual void volatile wchar_t while xor xor_eq"
+)
+"""No array can be called by one of these."""
+
 
 def export_tflm(
     student: Student,
@@ -132,7 +143,7 @@ class MicroRuntime:
 def _write(path: Path, content: bytes, arena_bytes: int, operations: list[str]) -> None:
     """Write the file, and the same as C++ with a header."""
     name = re.sub(r"\W", "_", path.stem, flags=re.ASCII)  # not every compiler takes other letters
-    name = f"_{name}" if name[:1].isdigit() else name
+    name = f"_{name}" if name[:1].isdigit() or name in _WORDS_OF_CPP.split() else name
     guard = f"{name.upper()}_H_"
     header = [
         f"#ifndef {guard}",
