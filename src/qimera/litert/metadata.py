@@ -44,7 +44,7 @@ def metadata(student: Student, labels: Sequence[str], *, include_preprocessing: 
     graph = _table(b, {2: _tables(b, [image]), 3: _tables(b, [logits])})
     text = {
         0: b.CreateString("image classifier"),
-        1: b.CreateString("quantized without data by qimera"),
+        1: b.CreateString("quantized by qimera"),
         2: b.CreateString(__version__),
         7: b.CreateString(_PARSER_VERSION),
     }
