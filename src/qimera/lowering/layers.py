@@ -66,7 +66,7 @@ def convolution(
     weight: Parameter | Constant,
     bias: Parameter | Constant | None = None,
     stride: Sequence[int] = (1, 1),
-    padding: Sequence[int] | str = (0, 0),
+    padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
 ) -> Deferred:

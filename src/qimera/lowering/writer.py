@@ -142,7 +142,7 @@ class Writer:
         value: Value,
         window: Sequence[int],
         stride: Sequence[int],
-        padding: Sequence[int] | str,
+        padding: Sequence[int],
         dilation: Sequence[int],
         shape: Sequence[int],
         *,
@@ -157,9 +157,7 @@ class Writer:
         sizes = value.shape[2:]
         reach = [dilation[axis] * (window[axis] - 1) + 1 for axis in range(2)]
         needed = [max(0, (shape[2 + axis] - 1) * stride[axis] + reach[axis] - sizes[axis]) for axis in range(2)]
-        if padding in ("same", "valid"):
-            return value, SAME if padding == "same" else VALID
-        before = [int(each) for each in padding]
+        before = list(padding)
         if needed == [0, 0] and before == [0, 0]:
             return value, VALID
         is_same = all(-(-sizes[axis] // stride[axis]) == shape[2 + axis] for axis in range(2))
