@@ -55,7 +55,7 @@ def export_tflm(
     The file is as that of ``export_litert``, except that weights of up to 4 bits are stored as int4, and that the layer
     that returns the logits computes in floating point unless they are integers. Beside it lie a C++ source with the
     same bytes, and its header, which says how much memory the interpreter wants, and which operations. Students with
-    target ``tflm`` are repeated bit for bit; others may not survive that these kernels round twice.
+    target ``tflm`` are repeated bit for bit. These kernels round twice, which may cost other students their accuracy.
 
     Args:
         student: Of scheme ``hardware``.

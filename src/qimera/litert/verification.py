@@ -50,8 +50,9 @@ def verify_litert(
         lowered: The graph that is in it.
         samples: What both are compared on; without them, on noise.
         min_agreement: Percent of samples that both must put into the same class on XNNPACK, or on the built-in kernels
-            if those are the student's target. What the others make of the file is told alone.
-        float_content: The full-precision model as a file with the same input, whose time is taken beside.
+            if those are the student's target. The results of the other kernels are reported, and refuse no file.
+        float_content: The full-precision model as a file with the same input. Its latency is measured in turns with
+            that of ``content``.
 
     Raises:
         VerificationError: agreement below ``min_agreement`` percent, a weight of -128, or a file that one of

@@ -199,7 +199,7 @@ def linear(w: Writer, x: Tensor, weight: Parameter | Constant, bias: Parameter |
 
 
 def _in_order_of_memory(weight: Parameter | Constant, source: Value) -> Parameter | Constant:
-    """Return a weight whose columns follow flattened channels and positions as they lie, so that nothing is moved."""
+    """Return a weight with its columns in the order in which flattened channels and positions lie in memory."""
     if not source.parts:
         return weight
     numbers = weight.levels if isinstance(weight, Parameter) else weight.array

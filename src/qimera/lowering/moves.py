@@ -113,7 +113,7 @@ def expand(w: Writer, x: Tensor, *_: object) -> Tensor:
 
 
 def pad(w: Writer, x: Tensor, sides: Sequence[int], mode: str = "constant", value: float | int | None = None) -> Tensor:
-    """Lower ``aten.pad`` with zeros, or with what no maximum is."""
+    """Lower ``aten.pad`` with zeros, or with minus infinity, which no maximum returns."""
     if mode != "constant" or value not in (None, 0, -math.inf) or any(each < 0 for each in sides):
         raise UnsupportedModelError(f"{w.name}: only padding with zeros has a counterpart here")
     pairs = [(int(sides[2 * index]), int(sides[2 * index + 1])) for index in range(len(sides) // 2)]

@@ -106,7 +106,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Deferred:
-    """A tensor of which nobody knows yet on which grid it will be written."""
+    """A tensor that is not written yet, since its grid depends on what reads it."""
 
     shape: tuple[int, ...]
     write: Callable[[Levels | None], Value]

@@ -1,4 +1,4 @@
-"""Values, grids and moves -> the operations that read them in a form that kernels take: the hands of every lowering."""
+"""Tensors of a graph -> tensors that lie as a kernel reads them, on the grid that it reads; every lowering uses it."""
 
 import math
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ class Writer:
         return Value(number, array.shape, array.shape, tuple(range(array.ndim)))
 
     def entering(self, tensor: Tensor, levels: Levels | None) -> Value:
-        """Return what a kernel reads that writes ``levels``: integers, or numbers where it writes those."""
+        """Return a tensor as a kernel reads it: integers if the kernel writes ``levels``, else floating point."""
         return self.floats(tensor) if levels is None else self.on_grid(tensor)
 
     def on_grid(self, tensor: Tensor) -> Value:
@@ -150,8 +150,8 @@ class Writer:
     ) -> tuple[Value, int]:
         """Return what a window slides over, channels last, and the padding that its kernel adds by itself.
 
-        TensorFlow's SAME pads less at the start than PyTorch where a stride leaves positions over; zeros are then
-        written. They must not win a maximum, so with ``lowest`` they are the least number.
+        TensorFlow's SAME pads less at the start than PyTorch where a stride leaves positions over. An operation of its
+        own then adds the padding: zeros or, with ``lowest``, the least number, which never wins a maximum.
         """
         _, value = self.read(value, CHANNELS_LAST)
         sizes = value.shape[2:]
