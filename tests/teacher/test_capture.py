@@ -74,6 +74,17 @@ def test_a_wrapper_of_pytorch_is_taken_off(tiny_model: TinyNet, teacher: Teacher
     assert captured.hash == teacher.hash
 
 
+class ReturnsNothing(nn.Sequential):
+    """Keeps its batch norms in evaluation mode, and forgets to return itself as ``nn.Module.train`` does."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+def test_a_network_whose_own_train_returns_nothing_is_captured() -> None:
+    assert_captured(ReturnsNothing(*network()))
+
+
 def test_a_network_that_takes_any_arguments_is_captured(tiny_model: TinyNet) -> None:
     assert_captured(TakesAnything(tiny_model))
 

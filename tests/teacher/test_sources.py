@@ -38,6 +38,14 @@ def test_a_function_of_a_file_gives_the_network_in_eval_mode(tmp_path: Path) -> 
     assert not any(module.training for module in model.modules())
 
 
+def test_a_network_whose_own_train_returns_nothing_is_returned_itself(tmp_path: Path) -> None:
+    code = "class Net(nn.Linear):\n    def train(self, mode=True):\n        super().train(mode)\n\n\n"
+    path = write_model_file(tmp_path, code + "def build():\n    return Net(2, 3)\n")
+    model = load_model(f"{path}:build")
+    assert isinstance(model, nn.Linear)
+    assert not model.training
+
+
 def test_a_class_of_a_file_works_as_a_function_does(tmp_path: Path) -> None:
     path = write_model_file(tmp_path, "class Net(nn.Module):\n    pass\n")
     assert type(load_model(f"{path}:Net")).__name__ == "Net"

@@ -124,7 +124,8 @@ def _private_copy(model: nn.Module, name: str) -> nn.Module:
             f"{name} cannot be copied ({first_line(error)}); let copy.deepcopy(model) work, or build the network anew "
             "and load its state_dict"
         ) from error
-    model = model.to("cpu").eval().requires_grad_(False)
+    model = model.to("cpu").requires_grad_(False)
+    model.eval()  # which returns nothing where the network's own train() does not
     narrow = {str(each.dtype) for each in model.state_dict().values() if _is_of_another_width(each)}
     if narrow:
         logger.info("%s holds %s; it is computed in float32", name, ", ".join(sorted(narrow)))

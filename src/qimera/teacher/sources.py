@@ -108,7 +108,8 @@ def load_model(source: str, weights: Path | None = None, *, untrained: bool = Fa
         load_state_dict_(model, given, weights)
     else:
         logger.info("%s: no weights file given; its weights are the ones that it came with", source)
-    return model.eval()
+    model.eval()  # which returns nothing where the network's own train() does not
+    return model
 
 
 def known_input(source: str, model: nn.Module) -> dict[str, Any]:
