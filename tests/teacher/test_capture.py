@@ -160,6 +160,11 @@ def test_a_network_that_cannot_be_copied_is_refused_by_name() -> None:
         Teacher.capture(network(Uncopyable()), SPEC)
 
 
+def test_a_network_without_values_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"Sequential cannot be copied .*load its state_dict"):
+        Teacher.capture(network().to("meta"), SPEC)
+
+
 # --- regions, writes and constants ------------------------------------------------------------------------------------
 
 

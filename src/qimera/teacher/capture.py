@@ -118,13 +118,12 @@ def _private_copy(model: nn.Module, name: str) -> nn.Module:
             if tensor.grad_fn is not None:  # copy.deepcopy refuses what was computed with gradients recorded
                 memo[id(tensor)] = tensor.detach().clone()
     try:
-        model = copy.deepcopy(model, memo)
+        model = copy.deepcopy(model, memo).to("cpu").requires_grad_(False)
     except Exception as error:
         raise UnsupportedModelError(
             f"{name} cannot be copied ({first_line(error)}); let copy.deepcopy(model) work, or build the network anew "
             "and load its state_dict"
         ) from error
-    model = model.to("cpu").requires_grad_(False)
     model.eval()  # which returns nothing where the network's own train() does not
     narrow = {str(each.dtype) for each in model.state_dict().values() if _is_of_another_width(each)}
     if narrow:
