@@ -64,6 +64,24 @@ def test_a_1x1_convolution_can_be_the_classifier() -> None:
     assert torch.equal(teacher.classifier.weight, model.classifier.weight.flatten(1))
 
 
+class Dueling(nn.Module):
+    """Adds one value for all classes to one for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.advantage = nn.Linear(3, 1), nn.Linear(3, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = x.mean((2, 3))
+        result: Tensor = self.value(features) + self.advantage(features)
+        return result
+
+
+def test_a_layer_without_a_row_for_each_class_is_not_the_classifier() -> None:
+    teacher = Teacher.capture(Dueling(), SPEC)
+    assert (teacher.classifier.name, teacher.num_classes) == ("advantage", NUM_CLASSES)
+
+
 def test_layers_are_listed_with_their_work(teacher: Teacher) -> None:
     layers = {layer.name: layer for layer in teacher.layers}
     assert list(layers) == ["conv1", "conv2", "conv3", "depthwise", "pointwise", "fc"]
@@ -290,6 +308,7 @@ UNSUPPORTED: dict[str, tuple[nn.Module, str]] = {
     "two outputs": (Wrapped(lambda logits: (logits, logits)), "several tensors .* choose one of 0, 1 with --logits"),
     "a feature map": (Wrapped(lambda logits: logits[:, :, None, None].expand(-1, -1, 4, 4)), r"output \(2, 3, 4, 4\)"),
     "one class": (Wrapped(lambda logits: logits[:, :1]), r"output \(2, 1\).*at least 2 classes"),
+    "a part of the classes": (Wrapped(lambda logits: logits[:, :2]), "one row for each of 2 classes"),
     "data-dependent flow": (DataDependent(), "DataDependent cannot be captured by torch.export.*control flow"),
 }
 

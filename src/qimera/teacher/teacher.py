@@ -203,23 +203,25 @@ _PER_CLASS = {
 
 
 def _classifier(module: GraphModule) -> ClassifierLayer:
-    """SteppedRun back from the logits through operations that keep classes apart to the layer that produced them.
+    """Step back from the logits, through operations that keep classes apart, to the layer that has a row for each.
 
     Of several that are added, the first is taken.
     """
     waiting, last = [logits_node(module)], None
+    num_classes = waiting[0].meta["val"].shape[1]
     while waiting:
         node = waiting.pop()
-        if has_parameter(node):
-            weight = tensor_of(module, node_at(node, 1)).detach().clone().flatten(1)
-            return ClassifierLayer(layer_name(node), weight)
+        weight = tensor_of(module, node_at(node, 1)).detach() if has_parameter(node) else None
+        if weight is not None and len(weight) == num_classes:
+            return ClassifierLayer(layer_name(node), weight.clone().flatten(1))
         if node.target in _PER_CLASS:
             waiting += reversed(node.all_input_nodes)
         elif node.op == "call_function":
             last = node
     raise UnsupportedModelError(
-        f"the logits come from {last.target if last else 'no layer'}, not from a linear layer or 1x1 convolution; "
-        "class embeddings are read from the weight of that layer, so let the model return its output unchanged"
+        f"the logits come from {last.target if last else 'no layer'}, not from a linear layer or 1x1 convolution with "
+        f"one row for each of {num_classes} classes; class embeddings are read from the weight of that layer, so let "
+        "the model return its output unchanged"
     )
 
 
