@@ -220,6 +220,11 @@ def test_what_is_written_in_place_is_seen_by_all_that_read_it(name: str) -> None
     assert_captured(network(Lambda(WRITES[name])))
 
 
+def test_a_network_that_writes_into_its_images_is_captured() -> None:
+    model = nn.Sequential(Lambda(lambda x: x.sub_(0.3).mul_(2)), *network()).eval()
+    assert_captured(model, model(images()))
+
+
 def with_constant(function: Callable[[Tensor, Tensor], Tensor], value: Tensor, *, fixed: bool) -> nn.Module:
     return network(Lambda(function, value, fixed=fixed), nn.Conv2d(8, 8, 3))
 

@@ -40,15 +40,15 @@ def check_answers(model: nn.Module, input_spec: InputSpec, name: str) -> Answers
     rough = torch.randn(2, *input_spec.shape, generator=rng)
     coarse = torch.randn(2, input_spec.shape[0], 4, 4, generator=rng)
     images = torch.cat([rough, F.interpolate(coarse, input_spec.shape[1:], mode="bilinear")])
-    logits = model(images)
+    logits = model(images.clone())  # some networks normalise images in place
     if not bool(logits.isfinite().all()):
         raise UnsupportedModelError(f"{name} returns NaN or infinite logits for random images; bring trained weights")
-    if not _agree(model(images), logits):
+    if not _agree(model(images.clone()), logits):
         raise UnsupportedModelError(
             f"{name} answers differently when it is asked again for the same images; remove what is random in "
             "evaluation mode, such as F.dropout without training=self.training"
         )
-    if not _agree(model(images[1:3]), logits[1:3]):
+    if not _agree(model(images[1:3].clone()), logits[1:3]):
         raise UnsupportedModelError(
             f"{name} answers differently for an image when other images are in the batch; let no layer use the "
             "statistics of the batch in evaluation mode"
@@ -143,7 +143,7 @@ class _Values(fx.Interpreter):
 
     def of(self, images: Tensor) -> dict[str, Tensor]:
         self.kept: dict[str, Tensor] = {}
-        self.run(images)
+        self.run(images.clone())
         return self.kept
 
     def run_node(self, n: Node) -> object:
