@@ -77,6 +77,10 @@ SPELLINGS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "average pooling with a divisor": (lambda: between(nn.AvgPool2d(3, 2, 1, divisor_override=2)), 2),
     "average pooling that rounds up": (lambda: between(nn.AvgPool2d(3, 2, ceil_mode=True)), 2),
     "average pooling that rounds up and counts zeros": (lambda: between(nn.AvgPool2d(3, 2, 1, ceil_mode=True)), 2),
+    "average pooling of which no window begins in the padding": (
+        lambda: between(nn.Conv2d(8, 8, 2), nn.AvgPool2d(2, 2, 1, ceil_mode=True)),
+        3,
+    ),
     "average pooling that counts no zeros": (lambda: between(nn.AvgPool2d(3, 2, 1, count_include_pad=False)), 2),
     "global maximum": (lambda: between(nn.AdaptiveMaxPool2d(1)), 2),
     "maximum of even windows": (lambda: between(nn.AdaptiveMaxPool2d((4, 2))), 2),

@@ -141,7 +141,13 @@ def _avg_pool2d(module: GraphModule, node: Node) -> None:
         replace(node, aten.mul.Tensor, mean, kernel[0] * kernel[1] / divisor)
     elif ceil_mode and counts_zeros:
         if any(padding):
-            sides = [padding[1], padding[1], padding[0], padding[0]]
+            # Behind the image only as far as windows reach: none of them begins in the padding there.
+            sizes, counts = x.meta["val"].shape[2:], node.meta["val"].shape[2:]
+            ends = [
+                min(before, (count - 1) * step + length - size - before)
+                for size, count, length, step, before in zip(sizes, counts, kernel, stride, padding, strict=True)
+            ]
+            sides = [padding[1], ends[1], padding[0], ends[0]]
             padded = node.graph.call_function(aten.constant_pad_nd.default, (x, sides))
             padded.meta["val"] = aten.constant_pad_nd.default(x.meta["val"], sides)
             x = padded
