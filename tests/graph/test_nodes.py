@@ -2,12 +2,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn import functional as F
 
 from qimera.graph.folding import fold_batch_norms, unfold_batch_norms
 from qimera.graph.nodes import BATCH_NORM, WEIGHTED, aten, layer_name, logits_node, with_outputs
 from qimera.teacher.teacher import Teacher
 from tests import shared
-from tests.networks import NETWORKS, SPEC, random_network
+from tests.networks import NETWORKS, SPEC, Head, calibrated, random_network
 
 
 def images(count: int = 4) -> Tensor:
@@ -83,6 +84,27 @@ def test_calls_that_share_a_convolution_get_weights_of_their_own_when_folded() -
     assert len(set(weights)) == len(weights) == 5
     layers = [layer_name(node) for node in folded.graph.nodes if node.target in WEIGHTED]
     assert layers == ["stem", "conv", "conv", "conv", "head.fc"]
+
+
+class Numbered(nn.Module):
+    """Calls one weight twice, and has another whose name is that of a copy of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3, generator=rng))
+        self.weight_2 = nn.Parameter(torch.randn(8, 3, 3, 3, generator=rng))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.weight, self.weight, self.weight_2)
+        parts = [norm(F.conv2d(x, each, padding=1)) for norm, each in zip(self.norms, weights, strict=True)]
+        return F.relu(parts[0] + 2 * parts[1] + 3 * parts[2])
+
+
+def test_a_copy_of_a_weight_takes_the_name_of_no_other() -> None:
+    teacher = Teacher.capture(calibrated(nn.Sequential(Numbered(), Head(8))), SPEC)
+    assert_same_logits(fold_batch_norms(teacher.module), teacher)
 
 
 def test_a_folded_norm_leaves_its_name_to_the_layer() -> None:

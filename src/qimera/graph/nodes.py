@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Sequence
+from itertools import count
 from typing import TypeVar
 
 import torch
@@ -132,8 +133,9 @@ def new_parameter(
     prefix = f"{owner}." if owner else ""
     readers = [node for node in module.graph.nodes if node.op == "get_attr" and node.target == prefix + name]
     if any(user is not layer for reader in readers for user in reader.users):
-        own = [key for key, _ in module.get_submodule(owner).named_parameters(recurse=False)]
-        name = f"{name}_{sum(key.startswith(name) for key in own)}"
+        holder = module.get_submodule(owner)
+        first = sum(key.startswith(name) for key, _ in holder.named_parameters(recurse=False))
+        name = next(free for number in count(first) if not hasattr(holder, free := f"{name}_{number}"))
     value = value.detach().clone()
     if is_parameter:
         setattr(module.get_submodule(owner), name, nn.Parameter(value, requires_grad=value.is_floating_point()))
