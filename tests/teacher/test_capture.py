@@ -85,6 +85,30 @@ def test_a_network_whose_own_train_returns_nothing_is_captured() -> None:
     assert_captured(ReturnsNothing(*network()))
 
 
+class Bare(nn.Module):
+    """Holds weights itself, and no layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(0)
+        self.first = nn.Parameter(torch.randn(8, 3, 3, 3, generator=rng))
+        self.second = nn.Parameter(torch.randn(8, 8, 3, 3, generator=rng))
+        self.last = nn.Parameter(torch.randn(NUM_CLASSES, 8, 1, 1, generator=rng))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, weight in zip(self.norms, (self.first, self.second), strict=True):
+            x = F.relu(norm(F.conv2d(x, weight, padding=1)))
+        return F.conv2d(F.adaptive_avg_pool2d(x, 1), self.last).flatten(1)
+
+
+def test_weights_of_the_network_itself_are_layers_of_their_names() -> None:
+    teacher = assert_captured(calibrated(Bare()).requires_grad_(False))
+    assert [layer.name for layer in teacher.layers] == ["first", "second", "last"]
+    student = Student(teacher, QuantizationSettings())
+    assert list(student.layer_names().values()) == ["first", "second", "last"]
+
+
 def test_a_network_that_takes_any_arguments_is_captured(tiny_model: TinyNet) -> None:
     assert_captured(TakesAnything(tiny_model))
 

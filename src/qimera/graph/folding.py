@@ -13,7 +13,7 @@ from qimera.graph.nodes import (
     groups_of,
     has_bias,
     has_parameter,
-    layer_name,
+    names_of_parameters,
     new_parameter,
     node_at,
     tensor_of,
@@ -68,11 +68,9 @@ def _fold(module: GraphModule, layer: Node, norm: Node) -> None:
         new = nn.Parameter(fused.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)), shifted
     else:
         new = fuse_conv_bn_weights(weight, bias, mean, var, eps, scale, shift)
-    owner = layer_name(layer)
+    owner, *names = names_of_parameters(layer)
     with module.graph.inserting_before(layer):
-        weight_node, bias_node = (
-            new_parameter(module, layer, owner, *each) for each in zip(("weight", "bias"), new, strict=True)
-        )
+        weight_node, bias_node = (new_parameter(module, layer, owner, *each) for each in zip(names, new, strict=True))
     layer.args = (layer.args[0], weight_node, bias_node, *layer.args[3:])
     norm.replace_all_uses_with(layer)
     module.graph.erase_node(norm)

@@ -67,6 +67,15 @@ def layer_name(node: Node) -> str:
     return node.name
 
 
+def names_of_parameters(layer: Node) -> tuple[str, str, str]:
+    """Return the module that holds the weight of ``layer``, and what a new weight and bias of it are called there.
+
+    Weights that lie in the network itself keep their name, by which their layers are known.
+    """
+    owner, _, name = str(node_at(layer, 1).target).rpartition(".")
+    return (owner, "weight", "bias") if owner else (owner, name, f"{name}_bias")
+
+
 def classifier_node(module: GraphModule, name: str) -> Node:
     """Return the node of the layer called ``name``, its last call where there are several."""
     found: list[Node] = [node for node in module.graph.nodes if has_parameter(node) and layer_name(node) == name]

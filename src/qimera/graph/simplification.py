@@ -7,7 +7,16 @@ from torch import Tensor, fx, nn
 from torch.fx import GraphModule, Node
 
 from qimera.errors import UnsupportedModelError
-from qimera.graph.nodes import WEIGHTED, aten, has_parameter, layer_name, logits_node, new_parameter, node_at, tensor_of
+from qimera.graph.nodes import (
+    WEIGHTED,
+    aten,
+    has_parameter,
+    logits_node,
+    names_of_parameters,
+    new_parameter,
+    node_at,
+    tensor_of,
+)
 from qimera.graph.spellings import rewrite_spellings_
 
 _RESHAPES = {aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.squeeze.dims, aten.squeeze.dim}
@@ -229,7 +238,8 @@ def _make_linear_(module: GraphModule, logits: Node) -> None:
         return
     with module.graph.inserting_before(logits):
         flat = module.graph.call_function(aten.flatten.using_ints, (images, 1))
-        matrix = new_parameter(module, logits, layer_name(logits), "weight", weight.flatten(1))
+        owner, name, _ = names_of_parameters(logits)
+        matrix = new_parameter(module, logits, owner, name, weight.flatten(1))
         linear = module.graph.call_function(aten.linear.default, (flat, matrix, *logits.args[2:3]))
         result = module.graph.call_function(aten.view.default, (linear, [-1, len(weight), 1, 1]))
     flat.meta["val"], linear.meta["val"] = images.meta["val"].flatten(1), value.flatten(1)
