@@ -54,6 +54,11 @@ def test_the_labels_of_images_are_the_teachers_own_answers(joined: SampleBank, t
         torch.testing.assert_close(given.soft_labels, teacher(given.images).softmax(1))
 
 
+def test_images_that_are_no_pixels_are_refused(split_bank: SampleBank, photographs: Tensor, teacher: Teacher) -> None:
+    with pytest.raises(ConfigError, match=r"images: expected pixels from 0 to 255 .*given torch.float32"):
+        split_bank.with_images(photographs / 255, teacher)
+
+
 def test_images_are_the_same_in_any_order_and_others_are_not(
     split_bank: SampleBank, photographs: Tensor, teacher: Teacher, joined: SampleBank
 ) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -81,7 +81,7 @@ class SampleBank:
         return cls(pixels, soft_labels, logits, teacher.input_spec, settings, seed, teacher.hash, synthesizer)
 
     def with_images(
-        self, pixels: UInt8[Tensor, "image channel height width"], teacher: Teacher, *, keep: bool = False
+        self, pixels: Shaped[Tensor, "image channel height width"], teacher: Teacher, *, keep: bool = False
     ) -> "SampleBank":
         """Return a bank in which unlabelled images of the user's join the samples that students learn from.
 
@@ -89,14 +89,17 @@ class SampleBank:
         already is returned as it is.
 
         Args:
-            pixels: 0 darkest and 255 brightest; ``load_images`` reads them.
+            pixels: Of type ``torch.uint8``, 0 darkest and 255 brightest; ``load_images`` reads them.
             teacher: That of the bank.
             keep: Whether ``save`` writes the images too; without it, a bank on disk remembers their hash alone.
 
         Raises:
-            ConfigError: there are none, they are of another shape, the bank has other images, or another teacher.
+            ConfigError: there are none, they are of another shape or type, the bank has other images, or another
+                teacher.
         """
         check_teacher(self, teacher)
+        if pixels.dtype != torch.uint8:
+            raise ConfigError(f"images: expected pixels from 0 to 255 (torch.uint8), given {pixels.dtype}")
         if not len(pixels) or tuple(pixels.shape[1:]) != self.input_spec.shape:
             raise ConfigError(
                 f"images: expected one or more of shape {self.input_spec.shape}, given {tuple(pixels.shape)}"
