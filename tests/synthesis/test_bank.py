@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -176,6 +177,13 @@ def test_nothing_is_left_behind_when_writing_fails(
     with pytest.raises(OSError, match="no space left"):
         small_bank(teacher).save(tmp_path / "bank")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_not_in_the_way(teacher: Teacher, tmp_path: Path) -> None:
+    """In a container, a process that is started again often has the number that it had before."""
+    (tmp_path / f".bank.partial-{os.getpid()}").mkdir()
+    small_bank(teacher).save(tmp_path / "bank")
+    assert len(SampleBank.load(tmp_path / "bank", teacher)) == 20
 
 
 def test_a_bank_of_another_teacher_is_refused(saved: Path) -> None:

@@ -6,8 +6,8 @@ GDFQ and Qimera train a generator anew for every bit width (deviation D17).
 import hashlib
 import json
 import math
-import os
 import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -180,17 +180,18 @@ class SampleBank:
         directory = Path(directory)
         if directory.exists():
             raise ConfigError(f"bank {directory}: exists already; choose another place or remove it")
-        partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-        partial.mkdir(parents=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
+        whole = partial / directory.name  # not the temporary folder itself, which nobody else may read
         try:
             with naming(directory):
-                (self if self.images and self.images.kept else self.synthetic)._write(partial)
-                sync_tree(partial)  # before what it was made from is removed
-                partial.rename(directory)
+                whole.mkdir()
+                (self if self.images and self.images.kept else self.synthetic)._write(whole)
+                sync_tree(whole)  # before what it was made from is removed
+                whole.rename(directory)
                 sync_directory(directory.parent)
-        except BaseException:
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
 
     def _write(self, directory: Path) -> None:
         per_shard = max(1, _SHARD_BYTES // math.prod(self.input_spec.shape))
