@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qimera.errors import ConfigError
-from qimera.teacher.sources import EMBEDDED_MODELS, known_input, load_model
+from qimera.teacher.sources import EMBEDDED_MODELS, absolute_source, known_input, load_model
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -36,6 +36,11 @@ def test_a_function_of_a_file_gives_the_network_in_eval_mode(tmp_path: Path) -> 
     model = load_model(f"{path}:build")
     assert isinstance(model[0], nn.BatchNorm2d)
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("source", ["hf-hub:timm/resnet18.a1_in1k", "timm:resnet18", "mnist_cnn"])
+def test_a_model_that_lies_in_no_file_is_called_the_same_everywhere(source: str) -> None:
+    assert absolute_source(source) == source
 
 
 def test_a_network_whose_own_train_returns_nothing_is_returned_itself(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def known_input(source: str, model: nn.Module) -> dict[str, Any]:
 def absolute_source(source: str) -> str:
     """Return ``source`` with the path of a file made absolute, so that it names the same from everywhere."""
     path, separator, function = source.rpartition(":")
-    if separator and _is_file(path):
+    if separator and source.partition(":")[0] not in libraries.LIBRARIES and _is_file(path):
         return f"{Path(path).resolve()}:{function}"
     return str(Path(source).resolve()) if Path(source).suffix == ".pt2" else source
 
