@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from qimera.errors import ConfigError
@@ -90,6 +91,14 @@ def test_weights_are_found_in_every_usual_wrapping_and_it_is_said(
         load_weights_(model, tmp_path / "weights.pt")
     assert same_state(model, saved)
     assert (wrapping in caplog.text) == (wrapping != "plain")
+
+
+def test_a_tensor_that_the_model_has_under_several_names_may_be_stored_under_one(tmp_path: Path) -> None:
+    saved, model = network(seed=1), network(seed=2)
+    saved.last, model.last = saved[3], model[3]
+    save_model(saved, str(tmp_path / "weights.safetensors"))
+    load_weights_(model, tmp_path / "weights.safetensors")
+    assert same_state(model, saved)
 
 
 class HiddenItems:

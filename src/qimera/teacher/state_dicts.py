@@ -225,10 +225,18 @@ def _attempt(
 ) -> _Attempt:
     tensors = {key.removeprefix(prefix): value for key, value in found.tensors.items() if key.startswith(prefix)}
     others = {key.removeprefix(prefix): value for key, value in found.others.items() if key.startswith(prefix)}
+    tensors = _under_all_names(tensors, expected)
     left_out = [key for key in (*found.tensors, *found.others) if not key.startswith(prefix)]
     left_out += [prefix + key for key in others if key not in expected]
     problems = (*_key_problems(tensors, others, expected), *_tensor_problems(tensors, expected))
     return _Attempt(found, prefix, tensors, problems, num_named, left_out, dropped)
+
+
+def _under_all_names(tensors: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add the other names of tensors that the model has under several; safetensors keeps one name of each."""
+    places = {key: (value.data_ptr(), value.shape, value.dtype) for key, value in expected.items()}
+    given = {places[key]: value for key, value in tensors.items() if key in places}
+    return {key: given[place] for key, place in places.items() if place in given} | tensors
 
 
 def _choose(fitting: list[_Attempt], model: str, path: Path) -> _Attempt:
