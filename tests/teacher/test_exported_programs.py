@@ -41,6 +41,16 @@ def test_a_program_for_one_batch_size_is_refused_with_the_way_out(tmp_path: Path
         load_model(str(path))
 
 
+def test_a_program_for_images_of_any_size_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    shapes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    torch.export.save(
+        torch.export.export(model, (torch.zeros(2, *SPEC.shape),), dynamic_shapes=shapes), tmp_path / "sizes.pt2"
+    )
+    with pytest.raises(ConfigError, match=r"takes images of more than one size; export it so that its batches alone"):
+        load_model(str(tmp_path / "sizes.pt2"))
+
+
 class Tied(nn.Module):
     """Two convolutions with one weight, a part without gradients, a constant that is not saved as state."""
 

@@ -53,7 +53,7 @@ def read_program(path: Path) -> GraphModule:
 
     Raises:
         ConfigError: no such file, not an archive of ``torch.export.save``, one that asks for more than operations on
-            tensors, or a program that takes more than images, or batches of one size alone.
+            tensors, or a program that takes more than images, images of any size, or batches of one size alone.
     """
     if not path.is_file():
         raise ConfigError(f"model: no such file: {path}")
@@ -192,6 +192,8 @@ def _add_inputs(builder: GraphBuilder, graph: Mapping[str, Any], specs: list[Map
             f"takes batches of exactly {_whole(batch['as_int'])}; "
             "export it with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)"
         )
+    if any("as_int" not in size for size in shape):
+        raise ConfigError("takes images of more than one size; export it so that its batches alone are of any size")
     builder.add_images(images[0])
     return tuple(_whole(size["as_int"]) for size in shape)
 
