@@ -36,6 +36,7 @@ from qimera.training.distillation import distill_
 from qimera.training.memory import draws_in_memory, images_in_memory, lessons_in_memory
 
 
+@torch.inference_mode(False)  # with gradients, also where the caller has switched them off
 def synthesize(
     model: nn.Module,
     input_spec: InputSpec | None = None,
@@ -94,6 +95,7 @@ def synthesize(
     return bank if given is None else bank.with_images(given, teacher, keep=keep_images)
 
 
+@torch.inference_mode(False)  # as synthesize
 def quantize(
     model: nn.Module,
     bank: SampleBank,
@@ -158,6 +160,7 @@ def quantize(
     )
 
 
+@torch.inference_mode(False)  # as synthesize
 def quantize_with(
     teacher: Teacher,
     bank: SampleBank,

@@ -1,4 +1,6 @@
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import pytest
@@ -108,6 +110,17 @@ def test_same_seed_same_student_and_another_seed_another(teacher: Teacher, bank:
     two = quantize(teacher, bank, settings=SHORT, seed=5)
     assert same_student(one, two)
     assert not same_student(one, quantize(teacher, bank, settings=SHORT, seed=6))
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_callers_may_have_switched_gradients_off(
+    tiny_model: TinyNet, teacher: Teacher, without_gradients: Callable[[], AbstractContextManager[object]]
+) -> None:
+    with without_gradients():
+        bank = synthesize(tiny_model, SPEC, short_synthesis())
+        student = quantize(tiny_model, bank, settings=SHORT)
+    assert same_bank(bank, synthesize(teacher, settings=short_synthesis()))
+    assert same_student(student, quantize(teacher, bank, settings=SHORT))
 
 
 def test_one_bank_serves_every_run_unchanged(teacher: Teacher, bank: SampleBank) -> None:
