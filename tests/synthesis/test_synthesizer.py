@@ -156,6 +156,15 @@ def test_same_seed_same_synthesizer_whatever_the_global_generator_holds(teacher:
     assert not torch.equal(one["generator.convs.0.weight"], other["generator.convs.0.weight"])
 
 
+def test_a_new_synthesizer_leaves_the_random_generators_of_gpus_alone(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded them"))
+    before = torch.get_rng_state()
+    synthesizer_of(teacher)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,8 @@ class Synthesizer(nn.Module):
         spec, num_classes = settings.generator, teacher.num_classes
         self.labels, self.num_classes, self.precision = settings.labels, num_classes, spec.precision
         with torch.random.fork_rng(devices=[]):  # modules draw their start from the global generator
-            torch.manual_seed(int(torch.randint(2**31, (), generator=rng)))
+            # not torch.manual_seed, which seeds the generators of GPUs too
+            torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=rng)))
             self.embedding = ClassEmbedding(teacher.classifier.weight, spec, rng)
             latent_dim = self.embedding.latent_dim
             self.mapping: nn.Module = nn.Identity()
