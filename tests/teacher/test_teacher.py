@@ -255,6 +255,20 @@ def test_of_several_outputs_the_one_asked_for_is_taken() -> None:
         Teacher.capture(model, SPEC, "head")
 
 
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (lambda logits: logits, "output"),
+        (lambda logits: {"head.main": logits, "other": 2 * logits}, "head.main"),
+        (lambda logits: {"head": {"main": logits, "other": 2 * logits}}, "head.main"),
+    ],
+)
+def test_an_output_is_chosen_by_the_name_that_messages_have_for_it(wrap: Callable[[Tensor], object], name: str) -> None:
+    model = Wrapped(wrap).eval()
+    teacher = Teacher.capture(model, SPEC, name)
+    torch.testing.assert_close(teacher(images(3)), model.network(images(3)), atol=1e-6, rtol=1e-5)
+
+
 # --- what samples are judged by ---------------------------------------------------------------------------------------
 
 

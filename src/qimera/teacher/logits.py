@@ -43,13 +43,14 @@ def choose_logits(output: object, num_images: int, wanted: str, network: str) ->
     """
     tensors = dict(_tensors_in(output))
     possible = {path: tensor for path, tensor in tensors.items() if _could_be_logits(tensor, num_images)}
-    listed = ", ".join(f"{'.'.join(path) or 'output'} {_shape(tensor)}" for path, tensor in tensors.items()) or "none"
+    listed = ", ".join(f"{_name(path)} {_shape(tensor)}" for path, tensor in tensors.items()) or "none"
     if wanted:
-        path = tuple(wanted.split("."))
-        if path not in possible:
+        by_name = {_name(path): path for path in possible}
+        if wanted not in by_name:
             raise ConfigError(
                 f"logits: {network} returns no logits of {num_images} images called {wanted!r}; its outputs: {listed}"
             )
+        path = by_name[wanted]
     else:
         named = [path for path in possible if path and path[-1] == "logits"]
         found = named if len(named) == 1 else list(possible)
@@ -59,14 +60,14 @@ def choose_logits(output: object, num_images: int, wanted: str, network: str) ->
                 f"({num_images}, classes) with at least 2 classes: wrap the model so that it returns them"
             )
         if len(found) > 1:
-            names = ", ".join(".".join(path) for path in found)
+            names = ", ".join(_name(path) for path in found)
             raise UnsupportedModelError(
                 f"{network} returns several tensors that could be the logits: {listed}; choose one of {names} "
                 "with --logits, or logits=... in Python"
             )
         path = found[0]
         if path:
-            logger.info("%s returns several tensors; its logits are %s", network, ".".join(path))
+            logger.info("%s returns several tensors; its logits are %s", network, _name(path))
     return LogitsPlace(path, tensors[path].ndim > 2)
 
 
@@ -98,6 +99,10 @@ def _could_be_logits(tensor: Tensor, num_images: int) -> bool:
         and tensor.shape[1] >= 2
         and all(size == 1 for size in positions)
     )
+
+
+def _name(path: tuple[str, ...]) -> str:
+    return ".".join(path) or "output"
 
 
 def _shape(tensor: Tensor) -> str:
