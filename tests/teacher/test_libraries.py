@@ -25,6 +25,16 @@ def test_timm_says_what_its_images_look_like() -> None:
     assert not model.training
 
 
+@pytest.mark.parametrize("name", ["tresnet_m", "csatv2"])
+def test_channels_are_those_of_images_where_the_first_convolution_reads_others(name: str) -> None:
+    """TResNet reads blocks of 4 x 4 pixels as channels, and CSATv2 a cosine transform."""
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert known_input(f"timm:{name}", model)["shape"][0] == 3
+
+
 def test_torchvision_says_what_its_images_look_like() -> None:
     known = known_input("torchvision:resnet18", load_model("torchvision:resnet18", untrained=True))
     assert known["shape"] == (3, 224, 224)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qimera.config.input_spec import IMAGE_MODES
 from qimera.errors import ConfigError, first_line, suggest
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def input_of(library: str, name: str, model: nn.Module) -> dict[str, Any]:
         prepared = versions[-1].transforms()
         return {"shape": (3, *prepared.crop_size * 2)[:3], "mean": tuple(prepared.mean), "std": tuple(prepared.std)}
     known = _import("timm.data").resolve_model_data_config(model)
-    channels = _channels_of(model)
+    channels = _channels_of(model, known["input_size"][0])
     if channels != len(known["mean"]):
         return {"shape": (channels, *known["input_size"][1:])}
     return {"shape": tuple(known["input_size"]), "mean": tuple(known["mean"]), "std": tuple(known["std"])}
@@ -134,9 +135,10 @@ def _ending_with(weights: Mapping[str, Tensor], key: str) -> Tensor | None:
     return next((value for name, value in weights.items() if name == key or name.endswith(f".{key}")), None)
 
 
-def _channels_of(model: nn.Module) -> int:
+def _channels_of(model: nn.Module, usual: int) -> int:
+    """Return how many channels the first convolution reads, or the usual number where these are no image's own."""
     first = next((each for each in model.modules() if isinstance(each, nn.Conv2d)), None)
-    return 3 if first is None else first.in_channels * (1 if first.groups == 1 else first.groups)
+    return usual if first is None or first.in_channels not in IMAGE_MODES else first.in_channels
 
 
 def _import(name: str) -> Any:
