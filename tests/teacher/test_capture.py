@@ -184,6 +184,15 @@ def test_a_network_that_cannot_be_copied_is_refused_by_name() -> None:
         Teacher.capture(network(Uncopyable()), SPEC)
 
 
+@pytest.mark.parametrize("key", ["in", "gr\u00f6\u00dfe"])
+def test_a_layer_whose_name_cannot_be_stored_is_refused_by_it(key: str) -> None:
+    layers = nn.ModuleDict({key: nn.Conv2d(8, 8, 3)})
+    model = network(Lambda(lambda x: layers[key](x)))
+    model[3].layers = layers
+    with pytest.raises(UnsupportedModelError, match=rf"3.layers.{key}.weight: names of layers .*rename this one"):
+        Teacher.capture(model, SPEC)
+
+
 def test_a_network_without_values_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match=r"Sequential cannot be copied .*load its state_dict"):
         Teacher.capture(network().to("meta"), SPEC)

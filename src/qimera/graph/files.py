@@ -75,7 +75,7 @@ class GraphBuilder:
 
     def add_tensor(self, name: str) -> None:
         """Add a parameter or buffer of the network; graphs read it by ``add_reader``."""
-        if not _TENSOR_NAME.fullmatch(name) or any(keyword.iskeyword(part) for part in name.split(".")):
+        if not is_tensor_name(name):
             raise ConfigError(f"calls a tensor {name!r:.100}, which is no dotted name")
         self._tensors.add(name)
 
@@ -151,6 +151,11 @@ class GraphBuilder:
     def _put(self, name: object, node: Node) -> None:
         assert isinstance(name, str)
         self._nodes[name] = node
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether a stored network can have a parameter or buffer of this name."""
+    return _TENSOR_NAME.fullmatch(name) is not None and not any(keyword.iskeyword(part) for part in name.split("."))
 
 
 def _check_arguments(

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from qimera.config.input_spec import InputSpec
 from qimera.errors import ConfigError, UnsupportedModelError, first_line
-from qimera.graph.files import rebuilt, unsupported_operation
+from qimera.graph.files import is_tensor_name, rebuilt, unsupported_operation
 from qimera.graph.nodes import BATCH_NORM, aten, logits_node, node_at, to_channels_last_
 from qimera.graph.operations import operation_name
 from qimera.graph.shapes import propagate_shapes_
@@ -54,6 +54,7 @@ def capture(model: nn.Module, input_spec: InputSpec, logits: str) -> GraphModule
     """
     name = type(unwrapped(model)).__name__
     model = _private_copy(unwrapped(model), name)
+    _refuse_unusual_names(model)
     _refuse_broken_numbers(model)
     images = torch.zeros(2, *input_spec.shape)
     _return_logits_alone_(model, images, logits, name)
@@ -143,6 +144,16 @@ def _tensors_in(value: object, depth: int = 4) -> Iterator[Tensor]:
     elif isinstance(value, dict | list | tuple | set) and depth:
         for each in value.values() if isinstance(value, dict) else value:
             yield from _tensors_in(each, depth - 1)
+
+
+def _refuse_unusual_names(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for names that generated code and stored networks cannot have."""
+    for name, _ in (*model.named_parameters(), *model.named_buffers()):
+        if not is_tensor_name(name):
+            raise UnsupportedModelError(
+                f"{name}: names of layers and tensors must be in ASCII, and no keyword of Python; rename this one, in "
+                "the weights too"
+            )
 
 
 def _refuse_broken_numbers(model: nn.Module) -> None:
