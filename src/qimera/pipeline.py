@@ -69,15 +69,19 @@ def synthesize(
         progress: Called after every step; on a GPU after every tenth.
 
     Raises:
-        ConfigError: the input spec is missing, the model refuses such images, the seed is out of range, there is no
-            such recipe, settings are given beside one, your images cannot be read, or there is nothing to make a bank
-            of.
+        ConfigError: the input spec is missing or not the teacher's own, the model refuses such images, the seed is out
+            of range, there is no such recipe, settings are given beside one, your images cannot be read, or there is
+            nothing to make a bank of.
         UnsupportedModelError: the model cannot be captured.
         DivergenceError: a loss became NaN or infinite.
     """
     seed = check_seed(seed)
     _refuse_both(settings, recipe)
     teacher = as_teacher(model, input_spec)
+    if input_spec not in (None, teacher.input_spec):
+        raise ConfigError(
+            f"input_spec: the teacher takes images of {teacher.input_spec}, given {input_spec}; leave it out"
+        )
     settings = settings or _recipe_for(teacher, recipe).synthesis
     if images is None and not settings.num_generated + settings.num_optimized:
         raise ConfigError(NOTHING_TO_LEARN_FROM)

@@ -312,6 +312,12 @@ def test_a_model_without_an_input_spec_is_refused(tiny_model: TinyNet) -> None:
         synthesize(tiny_model)
 
 
+def test_a_teacher_takes_no_other_input_spec_than_its_own(teacher: Teacher) -> None:
+    other = SPEC.replace(mean=(0.1, 0.2, 0.3))
+    with pytest.raises(ConfigError, match=r"input_spec: the teacher takes images of .*; leave it out"):
+        synthesize(teacher, other, short_synthesis())
+
+
 def test_a_bank_of_another_teacher_is_refused(bank: SampleBank) -> None:
     torch.manual_seed(3)
     with pytest.raises(ConfigError, match=r"bank: made for another teacher .*synthesise a bank for this model"):
