@@ -29,8 +29,8 @@ def simplify_(module: GraphModule) -> None:
     """Bring a graph into the form that everything else here reads.
 
     What the output does not depend on is dropped. Every operation gets its usual spelling (``spellings.py``). What
-    depends on parameters and buffers alone, such as masked or standardised weights, is computed once and for all: what
-    it comes to is what can be quantized. A weight that is a buffer becomes a parameter. A 1x1 convolution at one
+    depends on parameters and buffers alone, such as masked or standardised weights, is computed once and for all, for
+    its value is what can be quantized. A weight that is a buffer becomes a parameter. A 1x1 convolution at one
     position that returns the logits becomes a linear layer, whose integer kernel can return floats.
 
     The graph must not write into tensors that are read again (``writes_what_is_read_again``).
@@ -164,7 +164,7 @@ def _ancestors(node: Node) -> dict[Node, None]:
 
 @torch.no_grad()
 def _compute_constants_(module: GraphModule) -> None:
-    """Replace each tensor that depends on no image, but is computed, by what it comes to."""
+    """Replace each computed tensor that depends on no image by its value."""
     values: dict[Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":

@@ -36,8 +36,8 @@ a busy H100 ResNet-20's synthesis is compiled in 40 s and saves 16 ms a step, it
 
 
 _OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {"reorder_for_peak_memory": False}
-"""Of inductor. That pass of torch 2.13 moves the zeros, to which the gradients of two enlarged images are added, behind
-the additions: the generator's coarse resolutions got no gradient at all (``tests/compiled_step.py``)."""
+"""Options of inductor. In torch 2.13 this pass moves the zeros to which the gradients of two enlarged images are added
+behind the additions: the generator's coarse resolutions got no gradient at all (``tests/compiled_step.py``)."""
 
 
 @contextmanager

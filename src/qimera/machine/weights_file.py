@@ -120,7 +120,7 @@ def read_content(path: Path) -> object:
         except SafetensorError as error:
             raise ConfigError(f"{path}: not a safetensors file, or damaged ({error}); save or copy it again") from error
     if is_tape(path):
-        raise ConfigError(f"{path}: in the form of before PyTorch 0.2; {ADVICE} by a newer one")
+        raise ConfigError(f"{path}: in the format that PyTorch wrote before 0.2; {ADVICE} by a newer one")
     with path.open("rb") as file:
         try:
             with allowing_only(_ALLOWED), warnings.catch_warnings():

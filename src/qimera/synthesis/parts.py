@@ -68,7 +68,10 @@ def _holds_out_optimized(settings: SynthesisSettings) -> bool:
 
 
 def _sizes(total: int, size: int) -> list[int]:
-    """Return the sizes of the parts of at most ``size`` that ``total`` splits into; no part is a single sample."""
+    """Return the sizes of the parts of at most ``size`` that ``total`` splits into, which differ by one at most.
+
+    No part is a single sample, unless ``total`` is 1 or ``size`` is 2.
+    """
     count = -(-total // size)
     return [total // count + (index < total % count) for index in range(count)]
 

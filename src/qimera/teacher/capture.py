@@ -271,11 +271,13 @@ def _refuse_unknown_operations(module: GraphModule) -> None:
 
 
 def _without_softmax(module: GraphModule, name: str) -> GraphModule:
-    """Take off a softmax at the end: what it takes its probabilities of are the logits."""
+    """Take off a softmax at the end: its input is the logits."""
     logits = logits_node(module)
     while logits.target in _SOFTMAXES and logits.args[1] in (1, -1):
         entering = node_at(logits, 0)
-        logger.warning("%s returns probabilities (%s); its logits are what it takes them of", name, logits.name)
+        logger.warning(
+            "%s returns probabilities (%s); what enters its softmax is taken for the logits", name, logits.name
+        )
         logits.replace_all_uses_with(entering)
         module.graph.erase_node(logits)
         logits = entering

@@ -17,10 +17,10 @@ from qimera.machine.weights_file import ADVICE, read_content
 logger = logging.getLogger(__name__)
 
 _AVERAGED = re.compile(r"(^|_)(ema|swa|averaged?)(_|$)", re.IGNORECASE)
-"""Keys of averaged weights, which programs that train evaluate, and so do we where others stand beside them."""
+"""Keys of averaged weights. Training programs evaluate these, so they are taken where others stand beside them."""
 
 _OPTIMIZER = re.compile(r"(^|_)optim(izer)?s?(_|$)", re.IGNORECASE)
-"""Keys of what has the names and shapes of weights in some programs, and is none."""
+"""Keys of states of optimizers, which in some programs have the names and shapes of weights."""
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """What wrappers of torch put into the names of the layers below them, not always before every name."""

@@ -47,7 +47,7 @@ class BatchNormTap:
 
 
 class Taps(NamedTuple):
-    """What one batch is inside of the teacher."""
+    """What the teacher computes of one batch on the way to its logits."""
 
     batch_norms: list[Tensor]
     """Input of every batch norm, in the order of ``Teacher.batch_norms``, each (batch, channel, ...)."""
