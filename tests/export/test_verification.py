@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import VerificationError
-from qimera.export.comparison import compare, latencies_ms, sample_pixels
+from qimera.export.comparison import Verification, check_agreement, compare, latencies_ms, sample_pixels
 from qimera.export.onnx import export_onnx
 from qimera.export.onnx_model import float_model
 from qimera.export.program import export_pt2
@@ -38,6 +38,20 @@ def test_of_equal_logits_a_runtime_may_pick_either() -> None:
     expected = [[-1.0, 0.0, 0.0], [0.0, 0.0, -2.0]]
     assert agreement(expected, [[-1.0, -2e-8, 0.0], [-3e-8, 0.0, -2.0]]) == pytest.approx(100)
     assert agreement(expected, [[0.1, -2e-8, 0.0], [-3e-8, 0.0, -2.0]]) == pytest.approx(50)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_numbers_are_no_agreement_and_are_named(number: float) -> None:
+    """NaN wins an argmax, and a file of nothing else would always say class 0, as the student may."""
+    expected = np.array([[1.0, 0.0], [2.0, 1.0], [0.0, 3.0], [0.0, 3.0]])
+    actual = expected.copy()
+    actual[:3] = [[number, number], [2.0, number], [0.0, 2.5]]
+    found = compare("a runtime", expected, actual, 1, [])
+    assert (found.agreement, found.identical, found.not_finite) == (50, 25, 2)
+    assert found.largest_difference == 0.5
+    with pytest.raises(VerificationError, match=r"on 2 samples the file returns NaN or infinite logits; no file"):
+        check_agreement(found, 4, 99.0)
+    assert "on 2 samples the file returns NaN or infinite logits" in Verification(1, 1, 4, (found,)).text()
 
 
 def test_latency_is_the_median_without_the_first_call() -> None:

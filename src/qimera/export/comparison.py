@@ -43,7 +43,7 @@ class Comparison:
     """Percent of samples that the file puts into the student's class, or one whose logit is equal up to rounding."""
 
     largest_difference: float
-    """Of any two logits, in their own unit."""
+    """Of any two finite logits, in their own unit."""
 
     identical: float
     """Percent of samples on which all logits are the same up to rounding (1e-4 of their spread)."""
@@ -73,6 +73,13 @@ class Comparison:
 
     note: str = ""
     """Why less agreement is to be expected here, and is accepted."""
+
+    not_finite: int = 0
+    """Samples on which a logit of the file is NaN or infinite, which is no agreement."""
+
+    def without_answer(self) -> str:
+        """Say on how many samples the file returns no numbers; empty if there are none."""
+        return f"on {self.not_finite} samples the file returns NaN or infinite logits" if self.not_finite else ""
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,8 @@ class Verification:
                 lines.append(f"  partitions of XNNPACK: {each.partitions}{left}")
             if each.arena_bytes is not None:
                 lines.append(f"  memory of the interpreter: {each.arena_bytes:,} bytes")
+            if each.not_finite:
+                lines.append(f"  {each.without_answer()}")
             if each.note:
                 lines.append(f"  {each.note}")
         lines += [f"{refusal}; the student is not for it" for refusal in self.refusals]
@@ -148,17 +157,19 @@ def compare(
     latencies: Sequence[float] = (),
 ) -> Comparison:
     """Return how the logits of a runtime compare with the student's; ``latencies`` are of the file and of the model."""
-    difference, rounding = np.abs(expected - actual).max(1), 1e-4 * expected.std()
+    finite, rounding = np.isfinite(actual).all(1), 1e-4 * expected.std()
+    difference = np.abs(expected - np.where(finite[:, None], actual, expected)).max(1)
     picked = np.take_along_axis(expected, actual.argmax(1, keepdims=True), 1)[:, 0]
     return Comparison(
         runtime=runtime,
-        agreement=100 * float((picked >= expected.max(1) - rounding).mean()),
+        agreement=100 * float((finite & (picked >= expected.max(1) - rounding)).mean()),
         largest_difference=float(difference.max()),
-        identical=100 * float((difference <= rounding).mean()),
+        identical=100 * float((finite & (difference <= rounding)).mean()),
         integer_layers=num_layers - len(float_layers),
         float_layers=tuple(float_layers),
         latency_ms=latencies[0] if latencies else None,
         float_latency_ms=latencies[1] if len(latencies) > 1 else None,
+        not_finite=int((~finite).sum()),
     )
 
 
@@ -205,7 +216,7 @@ def check_agreement(
     ``explain`` is asked for what else there is to say, which may take a while to find out.
     """
     if not found.agreement >= required:
-        more = "".join(f"{each}; " for each in [explain()] if each)
+        more = "".join(f"{each}; " for each in (found.without_answer(), explain()) if each)
         raise VerificationError(
             f"{found.runtime}: file and student agree on {found.agreement:.2f} % of {num_samples} samples, "
             f"at least {required:g} % are required; {more}no file was written"
