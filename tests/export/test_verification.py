@@ -16,7 +16,7 @@ from qimera.export.comparison import Verification, check_agreement, compare, lat
 from qimera.export.onnx import export_onnx
 from qimera.export.onnx_model import float_model
 from qimera.export.program import export_pt2
-from qimera.export.verification import _without, onnx_runtime
+from qimera.export.verification import _without, onnx_runtime, verify_onnx
 from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
@@ -92,6 +92,19 @@ def test_the_time_of_full_precision_is_of_the_teacher(
     with torch.no_grad():
         # 1e-4: batch norms are folded into layers, and sums run in another order
         np.testing.assert_allclose(logits, teacher(images).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_in_full_precision_that_does_not_run_costs_its_time_alone(
+    tmp_path: Path, teacher: Teacher, caplog: pytest.LogCaptureFixture
+) -> None:
+    student = shared.fitted(teacher, shared.noise(), QuantizationSettings())
+    export_onnx(student, tmp_path / "model.onnx")
+    (tmp_path / "float.onnx").write_bytes(b"no model at all")
+    paths = tmp_path / "model.onnx", tmp_path / "float.onnx"
+    found = verify_onnx(student, paths[0], None, min_agreement=99.0, float_path=paths[1])
+    assert "the model in full precision does not run" in caplog.text
+    assert {each.float_latency_ms for each in found.comparisons} == {None}
+    assert all(each.latency_ms for each in found.comparisons)
 
 
 # --- which layers run in integer kernels ------------------------------------------------------------------------------

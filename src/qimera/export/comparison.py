@@ -1,9 +1,12 @@
 """The logits of an exported file and of the student it came from -> how they compare, on any runtime."""
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +21,8 @@ from qimera.quantization.ranges import LOWEST_WEIGHT
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.direct import noise_images
+
+logger = logging.getLogger(__name__)
 
 MIN_AGREEMENT = 99.0
 """Percent of samples that student and file must put into the same class, unless another number is given."""
@@ -188,6 +193,25 @@ def latencies_ms(runs: Sequence[Callable[[], object]]) -> list[float]:
             run()
             times.append(1000 * (time.perf_counter() - start))
     return [statistics.median(times) for times in milliseconds]
+
+
+_Image = TypeVar("_Image")
+
+
+def latencies_beside(
+    run: Callable[[_Image], object], image: _Image, start: Callable[[], Callable[[_Image], object]] | None
+) -> list[float]:
+    """Return the latency of ``run``, and that of what ``start`` makes ready, if there is any and it runs."""
+    runs = [partial(run, image)]
+    if start is not None:
+        try:
+            beside = partial(start(), image)
+            beside()
+            runs.append(beside)
+        except Exception as error:  # each runtime has errors of its own; the file itself is as good without
+            reason = runtime_reason(error)
+            logger.warning("the model in full precision does not run, so no time is beside the file's (%s)", reason)
+    return latencies_ms(runs)
 
 
 def check_scheme(student: Student) -> None:

@@ -18,7 +18,7 @@ from qimera.export.comparison import (
     check_agreement,
     compare,
     first_difference,
-    latencies_ms,
+    latencies_beside,
     logits_of,
     refuse_lowest_weights,
     runtime_reason,
@@ -72,8 +72,8 @@ def verify_onnx(
                 raise VerificationError(f"{refusal}; no file was written") from error
             refusals.append(refusal)
             continue
-        runs = [run] if float_path is None else [run, start(float_path)[0]]
-        latencies = latencies_ms([partial(each, inputs[0][:1]) for each in runs])
+        beside = None if float_path is None else partial(_runner, start, float_path)
+        latencies = latencies_beside(run, inputs[0][:1], beside)
         comparison = compare(runtime, expected, actual, len(names), float_layers, latencies)
         rounds_elsewhere = runtime.startswith("OpenVINO") and student.settings.target != "openvino"
         required = min(min_agreement, OPENVINO_MIN_AGREEMENT) if rounds_elsewhere else min_agreement
@@ -81,6 +81,10 @@ def verify_onnx(
         check_agreement(comparison, len(pixels), required, explain)
         comparisons.append(comparison)
     return Verification(len(names), path.stat().st_size, len(pixels), tuple(comparisons), tuple(refusals))
+
+
+def _runner(start: Callable[[Path], tuple[Runner, list[str]]], path: Path) -> Runner:
+    return start(path)[0]
 
 
 def _inputs(path: Path, pixels: Tensor, images: Tensor) -> Iterator[np.ndarray]:

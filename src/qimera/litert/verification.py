@@ -14,7 +14,7 @@ from qimera.export.comparison import (
     check_agreement,
     compare,
     first_difference,
-    latencies_ms,
+    latencies_beside,
     logits_of,
     multiplying,
     refuse_lowest_weights,
@@ -77,8 +77,8 @@ def verify_litert(
             raise VerificationError(
                 f"{name}: cannot run the file ({runtime_reason(error)}); no file was written"
             ) from error
-        runs = [runtime] if float_content is None else [runtime, Runtime(float_content, xnnpack=xnnpack)]
-        latencies = latencies_ms([partial(each, inputs[:1]) for each in runs])
+        start = None if float_content is None else partial(Runtime, float_content, xnnpack=xnnpack)
+        latencies = latencies_beside(runtime, inputs[:1], start)
         found = compare(name, expected, actual, len(names), float_layers, latencies)
         is_target = xnnpack != (student.settings.target == "litert-builtin")
         if is_target:
