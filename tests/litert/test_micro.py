@@ -26,6 +26,8 @@ pytest.importorskip("ai_edge_litert", reason="pip install 'qimera[litert]'")
 from ai_edge_litert import schema_py_generated as schema
 
 from qimera.litert.export import export_litert
+from qimera.lowering.flatbuffer import FlatFile
+from qimera.lowering.model import PIXELS
 
 
 @pytest.fixture
@@ -123,6 +125,18 @@ def test_operations_without_a_kernel_are_refused_by_name(tmp_path: Path) -> None
     with pytest.raises(UnsupportedModelError, match=r"cannot run part of the model: .*'GELU'; export to litert"):
         export_tflm(student_of(shared.teacher_of("transformer")), tmp_path / "model.tflite")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("_micro")
+def test_kernels_that_refuse_their_tensors_only_when_they_run_are_named_too(capfd: pytest.CaptureFixture[str]) -> None:
+    """NEG, for one, has a kernel for int8 in LiteRT, and none in tflite-micro."""
+    file = FlatFile()
+    image, logits = (file.tensor(name, (1, 4), np.int8, PIXELS) for name in ("input", "logits"))
+    file.operation("NEG", [image], [logits])
+    runtime = MicroRuntime(file.content({"input": image}, {"logits": logits}, "qimera"))
+    with pytest.raises(UnsupportedModelError, match=r"cannot run part of the model: .*; export to litert"):
+        runtime(np.zeros((1, 4), np.int8))
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("_micro")

@@ -113,10 +113,7 @@ class MicroRuntime:
             try:
                 self._interpreter = runtime.Interpreter.from_bytes(content, arena_size=arena_size)
             except RuntimeError as error:
-                reason = next(iter(said()), str(error))
-                raise UnsupportedModelError(
-                    f"tflite-micro cannot run part of the model: {reason}; export to litert, which has more kernels"
-                ) from error
+                raise _no_kernel(said(), error) from error
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Return the logits of a batch, (batch, height, width, channel), run one image after the other."""
@@ -124,7 +121,11 @@ class MicroRuntime:
 
     def _run(self, image: np.ndarray) -> np.ndarray:
         self._interpreter.set_input(image, 0)
-        self._interpreter.invoke()
+        with held_back() as said:
+            try:
+                self._interpreter.invoke()
+            except RuntimeError as error:  # some kernels look at their tensors only when they run
+                raise _no_kernel(said(), error) from error
         logits = np.asarray(self._interpreter.get_output(0))
         if logits.dtype == np.float32:
             return logits
@@ -138,6 +139,13 @@ class MicroRuntime:
             self._interpreter.print_allocations()
             (total,) = re.findall(r"Arena allocation total (\d+) bytes", "\n".join(said()))
         return int(total)
+
+
+def _no_kernel(lines: list[str], error: RuntimeError) -> UnsupportedModelError:
+    reason = next(iter(lines), str(error))
+    return UnsupportedModelError(
+        f"tflite-micro cannot run part of the model: {reason}; export to litert, which has more kernels"
+    )
 
 
 def _write(path: Path, content: bytes, arena_bytes: int, operations: list[str]) -> None:
