@@ -3,9 +3,15 @@
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from torch import nn
+from torch.nn import functional as F
 
+from qimera.config.settings import QuantizationSettings
 from qimera.errors import UnsupportedModelError
 from qimera.student.grids import Grid, Levels, grid_of, widening
+from qimera.teacher.teacher import Teacher
+from tests import shared
+from tests.networks import SPEC, Head, Lambda
 
 ACTIVATIONS = {"NONE": (-np.inf, np.inf), "RELU": (0.0, np.inf), "RELU_N1_TO_1": (-1.0, 1.0)}
 
@@ -53,8 +59,15 @@ def test_a_clip_in_front_of_a_grid_becomes_fewer_levels() -> None:
 
 
 def test_a_range_without_zero_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="ranges that hold zero"):
-        grid_of(Levels(0.1, 0, 0, 255).clipped(1.0, 2.0))
+    with pytest.raises(UnsupportedModelError, match=r"stem\.conv: .* ranges that hold zero.* export to ONNX instead"):
+        grid_of(Levels(0.1, 0, 0, 255).clipped(1.0, 2.0), "stem.conv")
+
+
+def test_a_layer_whose_range_is_without_zero_is_named_by_the_student() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Lambda(lambda x: F.hardtanh(F.relu(x), 0.1, 0.5)), Head(4)).eval()
+    settings = QuantizationSettings(target="litert-builtin")
+    with pytest.raises(UnsupportedModelError, match=r"^conv2d: .* ranges that hold zero"):
+        shared.fitted(Teacher.capture(model, SPEC), shared.noise(), settings)(shared.noise())
 
 
 @pytest.mark.parametrize(("lowest", "highest", "factor"), [(-8, 7, 8), (-7, 7, 16), (-127, 127, 1), (-2, 1, 32)])

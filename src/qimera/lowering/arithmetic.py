@@ -31,7 +31,7 @@ def binary(
         if levels is None or not in_integers:
             result = _written(w, kind, [w.floats(each) for each in operands], shape)
             return result if levels is None else w.quantized(result, levels)
-        grid = grid_of(levels)
+        grid = grid_of(levels, w.name)
         direct = grid if grid.activation == "RELU" else grid.plain
         result = _written(w, kind, [w.plain(w.value(each)) for each in operands], shape, direct)
         return w.finished(result, grid)

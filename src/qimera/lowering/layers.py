@@ -79,7 +79,7 @@ def convolution(
     def write(levels: Levels | None) -> Value:
         w.name = layer
         entering, mode = w.padded(w.entering(x, levels), kernel, stride, padding, dilation, shape)
-        result = w.output(shape, CHANNELS_LAST, None if levels is None else grid_of(levels))
+        result = w.output(shape, CHANNELS_LAST, None if levels is None else grid_of(levels, w.name))
         options = {"padding": mode, "strideH": stride[0], "strideW": stride[-1]}
         options |= {"dilationHFactor": dilation[0], "dilationWFactor": dilation[-1], **_fused(result)}
         if is_depthwise:
@@ -156,7 +156,7 @@ def transposed_convolution(
 
     def write(levels: Levels | None) -> Value:
         w.name = layer
-        grid = None if levels is None else grid_of(levels)
+        grid = None if levels is None else grid_of(levels, w.name)
         _, source = w.read(w.entering(x, levels), CHANNELS_LAST)
         result = w.output((1, shape[1], *full), CHANNELS_LAST, None if grid is None else grid.plain)
         parameters = _parameters(w, layer, weight, bias, (source, result), (1, 2, 3, 0))
@@ -189,7 +189,7 @@ def linear(w: Writer, x: Tensor, weight: Parameter | Constant, bias: Parameter |
         if sums_integers and isinstance(ordered, Parameter):
             return _sums(w, layer, source, ordered, bias, shape, order)
         number, entering = w.read(source, order)
-        result = w.output(shape, order, None if levels is None else grid_of(levels))
+        result = w.output(shape, order, None if levels is None else grid_of(levels, w.name))
         parameters = _parameters(w, layer, ordered, bias, (entering, result), (0, 1))
         options = {**_fused(result), "keepNumDims": len(shape) > 2}
         w.file.operation("FULLY_CONNECTED", [number, *parameters], [result.tensor], 5, **options)
@@ -276,7 +276,7 @@ def average(w: Writer, x: Tensor, window: Sequence[int], stride: Sequence[int], 
         if levels is None or size > LARGEST_WINDOW:
             return _mean(w, x, window, stride, padding, levels, maps)
         entering, mode = w.padded(w.on_grid(x), window, stride, padding, (1, 1), maps)
-        result = w.output(maps, CHANNELS_LAST, grid_of(levels))
+        result = w.output(maps, CHANNELS_LAST, grid_of(levels, w.name))
         factor = widening(1)
         ones = Parameter(np.full((x.shape[1], 1, *window), factor, np.int8), np.full(x.shape[1], 1 / size / factor))
         options = {"padding": mode, "strideH": stride[0], "strideW": stride[-1], "depthMultiplier": 1}
@@ -297,7 +297,7 @@ def _mean(
     levels: Levels | None,
     maps: tuple[int, ...],
 ) -> Value:
-    grid = None if levels is None else grid_of(levels)
+    grid = None if levels is None else grid_of(levels, w.name)
     source = w.plain(w.entering(x, levels))
     if tuple(window) == tuple(x.shape[2:]) and not any(padding):
         number, _ = w.read(source, CHANNELS_LAST)

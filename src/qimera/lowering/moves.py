@@ -128,13 +128,14 @@ def pad_with(w: Writer, x: Tensor, sides: Sequence[int], value: float | int = 0)
 
 def concatenate(w: Writer, parts: Sequence[Tensor], axis: int = 0) -> Tensor:
     """Lower ``aten.cat``, whose kernels want all parts on the grid of the result."""
-    shape = w.shape
+    name, shape = w.name, w.shape
     axis %= len(shape)
 
     def write(levels: Levels | None) -> Value:
+        w.name = name
         values = [w.value(each) for each in parts]
         if levels is not None and all(each.grid is not None for each in values):
-            values = [w.requantized(w.quantized(each, levels), grid_of(levels)) for each in values]
+            values = [w.requantized(w.quantized(each, levels), grid_of(levels, w.name)) for each in values]
         elif len({each.grid for each in values}) > 1 or levels is not None:
             values = [w.floats(each) for each in values]
         result = _joined(w, values, axis)

@@ -64,7 +64,7 @@ class Writer:
             return self._clipped(result, tensor.low, tensor.high)
         array = tensor.array
         if tensor.levels is not None:
-            grid = grid_of(tensor.levels)
+            grid = grid_of(tensor.levels, self.name)
             number = self.file.constant(
                 f"{self.name}_constant", (array.astype(int) + grid.offset).astype(np.int8), grid
             )
@@ -228,13 +228,13 @@ class Writer:
             return tensor.write(levels.clipped(tensor.low, tensor.high))
         value = self.value(tensor)
         if value.grid is None:
-            grid = grid_of(levels)
+            grid = grid_of(levels, self.name)
             number = self.file.tensor(self.name, value.written, np.int8, grid.plain)
             self.file.operation("QUANTIZE", [value.tensor], [number], 1)
             return self.finished(replace(value, tensor=number, grid=grid.plain), grid)
         if _is_same(value.grid.levels, levels):
             return value
-        return self._once(("requantized", value, levels), lambda: self.requantized(value, grid_of(levels)))
+        return self._once(("requantized", value, levels), lambda: self.requantized(value, grid_of(levels, self.name)))
 
     def requantized(self, value: Value, grid: Grid) -> Value:
         """Return the integers of ``value`` on another grid, rounded once."""

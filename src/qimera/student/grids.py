@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qimera.errors import UnsupportedModelError
-from qimera.graph.nodes import MATRIX_PRODUCTS, WEIGHTED, aten, node_at
+from qimera.graph.nodes import MATRIX_PRODUCTS, WEIGHTED, aten, layer_name, node_at
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.scheme import JOINS, POOLINGS, RELUS, before_moves
 from qimera.student.exact import levels_of
@@ -78,12 +78,19 @@ class Grid:
         return replace(self, scale=self.levels.step, activation="NONE")
 
 
-def grid_of(levels: Levels) -> Grid:
+def grid_of(levels: Levels, name: str = "this model") -> Grid:
     """Return the grid on which kernels clip to ``levels`` by themselves.
 
     Integers saturate at the ends of int8, so one end of a narrow grid is put there. The other end is clipped by an
     activation function: that of an unsigned grid by ReLU; that of a signed grid by the clip to -1 and 1, of which the
     farther end from zero is made 1.
+
+    Args:
+        levels: What the student clips to.
+        name: What writes the tensor, for messages.
+
+    Raises:
+        UnsupportedModelError: all levels are above zero, or all are below it.
     """
     below, above = levels.zero_point - levels.low, levels.high - levels.zero_point
     if below + above >= HIGHEST - LOWEST:
@@ -91,7 +98,10 @@ def grid_of(levels: Levels) -> Grid:
     if below == 0:
         return _placed(levels, HIGHEST - levels.high, "RELU")
     if below < 0 or above < 0:
-        raise UnsupportedModelError("LiteRT's kernels clip to ranges that hold zero; this model clips to another one")
+        raise UnsupportedModelError(
+            f"{name}: LiteRT's kernels clip to ranges that hold zero, and this is clipped to another one; "
+            "quantize with --target onnxruntime and export to ONNX instead"
+        )
     offset = LOWEST - levels.low if above >= below else HIGHEST - levels.high
     return replace(_placed(levels, offset, "RELU_N1_TO_1"), scale=1 / max(below, above))
 
@@ -130,12 +140,14 @@ class Place:
     quantizer: LearnedStepFakeQuantize
     low: float = -math.inf
     high: float = math.inf
+    name: str = ""
+    """What writes the tensor."""
 
     def grid(self) -> Grid:
         """Return the grid of the file's tensor, by the quantizer's present step."""
         q = self.quantizer
         levels = Levels(float(q.scale.detach()), int(q.zero_point), q.quant_min, q.quant_max)
-        return grid_of(levels.clipped(self.low, self.high))
+        return grid_of(levels.clipped(self.low, self.high), self.name)
 
     def levels(self, x: Tensor) -> Tensor:
         """Return values on the grid as levels, counted from the zero point."""
@@ -158,7 +170,9 @@ def place_of(module: GraphModule, argument: object) -> Place | None:
     while source.target in CLIPS:
         limits = _limits(source)
         low, high, source = max(low, limits[0]), min(high, limits[1]), before_moves(node_at(source, 0))
-    return Place(quantizer, low, high) if source.target in _CLIPPING else Place(quantizer)
+    if source.target not in _CLIPPING:
+        low, high = -math.inf, math.inf
+    return Place(quantizer, low, high, layer_name(source))
 
 
 def _limits(clip: Node) -> tuple[float, float]:
