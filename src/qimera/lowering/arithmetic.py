@@ -21,7 +21,9 @@ def binary(
 ) -> Deferred:
     """Lower an operation of two tensors, or of a tensor and a number."""
     if alpha != 1:
-        raise UnsupportedModelError(f"{w.name}: a factor {alpha} inside of an addition has no counterpart")
+        raise UnsupportedModelError(
+            f"{w.name}: a factor {alpha} inside of an addition has no counterpart; export to ONNX instead"
+        )
     name, shape = w.name, w.shape
     operands = [each if isinstance(each, Tensor) else Constant(np.array(each, np.float32)) for each in (first, second)]
 

@@ -150,9 +150,13 @@ def transposed_convolution(
     kernel = weight.shape[2:]
     full = [(x.shape[2 + axis] - 1) * stride[axis] + kernel[axis] for axis in range(2)]
     if groups > 1 or set(dilation) != {1} or any(size < step for size, step in zip(kernel, stride, strict=True)):
-        raise UnsupportedModelError(f"{layer}: LiteRT has no transposed convolution with groups, dilation or gaps")
+        raise UnsupportedModelError(
+            f"{layer}: LiteRT has no transposed convolution with groups, dilation or gaps; export to ONNX instead"
+        )
     if any(padding[axis] + shape[2 + axis] > full[axis] for axis in range(2)):
-        raise UnsupportedModelError(f"{layer}: LiteRT's transposed convolution cannot pad its result")
+        raise UnsupportedModelError(
+            f"{layer}: LiteRT's transposed convolution cannot pad its result; export to ONNX instead"
+        )
 
     def write(levels: Levels | None) -> Value:
         w.name = layer
@@ -174,7 +178,8 @@ def linear(w: Writer, x: Tensor, weight: Parameter | Constant, bias: Parameter |
     layer, shape = w.layer, w.shape
     if not isinstance(weight, Parameter | Constant):
         raise UnsupportedModelError(
-            f"{layer}: its weight depends on the image, which LiteRT's linear layers cannot read"
+            f"{layer}: its weight depends on the image, which LiteRT's linear layers cannot read; "
+            "export to ONNX instead"
         )
 
     def write(levels: Levels | None) -> Value:
@@ -324,7 +329,7 @@ def largest(
 ) -> Value:
     """Lower ``aten.max_pool2d``, which moves integers or numbers about."""
     if set(np.atleast_1d(dilation).tolist()) != {1}:
-        raise UnsupportedModelError(f"{w.name}: LiteRT has no maximum pooling with dilation")
+        raise UnsupportedModelError(f"{w.name}: LiteRT has no maximum pooling with dilation; export to ONNX instead")
     window, stride, padding = pair(window), pair(stride or window), pair(padding)
     value = w.value(x)
     entering, mode = w.padded(value, window, stride, padding, (1, 1), w.shape, lowest=True)

@@ -55,7 +55,7 @@ def cut(
 ) -> Tensor:
     """Lower ``aten.slice``."""
     if step != 1:
-        raise UnsupportedModelError(f"{w.name}: a slice with a step has no counterpart here")
+        raise UnsupportedModelError(f"{w.name}: a slice with a step has no counterpart here; export to ONNX instead")
     size, first = x.shape[axis], start or 0
     return _part(w, x, axis % len(x.shape), min(max(first + (size if first < 0 else 0), 0), size), w.shape)
 
@@ -115,7 +115,7 @@ def expand(w: Writer, x: Tensor, *_: object) -> Tensor:
 def pad(w: Writer, x: Tensor, sides: Sequence[int], mode: str = "constant", value: float | int | None = None) -> Tensor:
     """Lower ``aten.pad`` with zeros, or with minus infinity, which no maximum returns."""
     if mode != "constant" or value not in (None, 0, -math.inf) or any(each < 0 for each in sides):
-        raise UnsupportedModelError(f"{w.name}: only padding with zeros has a counterpart here")
+        raise UnsupportedModelError(f"{w.name}: only padding with zeros has a counterpart here; export to ONNX instead")
     pairs = [(int(sides[2 * index]), int(sides[2 * index + 1])) for index in range(len(sides) // 2)]
     around = [(0, 0)] * (len(x.shape) - len(pairs)) + pairs[::-1]
     return _moved(w, x, w.shape, lambda each: w.surrounded(w.whole(each), around, lowest=value == -math.inf))

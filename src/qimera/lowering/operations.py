@@ -38,7 +38,8 @@ def _average(
     ]
     if divisor or not all(whole) or (any(padding) and not counts_padding):
         raise UnsupportedModelError(
-            f"{w.name}: an average over windows that reach over the edge has no integer kernel in LiteRT"
+            f"{w.name}: an average over windows that reach over the edge has no integer kernel in LiteRT; "
+            "export to ONNX instead"
         )
     return layers.average(w, x, window, stride, padding)
 
@@ -65,7 +66,9 @@ def _adaptive_maximum(w: Writer, x: Tensor, _: object) -> tuple[Tensor, ...]:
 def _adaptive_window(w: Writer, x: Tensor, kind: str) -> list[int]:
     sizes = list(zip(x.shape[2:], w.shape[2:], strict=True))
     if any(size % wanted for size, wanted in sizes):
-        raise UnsupportedModelError(f"{w.name}: windows of an adaptive {kind} that overlap have no counterpart")
+        raise UnsupportedModelError(
+            f"{w.name}: windows of an adaptive {kind} that overlap have no counterpart; export to ONNX instead"
+        )
     return [size // wanted for size, wanted in sizes]
 
 
@@ -87,7 +90,7 @@ def _same(_: Writer, x: Tensor, *__: object) -> Tensor:
 
 def _power(w: Writer, x: Tensor, exponent: float | int) -> Value:
     if exponent != 2:
-        raise UnsupportedModelError(f"{w.name}: a power of {exponent} has no counterpart here")
+        raise UnsupportedModelError(f"{w.name}: a power of {exponent} has no counterpart here; export to ONNX instead")
     return arithmetic.unary("SQUARE", w, x)
 
 

@@ -80,7 +80,9 @@ class Writer:
         """Return a tensor whose integers a kernel reads."""
         value = self.value(tensor)
         if value.grid is None:
-            raise UnsupportedModelError(f"{self.name}: reads a tensor that is on no grid, for which there is no kernel")
+            raise UnsupportedModelError(
+                f"{self.name}: reads a tensor that is on no grid, for which there is no kernel; export to ONNX instead"
+            )
         return value
 
     def noted(self, layer: str, result: Value) -> Value:
