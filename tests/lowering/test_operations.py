@@ -1,5 +1,6 @@
-"""Operations between layers: what has no counterpart in LiteRT is refused by name."""
+"""Operations between layers: a file computes them as the student does, in integers where those only move."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +10,8 @@ pytest.importorskip("ai_edge_litert", reason="pip install 'qimera[litert]'")
 
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import UnsupportedModelError
-from qimera.lowering.model import lower
+from qimera.litert.runtime import Runtime, operations_in
+from qimera.lowering.model import lower, lower_full_precision
 from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
@@ -24,7 +26,57 @@ def student_of(layer: nn.Module) -> Student:
     return shared.fitted(Teacher.capture(model.eval(), SPEC), shared.noise(), QuantizationSettings())
 
 
+OPERATIONS = {
+    "prelu": (nn.PReLU(4), {"PRELU"}),
+    "one slope": (nn.PReLU(), {"PRELU"}),
+    "group norm": (nn.GroupNorm(2, 4), {"RSQRT"}),
+    "group norm of tokens": (
+        Lambda(lambda x: F.group_norm(x.flatten(2), 2).unflatten(2, (-1, x.shape[-1]))),
+        {"RSQRT"},
+    ),
+    "softplus": (nn.Softplus(2), {"LOG"}),
+    "mish": (nn.Mish(), {"LOG", "TANH"}),
+    "glu": (Lambda(lambda x: F.glu(torch.cat([x, 2 * x], 1), 1)), {"LOGISTIC"}),
+    "difference": (Lambda(lambda x: 1 - x), {"SUB"}),
+    "difference of integers": (Lambda(lambda x: torch.rsub(x, x.relu())), {"SUB"}),
+    "nearest": (nn.Upsample(scale_factor=2), {"RESIZE_NEAREST_NEIGHBOR"}),
+    "nearest exact": (nn.Upsample(scale_factor=(1, 2), mode="nearest-exact"), {"RESIZE_NEAREST_NEIGHBOR"}),
+    "repeat": (Lambda(lambda x: x[:, :2].repeat(1, 2, 1, 2)), {"TILE"}),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_file_computes_the_operations_of_the_student(name: str) -> None:
+    layer, kinds = OPERATIONS[name]
+    student, images = student_of(layer), shared.noise(24)[16:]
+    content = lower(student).content()
+    assert kinds <= set(operations_in(content))
+    if name in ("nearest", "nearest exact", "repeat"):
+        assert "DEQUANTIZE" not in operations_in(content)  # integers are moved as they are
+    pixels = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+    with torch.no_grad():
+        expected, in_full = student(images).numpy(), student.reference(images).numpy()
+    np.testing.assert_allclose(Runtime(content)(pixels), expected, atol=1e-4 * expected.std())
+    # built-in kernels round sums twice
+    np.testing.assert_allclose(Runtime(content, xnnpack=False)(pixels), expected, atol=0.2 * expected.std())
+    actual = Runtime(lower_full_precision(student).content())(pixels)
+    np.testing.assert_allclose(actual, in_full, atol=1e-4 * in_full.std())
+
+
+@pytest.mark.parametrize("number", [-100.0, -20.0, -1.0, 0.0, 1.0, 19.0, 21.0, 100.0])
+def test_softplus_neither_overflows_nor_vanishes(number: float) -> None:
+    student = student_of(Lambda(lambda x: F.softplus(0 * x + number)))
+    pixels = np.zeros((1, *SPEC.shape[1:], 3), np.float32)
+    with torch.no_grad():
+        expected = student.reference(torch.zeros(1, *SPEC.shape)).numpy()
+    actual = Runtime(lower_full_precision(student).content())(pixels)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 REFUSED = {
+    "factor": (nn.Upsample(scale_factor=1.5), r"upsample_nearest2d: .* \[14, 14\] to \[21, 21\] .*"),
+    "threshold": (nn.Softplus(1, 3), "softplus: a softplus with threshold 3 jumps"),
+    "alpha": (Lambda(lambda x: torch.rsub(x, x.sigmoid(), alpha=2)), "rsub: a factor 2 .*"),
     "edges": (nn.AvgPool2d(3, 2, 1, count_include_pad=False), "avg_pool2d.*: an average over windows .*"),
     "windows": (nn.AdaptiveAvgPool2d(4), "adaptive_avg_pool2d.*: windows of an adaptive average that overlap .*"),
     "padding": (nn.ReflectionPad2d(1), "pad: only padding with zeros .*"),

@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 
 from qimera.errors import UnsupportedModelError
+from qimera.lowering.moves import reshape
 from qimera.lowering.values import Constant, Deferred, Order, Tensor, Value
 from qimera.lowering.writer import Writer, activation
 from qimera.student.grids import Grid, Levels, grid_of
 
 _INTEGER_KINDS = ("ADD", "SUB", "MUL")
+_LEAST_THRESHOLD = 16
+"""Above which softplus(x) is x in float32."""
+
 _FUSING = (*_INTEGER_KINDS, "DIV")
 
 
@@ -81,7 +85,20 @@ def leaky_relu(w: Writer, x: Tensor, slope: float | int = 0.01) -> Value:
     return unary("LEAKY_RELU", w, x, alpha=slope)
 
 
-def _with_number(kind: str, w: Writer, value: Value, number: float | np.ndarray) -> Value:
+def prelu(w: Writer, x: Tensor, slope: Constant) -> Value:
+    """Lower ``aten.prelu``, whose slopes are of channels."""
+    number, value = w.read(w.floats(x), _with_last(w.whole(w.floats(x)), 1))
+    slopes = np.broadcast_to(slope.array.ravel(), value.stored[-1]).reshape(*[1] * (len(value.shape) - 2), -1)
+    result = w.output(value.shape, value.order)
+    w.file.operation("PRELU", [number, w.file.constant(f"{w.name}_slope", slopes)], [result.tensor])
+    return result
+
+
+def _of_channels(numbers: np.ndarray, value: Value) -> np.ndarray:
+    return numbers.reshape(-1, *[1] * (len(value.shape) - 2))
+
+
+def _with_number(kind: str, w: Writer, value: Value, number: float | int | np.ndarray) -> Value:
     return _written(w, kind, [value, w.value(Constant(np.asarray(number, np.float32)))], value.shape)
 
 
@@ -95,6 +112,22 @@ def silu(w: Writer, x: Tensor) -> Value:
     """Lower ``aten.silu``: x sigmoid(x)."""
     value = w.floats(x)
     return _written(w, "MUL", [value, unary("LOGISTIC", w, value)], value.shape)
+
+
+def softplus(w: Writer, x: Tensor, beta: float | int = 1, threshold: float | int = 20) -> Value:
+    """Lower ``aten.softplus``, log(1 + exp(x)), as relu(x) - log(sigmoid(|x|)), which never overflows."""
+    if threshold < _LEAST_THRESHOLD:
+        raise UnsupportedModelError(f"{w.name}: a softplus with threshold {threshold} jumps; export to ONNX instead")
+    value = w.floats(x) if beta == 1 else _with_number("MUL", w, w.floats(x), beta)
+    less = unary("LOG", w, unary("LOGISTIC", w, unary("ABS", w, value)))
+    result = _written(w, "SUB", [unary("RELU", w, value), less], value.shape)
+    return result if beta == 1 else _with_number("MUL", w, result, 1 / beta)
+
+
+def mish(w: Writer, x: Tensor) -> Value:
+    """Lower ``aten.mish``: x tanh(softplus(x))."""
+    value = w.floats(x)
+    return _written(w, "MUL", [value, unary("TANH", w, softplus(w, value))], value.shape)
 
 
 def softmax(w: Writer, x: Tensor, axis: int, *_: object) -> Value:
@@ -138,11 +171,30 @@ def layer_norm(
 ) -> Value:
     """Lower ``aten.layer_norm``, written out."""
     value = w.floats(x)
-    axes = [axis - len(sizes) for axis in range(len(sizes))]
+    result = _normalized(w, value, [axis - len(sizes) for axis in range(len(sizes))], eps)
+    return _scaled(w, result, None if scale is None else scale.array, None if shift is None else shift.array)
+
+
+def group_norm(
+    w: Writer, x: Tensor, groups: int, scale: Constant | None, shift: Constant | None, eps: float | int, *_: object
+) -> Value:
+    """Lower ``aten.group_norm``, written out."""
+    shape = w.shape
+    w.shape = (1, groups, x.shape[1] // groups, math.prod(x.shape[2:]))
+    parts = reshape(w, w.floats(x))
+    normalized = _normalized(w, w.floats(parts), [2, 3], eps)
+    w.shape = shape
+    result = w.floats(reshape(w, normalized))
+    return _scaled(w, result, *(None if each is None else _of_channels(each.array, result) for each in (scale, shift)))
+
+
+def _normalized(w: Writer, value: Value, axes: Sequence[int], eps: float | int) -> Value:
     centred = _written(w, "SUB", [value, reduced("MEAN", w, value, axes, keep=True)], value.shape)
     variance = reduced("MEAN", w, _written(w, "MUL", [centred, centred], value.shape), axes, keep=True)
     inverse = unary("RSQRT", w, _with_number("ADD", w, variance, eps))
-    result = _written(w, "MUL", [centred, inverse], value.shape)
-    if scale is not None:
-        result = _with_number("MUL", w, result, scale.array)
-    return result if shift is None else _with_number("ADD", w, result, shift.array)
+    return _written(w, "MUL", [centred, inverse], value.shape)
+
+
+def _scaled(w: Writer, value: Value, scale: np.ndarray | None, shift: np.ndarray | None) -> Value:
+    result = value if scale is None else _with_number("MUL", w, value, scale)
+    return result if shift is None else _with_number("ADD", w, result, shift)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from qimera.errors import UnsupportedModelError
-from qimera.lowering.values import Deferred, Tensor, Value
+from qimera.lowering.values import CHANNELS_LAST, Deferred, Tensor, Value
 from qimera.lowering.writer import Writer
 from qimera.student.grids import Levels, grid_of
 
@@ -107,6 +107,39 @@ def expand(w: Writer, x: Tensor, *_: object) -> Tensor:
         number, source = w.read(spread)
         result = w.output(shape, source.order, source.grid)
         w.file.operation("BROADCAST_TO", [number, w.integers(result.stored)], [result.tensor], 2)
+        return result
+
+    return _moved(w, x, shape, move)
+
+
+def repeat(w: Writer, x: Tensor, counts: Sequence[int]) -> Tensor:
+    """Lower ``aten.repeat``."""
+    shape = w.shape
+
+    def move(value: Value) -> Value:
+        spread = w.whole(value).reshaped((1,) * (len(shape) - len(value.shape)) + value.shape)
+        assert spread is not None
+        number, source = w.read(spread)
+        result = w.output(shape, source.order, source.grid)
+        w.file.operation("TILE", [number, w.integers([counts[axis] for axis in source.order])], [result.tensor])
+        return result
+
+    return _moved(w, x, shape, move)
+
+
+def enlarge(w: Writer, x: Tensor, _: object, scales: Sequence[float] | None = None) -> Tensor:
+    """Lower ``aten.upsample_nearest2d`` where every position becomes a rectangle of the same size."""
+    shape, factors = w.shape, [after / before for before, after in zip(x.shape[2:], w.shape[2:], strict=True)]
+    if any(each % 1 for each in factors) or (scales and list(scales) != factors):
+        raise UnsupportedModelError(
+            f"{w.name}: maps are enlarged by whole factors here, and {list(x.shape[2:])} to {list(shape[2:])} is by "
+            "others; export to ONNX instead"
+        )
+
+    def move(value: Value) -> Value:
+        number, source = w.read(value, CHANNELS_LAST)
+        result = w.output(shape, CHANNELS_LAST, source.grid)
+        w.file.operation("RESIZE_NEAREST_NEIGHBOR", [number, w.integers(shape[2:])], [result.tensor], 2)
         return result
 
     return _moved(w, x, shape, move)

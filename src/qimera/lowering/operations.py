@@ -88,6 +88,19 @@ def _same(_: Writer, x: Tensor, *__: object) -> Tensor:
     return x
 
 
+def _gated(w: Writer, x: Tensor, axis: int = -1) -> Tensor:
+    shape = w.shape
+    half, gate = moves.chunk(w, w.value(x), 2, axis)
+    w.shape = shape
+    return arithmetic.binary("MUL", w, half, arithmetic.unary("LOGISTIC", w, gate))
+
+
+def _reversed_difference(
+    w: Writer, x: Tensor, first: Tensor | float | int, alpha: float | int = 1, **_: object
+) -> Tensor:
+    return arithmetic.binary("SUB", w, first, x, alpha)
+
+
 def _power(w: Writer, x: Tensor, exponent: float | int) -> Value:
     if exponent != 2:
         raise UnsupportedModelError(f"{w.name}: a power of {exponent} has no counterpart here; export to ONNX instead")
@@ -117,16 +130,22 @@ TABLE: dict[object, Callable[..., Any]] = {
     aten.sub.Tensor: partial(arithmetic.binary, "SUB"),
     aten.mul.Tensor: partial(arithmetic.binary, "MUL"),
     aten.div.Tensor: partial(arithmetic.binary, "DIV"),
+    **dict.fromkeys((aten.rsub.Scalar, aten.rsub.Tensor), _reversed_difference),
     aten.maximum.default: partial(arithmetic.binary, "MAXIMUM"),
     aten.minimum.default: partial(arithmetic.binary, "MINIMUM"),
     aten.cat.default: moves.concatenate,
     aten.stack.default: moves.stack,
     aten.softmax.int: arithmetic.softmax,
     aten.layer_norm.default: arithmetic.layer_norm,
+    aten.group_norm.default: arithmetic.group_norm,
     aten.gelu.default: arithmetic.gelu,
+    aten.glu.default: _gated,
     aten.silu.default: arithmetic.silu,
     aten.hardsigmoid.default: arithmetic.hard_sigmoid,
     aten.leaky_relu.default: arithmetic.leaky_relu,
+    aten.prelu.default: arithmetic.prelu,
+    aten.softplus.default: arithmetic.softplus,
+    aten.mish.default: arithmetic.mish,
     aten.pow.Tensor_Scalar: _power,
     **{
         getattr(aten, name).default: partial(arithmetic.unary, kind)
@@ -167,6 +186,8 @@ TABLE: dict[object, Callable[..., Any]] = {
     aten.chunk.default: moves.chunk,
     aten.unbind.int: moves.unbind,
     aten.expand.default: moves.expand,
+    aten.repeat.default: moves.repeat,
+    **dict.fromkeys((aten.upsample_nearest2d.vec, aten._upsample_nearest_exact2d.vec), moves.enlarge),
     aten.pad.default: moves.pad,
     aten.constant_pad_nd.default: moves.pad_with,
     aten.roll.default: moves.roll,
