@@ -139,6 +139,12 @@ def test_kernels_that_refuse_their_tensors_only_when_they_run_are_named_too(capf
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("name", ['mo"del', "mo\\del", "mo\ndel"])
+def test_a_name_that_cpp_cannot_include_is_refused(tmp_path: Path, teacher: Teacher, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"includes no file with such a character .*; call it model\.tflite"):
+        export_tflm(student_of(teacher), tmp_path / f"{name}.tflite")
+
+
 @pytest.mark.usefixtures("_micro")
 @pytest.mark.parametrize(("target", "advice"), [("onnxruntime", "; quantize with --target tflm; no"), ("tflm", ";")])
 def test_a_file_that_disagrees_is_not_written(

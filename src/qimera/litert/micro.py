@@ -68,7 +68,7 @@ def export_tflm(
 
     Raises:
         ConfigError: ai-edge-litert or tflite-micro is not installed, integer logits have no samples, or the file would
-            take the place of its own ``.cc`` or ``.h``.
+            take the place of its own ``.cc`` or ``.h``, or has a name that C++ cannot include.
         UnsupportedModelError: something in the student has no counterpart in LiteRT, or no kernel in tflite-micro.
         VerificationError: the file disagrees with the student.
     """
@@ -78,6 +78,8 @@ def export_tflm(
     path = Path(path)
     if path.suffix in (".cc", ".h"):
         raise ConfigError(f"{path}: its .cc and .h go beside the file; call the file {path.stem}.tflite")
+    if not path.name.isprintable() or not set('"\\').isdisjoint(path.name):
+        raise ConfigError(f"{path}: C++ includes no file with such a character in its name; call it model.tflite")
     from qimera.litert.runtime import operations_in, weights_in
     from qimera.lowering.model import lower
 

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 @contextmanager
 def held_back() -> Iterator[Callable[[], list[str]]]:
     """Keep what C++ writes to stderr from the screen, and yield a function that returns its lines."""
-    sys.stderr.flush()
-    kept = os.dup(2)
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    kept = _stderr()
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
 
@@ -24,3 +25,11 @@ def held_back() -> Iterator[Callable[[], list[str]]]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+def _stderr() -> int:
+    """Return a copy of what is open as stderr; of nothing that can be read where it is closed, as in some services."""
+    try:
+        return os.dup(2)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)
