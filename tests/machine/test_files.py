@@ -82,6 +82,19 @@ def test_a_folder_stays_where_nothing_can_take_its_place(tmp_path: Path) -> None
     assert not list((tmp_path / "x.mlpackage").iterdir())
 
 
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
+def test_a_link_to_a_folder_is_replaced_and_nothing_else(tmp_path: Path, target: str) -> None:
+    for name in ("elsewhere", "new", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere" / "old.txt").write_text("old")
+    path = tmp_path / "here" / "x.mlpackage"
+    path.symlink_to(tmp_path / target)
+    replace_directory(tmp_path / "new", path)
+    assert list((tmp_path / "here").iterdir()) == [path]
+    assert not path.is_symlink()
+    assert (tmp_path / "elsewhere" / "old.txt").read_text() == "old"
+
+
 def test_everything_in_a_folder_is_brought_to_the_disk(tmp_path: Path, journal: Journal) -> None:
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "deep.txt").write_text("x")

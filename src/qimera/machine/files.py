@@ -32,21 +32,25 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_directory(temporary: Path, path: Path) -> None:
-    """Rename a directory to ``path``; the directory that is there is removed only afterwards.
+    """Rename a directory to ``path``; the directory or link that is there is removed only afterwards.
+
+    What a link points to stays as it is.
 
     If the process is killed between the two renamings, the old directory is still beside ``path``, under a name that
     begins with a dot.
     """
     old = path.with_name(f".{path.stem}.replaced-{os.getpid()}{path.suffix}")
     try:
-        if path.exists():
+        if os.path.lexists(path):
             path.rename(old)
         temporary.rename(path)
     except BaseException:
-        if old.exists() and not path.exists():
+        if os.path.lexists(old) and not os.path.lexists(path):
             old.rename(path)
         raise
     sync_directory(path.parent)
+    if old.is_symlink():
+        old.unlink()
     shutil.rmtree(old, ignore_errors=True)
 
 
