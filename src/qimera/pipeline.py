@@ -18,7 +18,7 @@ from qimera.config.settings import DistillationSettings, QuantizationSettings, S
 from qimera.errors import ConfigError
 from qimera.machine.acceleration import exact_convolutions, find_device
 from qimera.machine.checkpoint import Checkpoint, Checkpoints, State
-from qimera.machine.distributed import copy_from_main_, gathered, rank, world_size
+from qimera.machine.distributed import from_main, gathered, rank, take_state_of_main_, world_size
 from qimera.machine.divergence import are_read
 from qimera.machine.progress import COMPILING, Progress, ProgressCallback, silent
 from qimera.machine.seeds import Stream, check_seed, generator_for
@@ -203,7 +203,8 @@ def quantize_with(
         else:
             _start_(student, bank, distillation, rng, progress)
     for part in (student.module, student.reference):
-        copy_from_main_(part.state_dict().values())
+        take_state_of_main_(part)
+    rng.set_state(from_main(rng.get_state))  # a start that went another way has drawn other numbers
     if distillation.generator_steps_per_step and bank.synthesizer is not None:
         synthesizer = copy.deepcopy(bank.synthesizer).to(worker.device)  # the bank serves other runs as it is
         drawing = draws_in_memory(bank.settings, worker, synthesizer)
@@ -269,7 +270,7 @@ def _train_generator(
         for step in range(training.num_steps + 1, settings.generator.num_steps + 1):
             _tell(progress, "generator", step, settings.generator.num_steps, training.step())
             checkpoint.after_step(training.state_dict)
-    copy_from_main_(synthesizer.state_dict().values())  # each process has its own batch-norm statistics
+    take_state_of_main_(synthesizer)  # each process has its own batch-norm statistics
     checkpoint.save(training.state_dict())
     return synthesizer.eval()
 

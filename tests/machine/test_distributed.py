@@ -128,6 +128,29 @@ def test_a_student_learns_from_two_halves_what_it_learns_from_the_whole(
     assert float((one - two).norm() / (one - start).norm()) < 0.01
 
 
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory, starter: "subprocess.Popen[str]") -> tuple[Results, Results]:
+    """What each of two processes makes of samples of its own."""
+    folder = tmp_path_factory.mktemp("starts")
+    code, said = Forked(starter, folder, "tests.two_processes:write_starts_into", [str(folder)]).end()
+    assert code == 0, said
+    main, other = (torch.load(folder / f"{number}.pt", weights_only=True) for number in range(2))
+    return main, other
+
+
+@pytest.mark.parametrize("start", ["nearest", "compensated"])
+def test_levels_and_scales_are_those_of_the_main_process(starts: tuple[Results, Results], start: str) -> None:
+    """Where two kinds of processors, say, would find other zero points."""
+    main, other = (each[start] for each in starts)
+    assert main.keys() == other.keys()
+    assert [name for name, value in main.items() if not torch.equal(value, other[name])] == []
+
+
+def test_processes_draw_the_same_batches_even_if_their_starts_drew_others(starts: tuple[Results, Results]) -> None:
+    main, _ = starts
+    assert all(torch.equal(value, main["own seed"][name]) for name, value in main["one seed"].items())
+
+
 def settings(num_steps: int, **changes: object) -> RunSettings:
     synthesis = SynthesisSettings(num_optimized=32, num_held_out=8, direct=DirectSettings(num_steps=2, batch_size=16))
     distillation = DistillationSettings(num_steps=num_steps, batch_size=8, compile="never")

@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from qimera.errors import ConfigError, PeerError, QimeraError, first_line
 
@@ -126,6 +126,14 @@ def copy_from_main_(tensors: Iterable[Tensor]) -> None:
                 value = tensor.contiguous()
                 dist.broadcast(value, 0)
                 tensor.copy_(value)
+
+
+def take_state_of_main_(module: nn.Module) -> None:
+    """Give ``module`` the state that it has in the main process, and what its hooks derive from a state."""
+    if world_size() > 1:
+        state = module.state_dict()
+        copy_from_main_(state.values())
+        module.load_state_dict(state)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from qimera.graph.nodes import WEIGHTED, aten, node_at, node_called, tensor_of
 from qimera.graph.stepping import SteppedRun
+from qimera.machine.distributed import copy_from_main_, from_main
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, round_to_grid
 from qimera.quantization.scheme import quantizer_of
 from qimera.student.equalization import (
@@ -152,7 +153,8 @@ def _equalize_(
         trial.advance_before(edge.reader.name)
         seen = _seen(student, edge.reader, trial, theirs, rng)
         errors.append(seen.error(seen.rounded(quantizer)[0]))
-    best = int(torch.stack(errors).argmin())
+    best = from_main(lambda: int(torch.stack(errors).argmin()))  # where scales differ, so do graphs
+    copy_from_main_([scales[best]])
     put_(scales[best], mine)
     if not best:
         return None
