@@ -2,15 +2,17 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from qimera.assessment.diagnostics import Diagnosis, diagnose, margins_of
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import DirectSettings, LabelSettings, SynthesisSettings
 from qimera.pipeline import synthesize
 from qimera.synthesis.bank import SampleBank
-from qimera.synthesis.losses import bns_loss
+from qimera.synthesis.losses import bns_loss, channel_moments
 from qimera.teacher.sources import EMBEDDED_MODELS, load_model
 from qimera.teacher.teacher import Teacher
+from tests.networks import SPEC
 
 RIGHT = EMBEDDED_MODELS["mnist_cnn"].input_spec
 
@@ -88,6 +90,34 @@ def test_the_gap_of_all_norms_is_the_statistics_loss(good: tuple[SampleBank, Tea
     assert list(diagnosis.statistics_gap) == [tap.name for tap in teacher.batch_norms]
     mean = sum(diagnosis.statistics_gap.values()) / len(teacher.batch_norms)
     assert mean == pytest.approx(expected, rel=1e-3)  # summed up in parts
+
+
+class NormCalledTwice(nn.Module):
+    """A batch norm of which the second input has other means and variances than the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, momentum=None), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        return self.fc(self.norm(3 * x + 2).mean((2, 3)))
+
+
+def test_a_norm_that_is_called_twice_is_judged_by_both_of_its_inputs() -> None:
+    torch.manual_seed(0)
+    model, pixels = NormCalledTwice(), torch.randint(0, 256, (64, *SPEC.shape)).to(torch.uint8)
+    model.train()(SPEC.normalize(pixels))
+    teacher = Teacher.capture(model, SPEC)
+    bank = SampleBank.from_pixels(pixels, torch.eye(4)[torch.arange(64) % 4], teacher, SynthesisSettings(), 0)
+    assert [tap.name for tap in teacher.batch_norms] == ["norm", "norm"]
+    tap = teacher.batch_norms[0]
+    with torch.no_grad():
+        _, (entering, _, _) = teacher.forward_with_taps(SPEC.normalize(pixels))
+    means, variances = zip(*(channel_moments(each) for each in entering), strict=True)
+    mean, var = torch.stack(means).mean(0), torch.stack(variances).mean(0)
+    gap = ((mean - tap.mean).square() + (var.sqrt() - tap.var.sqrt()).square()) / (var + tap.var)
+    assert diagnose(bank, teacher).statistics_gap == {"norm": pytest.approx(float(gap.mean()), rel=1e-3)}
 
 
 def test_counts_are_those_of_the_labels(good: tuple[SampleBank, Teacher], diagnosis: Diagnosis) -> None:

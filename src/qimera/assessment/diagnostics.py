@@ -12,7 +12,7 @@ from qimera.graph.nodes import classifier_node, node_at, with_outputs
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.losses import channel_moments, safe_sqrt
 from qimera.synthesis.superposition import shows_one_class
-from qimera.teacher.teacher import Teacher
+from qimera.teacher.teacher import BatchNormTap, Teacher
 
 MAX_SAMPLES = 512
 """Samples that a diagnosis looks at; class balance and clipped pixels cover all samples."""
@@ -260,13 +260,19 @@ def _look_at(images: Tensor, teacher: Teacher) -> tuple[dict[str, float], Tensor
         features.append(feature.flatten(2).mean(2) if feature.ndim > 2 else feature)
         found = [channel_moments(x) for x in entering]
         moments.append([(len(part) * mean, len(part) * (var + mean.square())) for mean, var in found])
-    gaps = {}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for index, tap in enumerate(teacher.batch_norms):
         mean = torch.stack([part[index][0] for part in moments]).sum(0) / len(images)
         var = torch.stack([part[index][1] for part in moments]).sum(0) / len(images) - mean.square()
-        gap = (mean - tap.mean).square() + (safe_sqrt(var.clamp(min=0)) - safe_sqrt(tap.var)).square()
-        gaps[tap.name] = float((gap / (var + tap.var + 1e-8)).mean())
-    return gaps, torch.cat(features)
+        calls.setdefault(tap.name, []).append((mean, var))
+    return {tap.name: _gap(calls[tap.name], tap) for tap in teacher.batch_norms}, torch.cat(features)
+
+
+def _gap(calls: list[tuple[Tensor, Tensor]], tap: BatchNormTap) -> float:
+    """Return the gap of a batch norm, of which the running statistics are averages over all places that call it."""
+    mean, var = (torch.stack(each).mean(0) for each in zip(*calls, strict=True))
+    gap = (mean - tap.mean).square() + (safe_sqrt(var.clamp(min=0)) - safe_sqrt(tap.var)).square()
+    return float((gap / (var + tap.var + 1e-8)).mean())
 
 
 def _diversity(features: Tensor, classes: Tensor) -> float | None:
