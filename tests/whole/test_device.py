@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from qimera.assessment.diagnostics import features_of
 from qimera.config.settings import (
     DirectSettings,
     DistillationSettings,
@@ -20,6 +21,7 @@ from qimera.config.settings import (
 from qimera.errors import ConfigError
 from qimera.machine.acceleration import find_device
 from qimera.machine.seeds import Stream, generator_for
+from qimera.mixed_precision.sensitivity import measure_sensitivity
 from qimera.pipeline import quantize, synthesize
 from qimera.student.student import Student
 from qimera.synthesis import direct as direct_module, synthesizer as synthesizer_module
@@ -141,6 +143,17 @@ def test_a_student_is_trained_there(teacher: Teacher, bank: SampleBank, scheme: 
     assert {each.device for each in student.module.state_dict().values()} == {OTHER}
     with torch.no_grad():
         assert student(torch.zeros(2, *SPEC.shape, device=OTHER)).device == OTHER
+
+
+def test_a_teacher_that_was_moved_is_asked_there(teacher: Teacher, bank: SampleBank) -> None:
+    """Up to the first number that is wanted on the CPU, which "meta" does not have."""
+    moved = teacher.on(OTHER)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        features_of(bank.take(slice(0, 4)).images, moved)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        bank.with_images(bank.pixels[:4], moved)
+    with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
+        measure_sensitivity(moved, bank)
 
 
 def test_units_of_weights_come_back_to_the_device_of_the_weights() -> None:

@@ -245,7 +245,7 @@ def margins_of(logits: Float[Tensor, "sample num_classes"]) -> Float[Tensor, " s
 def features_of(
     images: Float[Tensor, "sample channel height width"], teacher: Teacher
 ) -> Float[Tensor, "sample feature"]:
-    """Return what the classifier reads, averaged over positions."""
+    """Return what the classifier reads, averaged over positions, on the CPU."""
     return _look_at(images, teacher)[1]
 
 
@@ -256,8 +256,8 @@ def _look_at(images: Tensor, teacher: Teacher) -> tuple[dict[str, float], Tensor
     watched = with_outputs(teacher.module, [*names, node_at(classifier, 0).name])
     features, moments = [], []
     for part in images.split(_BATCH):
-        _, (*entering, feature) = watched(part)
-        features.append(feature.flatten(2).mean(2) if feature.ndim > 2 else feature)
+        _, (*entering, feature) = watched(part.to(teacher.device))
+        features.append((feature.flatten(2).mean(2) if feature.ndim > 2 else feature).cpu())
         found = [channel_moments(x) for x in entering]
         moments.append([(len(part) * mean, len(part) * (var + mean.square())) for mean, var in found])
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}

@@ -11,6 +11,7 @@ from qimera.config.base import Settings
 from qimera.graph.folding import fold_batch_norms
 from qimera.graph.nodes import aten, has_bias, has_parameter, layer_name, node_at, tensor_of, with_outputs
 from qimera.graph.stepping import SteppedRun
+from qimera.machine.acceleration import exact_convolutions
 from qimera.machine.progress import Progress, ProgressCallback, silent
 from qimera.machine.seeds import check_seed
 from qimera.mixed_precision.budget import WIDTHS
@@ -78,17 +79,18 @@ def measure_sensitivity(
     seed = check_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     num_samples = _NUM_LARGE_SAMPLES if teacher.input_spec.has_large_images else _NUM_SAMPLES
-    images = next(bank.batches(num_samples, rng)).images
+    images = next(bank.batches(num_samples, rng)).to(teacher.device).images
     fit_on, judge_on = images.chunk(2) if len(images) > 1 else (images, images)
-    trial = _Trial(fold_batch_norms(teacher.module), fit_on, judge_on, seed)
     at_input = reading_network_input(teacher.module)
     found: tuple[dict[str, list[float]], ...] = ({}, {})
-    for number, node in enumerate(trial.layers, 1):
-        trial.advance_before(node)
-        _add(found[0], layer_name(node), _losses(trial, trial.with_weight))
-        if activations and layer_name(node) not in at_input:
-            _add(found[1], layer_name(node), _losses(trial, trial.with_input))
-        progress(Progress("sensitivity", number, len(trial.layers)))
+    with exact_convolutions(teacher.device):
+        trial = _Trial(fold_batch_norms(teacher.module), fit_on, judge_on, seed)
+        for number, node in enumerate(trial.layers, 1):
+            trial.advance_before(node)
+            _add(found[0], layer_name(node), _losses(trial, trial.with_weight))
+            if activations and layer_name(node) not in at_input:
+                _add(found[1], layer_name(node), _losses(trial, trial.with_input))
+            progress(Progress("sensitivity", number, len(trial.layers)))
     weights, inputs = ({name: tuple(losses) for name, losses in each.items()} for each in found)
     return Sensitivity(weights=weights, activations=inputs)
 
@@ -177,7 +179,7 @@ class _Trial:
             ch_axis=1 if layer.target is aten.conv_transpose2d.input else 0,
             shape=tuple(weight.shape),
         )
-        quantizer.fit_(weight, "mse")
+        quantizer.to(weight.device).fit_(weight, "mse")
         new = (quantizer(weight), bias) if self._own is None else self._own.rounded(quantizer)
         return _call(layer, self._entering[0], *new), _call(layer, self._entering[1], *new)
 
@@ -188,7 +190,7 @@ class _Trial:
         quantizer = LearnedStepFakeQuantize(
             dtype=torch.uint8, quant_min=low, quant_max=high, qscheme=torch.per_tensor_affine
         )
-        quantizer.fit_(self._entering[0], "mse")
+        quantizer.to(self._entering[0].device).fit_(self._entering[0], "mse")
         fit_on, judge_on = (quantizer(each) for each in self._entering)
         new = (self._adapted(self._position, fit_on) if compensated else None) or self._parameters(layer)
         return _call(layer, fit_on, *new), _call(layer, judge_on, *new)

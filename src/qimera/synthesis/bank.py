@@ -284,7 +284,8 @@ def _answers(
     if not len(pixels):
         return torch.empty(0, teacher.num_classes)
     with torch.no_grad():
-        return torch.cat([teacher(teacher.input_spec.normalize(part)) for part in pixels.split(64)])
+        normalized = (teacher.input_spec.normalize(part).to(teacher.device) for part in pixels.split(64))
+        return torch.cat([teacher(images).cpu() for images in normalized])
 
 
 def _check_shapes(directory: Path, parts: list[Tensor], teacher: Teacher) -> None:
