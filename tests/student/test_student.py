@@ -117,6 +117,19 @@ def test_every_quantizer_gets_a_range(teacher: Teacher, toy_images: Tensor, sche
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_ranges_that_are_found_again_are_those_of_the_last_images_alone(
+    teacher: Teacher, toy_images: Tensor, scheme: str
+) -> None:
+    settings = QuantizationSettings(scheme=scheme)
+    once, twice = Student(teacher, settings), Student(teacher, settings)
+    twice.initialize_ranges_([5 * toy_images[:16], 5 * toy_images[16:32]])
+    for student in (once, twice):
+        student.initialize_ranges_([toy_images[:16], toy_images[16:32]])
+    found = twice.module.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in once.module.state_dict().items())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_with_eight_bits_the_student_answers_as_the_teacher(teacher: Teacher, toy_images: Tensor, scheme: str) -> None:
     student = student_of(teacher, toy_images[:128], "w8a8", scheme)
     with torch.no_grad():

@@ -87,6 +87,10 @@ class _Declared(FakeQuantizeBase):
         self.searching: RangeMethod | None = None
         """While set, every call first fits the range to its input; a bias enlarges the range of its layer's weight."""
 
+    def search_(self, method: RangeMethod | None) -> None:
+        """Begin a search of the range, or end it with None."""
+        self.searching = method
+
 
 class _FakeQuantize(_Declared):
     """What the kinds for weights and activations share: a granularity, and a scale and zero point once searched."""
@@ -189,6 +193,11 @@ class MinMaxFakeQuantize(_FakeQuantize):
 
     _scale: Tensor
     extremes: Tensor
+
+    def search_(self, method: RangeMethod | None) -> None:
+        """Begin a search of the range, in which no earlier one has a part, or end it with None."""
+        super().search_(method)
+        self.num_calls = 0
 
     @property
     def scale(self) -> Tensor:

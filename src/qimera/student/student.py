@@ -269,12 +269,12 @@ class Student(nn.Module):
         quantizers = [m for m in self.module.modules() if isinstance(m, FakeQuantize)]
         averaging = any(isinstance(quantizer, MinMaxFakeQuantize) for quantizer in quantizers)
         for quantizer in quantizers:
-            quantizer.searching = "minmax" if averaging else "mse"
+            quantizer.search_("minmax" if averaging else "mse")
         try:
             yield averaging
         finally:
             for quantizer in quantizers:
-                quantizer.searching = None
+                quantizer.search_(None)
 
 
 def _weight_quantizers(module: GraphModule) -> Iterator[tuple[Tensor, nn.Module]]:
