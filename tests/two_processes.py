@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from qimera.config.settings import DirectSettings, DistillationSettings, GeneratorSettings, SynthesisSettings
-from qimera.machine.distributed import joined, rank
+from qimera.machine.distributed import joined, own_share, pooled_variances, rank, world_size
 from qimera.pipeline import quantize, synthesize
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.student.student import Student
@@ -60,6 +60,12 @@ def write_starts_into(folders: list[str]) -> None:
         for name, seed in ("one seed", 0), ("own seed", rank()):
             settings = DistillationSettings(num_steps=2, batch_size=8, precision="float32")
             found[name] = quantize(teacher, _bank_of(0, teacher), settings=settings, seed=seed).module.state_dict()
+        values = (
+            torch.linspace(-1, 3, 6).square().view(3, 2)
+        )  # three samples: two for the one process, one for the other
+        part = values[own_share(3)]
+        variances = pooled_variances([part, part[:, :1]], len(part) * world_size() / 3) or []
+        found["variances"] = {str(index): each for index, each in enumerate(variances)}
         torch.save(found, Path(folders[0]) / f"{rank()}.pt")
 
 

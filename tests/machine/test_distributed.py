@@ -151,6 +151,13 @@ def test_processes_draw_the_same_batches_even_if_their_starts_drew_others(starts
     assert all(torch.equal(value, main["own seed"][name]) for name, value in main["one seed"].items())
 
 
+def test_the_variance_of_parts_is_that_of_the_whole(starts: tuple[Results, Results]) -> None:
+    values = torch.linspace(-1, 3, 6).square().view(3, 2)
+    for each in starts:
+        found = list(each["variances"].values())
+        torch.testing.assert_close(found, [values.var(), values[:, :1].var()])
+
+
 def settings(num_steps: int, **changes: object) -> RunSettings:
     synthesis = SynthesisSettings(num_optimized=32, num_held_out=8, direct=DirectSettings(num_steps=2, batch_size=16))
     distillation = DistillationSettings(num_steps=num_steps, batch_size=8, compile="never")

@@ -96,6 +96,11 @@ def test_the_feature_loss_does_not_depend_on_the_unit_of_a_block() -> None:
     torch.testing.assert_close(feature_loss([100 * mine], [100 * theirs]), feature_loss([mine], [theirs]))
 
 
+def test_a_block_that_returns_a_single_number_is_judged_by_its_size() -> None:
+    mine, theirs = torch.tensor([[3.0]]), torch.tensor([[2.0]])
+    assert float(feature_loss([mine], [theirs])) == pytest.approx(1 / 4)
+
+
 def test_without_blocks_there_is_no_feature_loss() -> None:
     assert float(feature_loss([], [])) == 0
 

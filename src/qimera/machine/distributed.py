@@ -104,6 +104,8 @@ def average_gradients_(parameters: Iterable[Tensor], weight: float = 1.0) -> Non
 def pooled_variances(parts: Sequence[Tensor], weight: float) -> list[Tensor] | None:
     """Return the variance of each tensor of which every process holds a part; None where this one holds all.
 
+    It is that of ``Tensor.var``, divided by one less than the number of values.
+
     Args:
         parts: What this process holds of each.
         weight: Of this process; the weights of all add up to their number.
@@ -114,7 +116,10 @@ def pooled_variances(parts: Sequence[Tensor], weight: float) -> list[Tensor] | N
     sums = torch.stack([torch.stack([mean, var + mean.square()]) for var, mean in moments]) * (weight / world_size())
     with _naming_lost_peers():
         dist.all_reduce(sums)
-    return list(sums[:, 1] - sums[:, 0].square())
+    counts = [round(part.numel() * world_size() / weight) for part in parts]
+    return [
+        (square - mean.square()) * (count / (count - 1)) for (mean, square), count in zip(sums, counts, strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -37,9 +37,14 @@ def feature_loss(
     if not features:
         return torch.zeros(())
     pairs = [(at_least_float32(mine), at_least_float32(theirs)) for mine, theirs in zip(features, targets, strict=True)]
-    scales = variances or [theirs.var() for _, theirs in pairs]
+    scales = variances or [_variance(theirs) for _, theirs in pairs]
     errors = [F.mse_loss(mine, theirs) for mine, theirs in pairs]
     return torch.stack([error / (scale + 1e-8) for error, scale in zip(errors, scales, strict=True)]).mean()
+
+
+def _variance(values: Tensor) -> Float[Tensor, ""]:
+    """Return the variance; of a single number, which has none, its square."""
+    return values.var() if values.numel() > 1 else values.square().mean()
 
 
 def block_outputs(module: GraphModule) -> list[str]:
