@@ -1,12 +1,15 @@
 import copy
+import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from qimera.assessment.estimation import Estimate
+from qimera.assessment.estimation import Estimate, estimate_on_held_out
 from qimera.assessment.selection import BestState, choose
 from qimera.config.settings import DistillationSettings, QuantizationSettings
 from qimera.errors import ConfigError
+from qimera.machine.checkpoint import Checkpoints
 from qimera.machine.progress import Progress
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
@@ -37,6 +40,15 @@ def test_the_best_of_several_students_is_the_one_of_most_bits(teacher: Teacher, 
     assert choose([students[0], students[0]], teacher, split_bank) == 0
 
 
+def test_a_student_without_an_estimate_is_never_the_best(teacher: Teacher, split_bank: SampleBank) -> None:
+    broken, sound = (student_of(teacher, split_bank) for _ in range(2))
+    with torch.no_grad():
+        for step in broken.steps:
+            step.fill_(torch.nan)
+    assert math.isnan(estimate_on_held_out(broken, teacher, split_bank).drop)
+    assert [choose(each, teacher, split_bank) for each in ([broken, sound], [sound, broken])] == [1, 0]
+
+
 def test_without_held_out_samples_nothing_can_be_judged(teacher: Teacher, bank: SampleBank) -> None:
     with pytest.raises(ConfigError, match="holds no held-out samples"):
         choose([student_of(teacher, bank)], teacher, bank)
@@ -58,6 +70,7 @@ def test_the_best_state_is_restored(teacher: Teacher, split_bank: SampleBank) ->
 
     spoil(0.5)
     best = BestState(student, teacher, split_bank, settings)
+    best.consider(0)
     spoil(0.5)
     best.consider(1)
     student.module.load_state_dict(good)
@@ -83,7 +96,7 @@ def test_it_looks_every_so_many_steps_and_at_the_last(
 
     monkeypatch.setattr("qimera.assessment.selection.estimate_on_held_out", look)
     best = BestState(student, teacher, split_bank, DistillationSettings(num_steps=5, select_every=every))
-    for now in range(1, 6):
+    for now in range(6):
         best.consider(now)
     assert seen == looked_at
 
@@ -108,6 +121,20 @@ def test_looking_at_a_training_does_not_change_its_course(teacher: Teacher, spli
         distill_(student, teacher, split_bank, settings, torch.Generator().manual_seed(0), progress=keep)
         courses.append(course)
     assert all(same(one, two) for one, two in zip(*courses, strict=True))
+
+
+def test_a_training_that_goes_on_does_not_judge_a_student_before_its_state_is_read(
+    tmp_path: Path, teacher: Teacher, split_bank: SampleBank, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = DistillationSettings(num_steps=4, batch_size=8, select_every=2)
+    kept = Checkpoints(tmp_path).of("student")
+    found = []
+    for student in (student_of(teacher, split_bank), Student(teacher, student_of(teacher, split_bank).settings)):
+        caplog.clear()
+        with caplog.at_level("DEBUG", logger="qimera.assessment.selection"):
+            distill_(student, teacher, split_bank, settings, torch.Generator().manual_seed(0), checkpoint=kept)
+        found.append([record.message for record in caplog.records if record.message.startswith("step")])
+    assert [len(messages) for messages in found] == [3, 0]
 
 
 def test_selection_without_held_out_samples_is_refused(teacher: Teacher, bank: SampleBank) -> None:

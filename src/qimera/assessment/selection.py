@@ -1,6 +1,7 @@
 """Held-out synthetic samples -> which state of a student, or which of several students, loses least."""
 
 import logging
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -16,21 +17,21 @@ logger = logging.getLogger(__name__)
 
 
 def choose(students: Sequence[Student], teacher: Teacher, bank: SampleBank) -> int:
-    """Return which of several students has the lowest estimated drop; the first of equals.
+    """Return which of several students has the lowest estimated drop; the first of equals, and NaN comes last.
 
     Raises:
         ConfigError: the bank has no held-out samples.
     """
     drops = [estimate_on_held_out(student, teacher, bank).drop for student in students]
     logger.info("estimated drops: %s points", ", ".join(f"{drop:.2f}" for drop in drops))
-    return drops.index(min(drops))
+    return min(range(len(drops)), key=lambda number: (math.isnan(drops[number]), drops[number]))
 
 
 class BestState:
     """The state of a student in training that had the lowest estimated drop.
 
-    The state before the first step is the first candidate, one follows every ``settings.select_every`` steps, and the
-    last step is one too. With ``select_every`` of 0 nothing is looked at or kept.
+    The state before the first step is the first candidate (step 0), one follows every ``settings.select_every`` steps,
+    and the last step is one too. With ``select_every`` of 0 nothing is looked at or kept.
     """
 
     def __init__(self, student: Student, teacher: Teacher, bank: SampleBank, settings: DistillationSettings) -> None:
@@ -39,7 +40,6 @@ class BestState:
         self.step = settings.num_steps
         """The step that the best state is from."""
         self.state: dict[str, Tensor] = {}
-        self.consider(0)
 
     def consider(self, step: int) -> None:
         """Judge the student if it is time to, and keep a copy of its state if it is the best so far."""

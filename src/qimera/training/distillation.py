@@ -67,6 +67,8 @@ def distill_(
     checkpoint = checkpoint or Checkpoint()
     if saved := checkpoint.load():
         course.load_state_dict(saved)
+    else:
+        course.best.consider(0)
     if settings.num_steps:
         note = COMPILING if course.is_compiled else ""
         progress(Progress("distillation", course.num_steps, settings.num_steps, note=note))
