@@ -1,7 +1,9 @@
+import math
 import re
 
 import pytest
 import torch
+from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
 from qimera.cli.facts import inspection
@@ -9,13 +11,20 @@ from qimera.cli.tables import teacher_facts
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import LayerBits, QuantizationSettings
 from qimera.errors import ConfigError
-from qimera.mixed_precision.budget import Budget, bit_operations, check_budget, fixed_cost, layer_choices
+from qimera.mixed_precision.budget import (
+    Budget,
+    _shares_between,
+    bit_operations,
+    check_budget,
+    fixed_cost,
+    layer_choices,
+)
 from qimera.quantization.ends import with_rules_for_ends
 from qimera.quantization.sizes import float_bytes, packed_bytes, unquantized_bytes
 from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
-from tests.networks import NETWORKS, SPEC
+from tests.networks import NETWORKS, SPEC, Head
 
 TOY = InputSpec(shape=(1, 8, 8), mean=(0.5,), std=(0.25,))
 
@@ -128,6 +137,27 @@ def test_a_layer_with_a_rule_keeps_its_bits_and_counts(toy: Teacher) -> None:
     convolution, linear = layer_choices(toy, settings("size=1", ("3", 7, 5)), Budget("size", 1.0))
     assert (convolution.is_fixed, linear.is_fixed) == (False, True)
     assert linear.costs == {(7, 5): 864 * 7 // 8 + 3 * 12}
+
+
+def test_what_can_be_reached_is_named_in_as_many_decimals_as_it_takes() -> None:
+    """The last layer alone is open, and its bits make next to no difference beside the others."""
+    few = Teacher.capture(nn.Sequential(nn.Conv2d(1, 64, 3), nn.Conv2d(64, 64, 3), Head(64)), TOY)
+    asked = settings("bops=0.001", ("0", 8, 7), ("1", 8, 7))
+    with pytest.raises(ConfigError, match=r"bops=0\.001 cannot be met") as refused:
+        check_budget(few, asked)
+    low, high = re.findall(r"0\.\d+", str(refused.value).partition("give bops=")[2])
+    assert float(low) < float(high)
+    for share in (low, high):
+        check_budget(few, asked.replace(budget=f"bops={share}"))
+
+
+@given(st.data())
+def test_shares_that_are_named_lie_where_they_should(data: st.DataObject) -> None:
+    full = data.draw(st.integers(1, 10**12))
+    lowest = data.draw(st.integers(1, full))
+    highest = data.draw(st.integers(lowest, min(full, lowest + 10**6)))
+    for share in _shares_between(lowest, highest, full).split(" to "):
+        assert lowest <= math.floor(float(share) * full) <= highest
 
 
 def test_a_budget_below_two_bits_or_above_eight_is_refused_with_what_can_be_reached(toy: Teacher) -> None:

@@ -144,15 +144,15 @@ def check_budget(teacher: Teacher, quantization: QuantizationSettings) -> None:
     full = budget.full(teacher)
     fixed = fixed_cost(teacher, quantization, budget)
     lowest, highest = (fixed + sum(pick(choice.costs.values()) for choice in choices) for pick in (min, max))
-    # Rounded inwards, so that what the message names can be given.
-    reachable = (
-        f"{budget.measure}={math.ceil(1e4 * lowest / full) / 1e4:g} to {math.floor(1e4 * highest / full) / 1e4:g}"
-    )
+    reachable = f"{budget.measure}={_shares_between(lowest, highest, full)}"
     num_fixed = sum(choice.is_fixed for choice in choices)
     given = "first_last_bits and layer_bits" if quantization.first_last_bits else "layer_bits"
     beside = f" beside those of {given}" if num_fixed else ""
     if budget.limit(teacher) < lowest:
-        bits = f"the bits of {given}" if num_fixed == len(choices) else f"2 bits{beside}"
+        is_given = num_fixed == len(choices)
+        bits, reachable = (
+            (f"the bits of {given}", f"{reachable} or more") if is_given else (f"2 bits{beside}", reachable)
+        )
         raise ConfigError(
             f"budget: {budget} cannot be met: at {bits} the model takes {lowest / full:.4f} of full precision; "
             f"give {reachable}"
@@ -162,3 +162,18 @@ def check_budget(teacher: Teacher, quantization: QuantizationSettings) -> None:
             f"budget: {budget} leaves nothing to decide: at 8 bits{beside} the model takes {highest / full:.4f} of "
             f"full precision; give {reachable}, or leave budget out and give bits w8a8"
         )
+
+
+def _shares_between(lowest: int, highest: int, full: int) -> str:
+    """Return which shares of ``full`` lie between the two, rounded inwards, so that what is named can be given.
+
+    They have four decimals, or as many more as it takes for one to lie there.
+    """
+    for digits in range(4, 16):
+        unit = 10**digits
+        low, high = -(-lowest * unit // full), highest * unit // full
+        low += math.floor(low / unit * full) < lowest  # a product in floating point may fall short
+        if math.floor(low / unit * full) <= highest:
+            break
+    shown = [f"{number / unit:.{digits + 1}g}" for number in (low, high)]
+    return " to ".join(shown) if low < high else shown[0]
