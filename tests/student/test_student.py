@@ -103,6 +103,12 @@ def test_converting_leaves_the_student_as_it_is(teacher: Teacher, toy_images: Te
     assert all(each.requires_grad for each in student.parameters())
 
 
+def test_only_a_student_of_scheme_hardware_has_integers(teacher: Teacher, toy_images: Tensor) -> None:
+    assert student_of(teacher, toy_images[:16]).integers(toy_images[:2])
+    with pytest.raises(ConfigError, match="integers: scheme paper has none; make the student in scheme hardware"):
+        student_of(teacher, toy_images[:16], scheme="paper").integers(toy_images[:2])
+
+
 # --- ranges -----------------------------------------------------------------------------------------------------------
 
 

@@ -197,12 +197,11 @@ class Student(nn.Module):
     @torch.no_grad()
     def integers(self, images: Float[Tensor, "batch channel height width"]) -> dict[str, UInt8[Tensor, "..."]]:
         """Return the integers that the kernel of each layer writes, by the layer's name; float logits are left out."""
-        quantizers = {}
-        layers = {node.name: node for node in self.module.graph.nodes}
+        if self.settings.scheme != "hardware":
+            raise ConfigError(f"integers: scheme {self.settings.scheme} has none; make the student in scheme hardware")
+        quantizers, layers = {}, {node.name: node for node in self.module.graph.nodes}
         for layer, name in self.layer_names().items():
-            end = end_of_kernel(layers[layer])
-            behind = [user for user in end.users if user.op == "call_module"]
-            if behind:
+            if behind := [user for user in end_of_kernel(layers[layer]).users if user.op == "call_module"]:
                 quantizers[name] = behind[0]
         _, values = with_outputs(self._exact[0], [node.name for node in quantizers.values()])(images)
         found = {}
