@@ -15,6 +15,7 @@ from qimera import (
     Teacher,
     quantize,
 )
+from qimera.config.settings import LayerBits
 from qimera.machine.progress import Progress
 from qimera.student import reconstruction
 from qimera.student.blocks import first_blocks, part_of
@@ -98,6 +99,17 @@ def test_layers_behind_are_rounded_again_for_what_they_read_now(plain: Teacher) 
     after = state_of(student)
     assert not torch.equal(before["pointwise.weight"], after["pointwise.weight"])
     assert not torch.equal(before["fc.bias"], after["fc.bias"])
+
+
+def test_a_block_of_more_bits_behind_a_changed_one_is_rounded_again_too(plain: Teacher) -> None:
+    rules = tuple(LayerBits(pattern=name, weight_bits=3, activation_bits=8) for name in ("depthwise", "pointwise"))
+    student = Student(plain, QuantizationSettings(weight_bits=3, activation_bits=3, layer_bits=rules))
+    student.initialize_layers_(images_of(0), torch.Generator().manual_seed(0))
+    before = state_of(student)
+    assert len(changed_by(student, images_of(0), images_of(1))) == 1
+    after = state_of(student)
+    for name in ("conv2", "depthwise", "pointwise", "fc"):
+        assert not torch.equal(before[f"{name}.bias"], after[f"{name}.bias"]), name
 
 
 def test_blocks_whose_held_out_error_does_not_fall_are_restored_bit_for_bit(plain: Teacher) -> None:

@@ -64,7 +64,8 @@ def reconstruct_(
     Returns:
         The nodes whose tensors the changed blocks return.
     """
-    blocks, changed = first_blocks(student, reference, num_blocks), []
+    blocks = first_blocks(student, reference, num_blocks)
+    changed: list[str] = []
     if not any(_is_coarse(student, block) for block in blocks):
         return []
     seen, unseen = (tuple(SteppedRun(graph, each) for graph in (student, reference)) for each in (images, held_out))
@@ -72,7 +73,10 @@ def reconstruct_(
     for done, block in enumerate(blocks, 1):
         for run in (*seen, *unseen):
             run.advance_to(block.start)
-        if _is_coarse(student, block) and _reconstruct_(student, reference, block, seen, unseen, rng):
+        if not _is_coarse(student, block):
+            if changed:
+                _round_block_(student, reference, block, seen, rng)
+        elif _reconstruct_(student, reference, block, seen, unseen, rng):
             changed.append(block.end)
         report(done, len(blocks))
     if changed:
@@ -101,14 +105,21 @@ def _reconstruct_(
     entering, target = unseen[0].value(block.start), theirs(unseen[1].value(block.start))
     before = relative_error(mine(entering), target)
     kept = {name: value.clone() for name, value in mine.state_dict().items()}
-    runs = seen[0].branch(), seen[1].branch()
-    real = {node: round_again_(student, reference, node, runs, rng) for node in block.layers}
+    real = _round_block_(student, reference, block, seen, rng)
     crops = Crops(seen[0].value(block.start), seen[1].value(block.start), theirs, rng)
     BlockTraining(student, block, real, crops).run_()
     if relative_error(mine(entering), target) < before:
         return True
     mine.load_state_dict(kept)
     return False
+
+
+def _round_block_(
+    student: GraphModule, reference: GraphModule, block: Block, seen: tuple[SteppedRun, ...], rng: torch.Generator
+) -> dict[Node, Tensor]:
+    """Round the layers of a block again for what they read now; return the weight of each before that."""
+    runs = seen[0].branch(), seen[1].branch()
+    return {node: round_again_(student, reference, node, runs, rng) for node in block.layers}
 
 
 def _round_rest_(
