@@ -121,6 +121,24 @@ def test_blocks_whose_held_out_error_does_not_fall_are_restored_bit_for_bit(plai
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_network_whose_first_blocks_hold_an_addition_stays_as_it_is() -> None:
+    class Residual(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.conv2(F.relu(self.conv1(x))))
+            x = F.pad(x, (0, 0, 0, 0, 0, 4)) + self.pointwise(F.relu(self.depthwise(x)))
+            out: Tensor = self.fc(F.relu(x).mean((2, 3)))
+            return out
+
+    torch.manual_seed(0)
+    student = compensated(Teacher.capture(Residual(), SPEC), 3)
+    before = state_of(student)
+    assert changed_by(student, images_of(0), images_of(1), num_blocks=1) == ["relu_1"]
+    student.module.load_state_dict(before)
+    assert changed_by(student, images_of(0), images_of(1), num_blocks=2) == []
+    after = state_of(student)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize("bits", [5, 8])
 def test_students_of_more_than_four_bits_stay_as_they_are_and_nothing_is_drawn(plain: Teacher, bits: int) -> None:
     student, rng = compensated(plain, bits), torch.Generator().manual_seed(0)

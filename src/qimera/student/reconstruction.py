@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from qimera.graph.nodes import node_at, tensor_of
 from qimera.graph.stepping import SteppedRun
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
-from qimera.quantization.scheme import quantizer_of
+from qimera.quantization.scheme import JOINS, quantizer_of
 from qimera.student.blocks import Block, first_blocks, part_of
 from qimera.student.crops import Crops
 from qimera.student.equalization import parameter_of, shares_weight
@@ -57,7 +57,8 @@ def reconstruct_(
         reference: The graph in full precision, its channels scaled as the student's are.
         images: What blocks are trained on.
         held_out: What they are judged by.
-        num_blocks: How many; a block whose layers all read tensors of more than 4 bits stays as it is.
+        num_blocks: How many; a block whose layers all read tensors of more than 4 bits stays as it is, and so do all
+            where one of them holds an addition or a concatenation (docs/recipes.md).
         rng: Draws positions and crops.
         report: Told how many blocks are done and how many there are, before the first one and after each.
 
@@ -66,7 +67,7 @@ def reconstruct_(
     """
     blocks = first_blocks(student, reference, num_blocks)
     changed: list[str] = []
-    if not any(_is_coarse(student, block) for block in blocks):
+    if any(_has_join(student, block) for block in blocks) or not any(_is_coarse(student, block) for block in blocks):
         return []
     seen, unseen = (tuple(SteppedRun(graph, each) for graph in (student, reference)) for each in (images, held_out))
     report(0, len(blocks))
@@ -82,6 +83,10 @@ def reconstruct_(
     if changed:
         _round_rest_(student, reference, blocks[-1].end, seen, rng)
     return changed
+
+
+def _has_join(student: GraphModule, block: Block) -> bool:
+    return any(node.target in JOINS for node in part_of(student, block).graph.nodes)
 
 
 def _is_coarse(student: GraphModule, block: Block) -> bool:
