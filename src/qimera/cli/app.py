@@ -255,7 +255,7 @@ def _quantize(
     from_main(refuse_other_content, path)
     read = resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
     check_run(read.settings, read.teacher, read.bank)
-    run = from_main(RunDirectory.start, path, read.settings)
+    run = from_main(RunDirectory.start, path, read.settings, read.teacher.hash)
     if is_main() and run.is_finished:
         out.note(f"{path}: finished already, this is its summary")
     elif is_main():

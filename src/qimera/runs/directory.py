@@ -19,6 +19,8 @@ from qimera.machine.progress import ProgressCallback, silent
 from qimera.mixed_precision.allocation import Allocation
 from qimera.report.content import Measured
 from qimera.report.summary import Summary
+from qimera.teacher.sources import short_source
+from qimera.teacher.teacher import Teacher
 
 try:
     import fcntl
@@ -58,8 +60,13 @@ class RunDirectory:
         self._locked: int | None = None
 
     @classmethod
-    def start(cls, path: Path, settings: RunSettings) -> "RunDirectory":
+    def start(cls, path: Path, settings: RunSettings, teacher_hash: str = "") -> "RunDirectory":
         """Make the directory, or take up the run of the same settings that is in it.
+
+        Args:
+            path: Where it is, or is made.
+            settings: Of the run that is asked for.
+            teacher_hash: Of its model. If that is the model of the run in the directory, their files may have moved.
 
         Raises:
             ConfigError: something else is there.
@@ -75,6 +82,7 @@ class RunDirectory:
                     return cls(path, settings)
         run = cls(path, RunSettings.load(settings_file))
         there = run._settings_as_given()
+        settings = run._with_places_of(there, settings, teacher_hash)
         before, now = (each.images and each.images.sha256 for each in (there, settings))
         if before != now:
             then, given = (each.images.text() if each.images else "no images of yours" for each in (there, settings))
@@ -108,6 +116,26 @@ class RunDirectory:
         if not run.is_finished:
             raise ConfigError(f"{path}: the run was interrupted; give the command that started it again to continue")
         return run
+
+    def _with_places_of(self, there: RunSettings, asked: RunSettings, teacher_hash: str) -> RunSettings:
+        """Return ``asked`` with the paths in ``there`` of files that lie elsewhere now, and are the same."""
+        places: dict[str, object] = {}
+        if there.bank and asked.bank and Path(asked.bank) == self.bank_place:
+            places["bank"] = there.bank
+        has_moved = (asked.model, asked.weights) != (there.model, there.weights) and self.teacher_file.exists()
+        is_named_alike = short_source(asked.model) == short_source(there.model)
+        if has_moved and is_named_alike and Teacher.load(self.teacher_file, there.input).hash == teacher_hash:
+            places |= {"model": there.model, "weights": there.weights}
+        return asked.model_copy(update=places)
+
+    @property
+    def bank_place(self) -> Path:
+        """Where the bank of the student is; runs of several bits, which share one, may have been moved together."""
+        if not self.settings.bank:
+            return self.bank_directory
+        place = Path(self.settings.bank)
+        moved = self.path.resolve().parent / place.parent.name / place.name
+        return moved if moved.exists() and not place.exists() else place
 
     @contextmanager
     def occupied(self) -> Iterator[None]:

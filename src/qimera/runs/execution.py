@@ -1,7 +1,5 @@
 """Resolved settings and a run directory -> a finished run, continued from what the directory holds."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -157,16 +155,7 @@ def load_student(run: RunDirectory) -> tuple[Student, Teacher]:
 
 def load_bank(run: RunDirectory, teacher: Teacher) -> SampleBank:
     """Return the bank that the run's student was trained on, without images of the user's that it does not hold."""
-    return SampleBank.load(_bank_place(run), teacher)
-
-
-def _bank_place(run: RunDirectory) -> Path:
-    """Return where the bank is; runs of several bits, which share one, may have been moved together."""
-    if not run.settings.bank:
-        return run.bank_directory
-    place = Path(run.settings.bank)
-    moved = run.path.resolve().parent / place.parent.name / place.name
-    return moved if moved.exists() and not place.exists() else place
+    return SampleBank.load(run.bank_place, teacher)
 
 
 def _summary_of(run: RunDirectory, teacher: Teacher) -> Summary:
