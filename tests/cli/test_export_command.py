@@ -76,6 +76,20 @@ def test_files_of_the_run_are_not_replaced_by_an_exported_one(finished_run: Path
     assert (finished_run / name).read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["student.safetensors", "bank/manifest.json", "student.onnx"])
+def test_files_of_another_run_are_not_replaced_by_an_exported_one(
+    tmp_path: Path, finished_run: Path, name: str
+) -> None:
+    file = tmp_path / "other" / name
+    file.parent.mkdir(parents=True)
+    (tmp_path / "other" / "settings.json").touch()
+    file.write_text("of the other run")
+    result = qimera("export", finished_run, "--format", "pt2", "--output", file)
+    assert result.exit_code == 2
+    assert f"qimera writes itself; give another name, such as {finished_run.name}.pt2" in said(result)
+    assert file.read_text() == "of the other run"
+
+
 def test_the_place_of_the_model_card_is_not_taken(tmp_path: Path, finished_run: Path) -> None:
     result = qimera("export", finished_run, "--format", "pt2", "--output", tmp_path / "MODEL_CARD.md")
     assert result.exit_code == 2

@@ -275,6 +275,11 @@ def _beginning(path: Path) -> Iterator[bool]:
             os.close(descriptor)
 
 
+def is_run(path: Path) -> bool:
+    """Return whether ``path`` is the directory of a run, finished or not."""
+    return _settings_file(path).is_file()
+
+
 def refuse_other_content(path: Path) -> None:
     """Raise ConfigError if ``path`` is a file, or a directory that holds anything but a run."""
     if path.exists() and not path.is_dir():

@@ -16,7 +16,7 @@ from qimera.litert.export import export_litert
 from qimera.litert.micro import export_tflm
 from qimera.machine.files import replacing
 from qimera.report.model_card import FILE_NAME as CARD
-from qimera.runs.directory import RunDirectory
+from qimera.runs.directory import RunDirectory, is_run
 from qimera.runs.execution import load_bank, load_student
 from qimera.runs.model_card import record_of, write_model_card
 
@@ -50,7 +50,7 @@ _FORMATS_OF: dict[str, tuple[ExportFormat, ...]] = {
 """Which formats have an option."""
 
 _SUFFIXES_OF_RUNS = {".html", ".json", ".jsonl", ".md", ".safetensors", ".txt"}
-"""Of the files that a run consists of, which no exported file may replace."""
+"""Of the files that runs consist of, which no exported file may replace."""
 
 
 def export_run(
@@ -66,7 +66,7 @@ def export_run(
     """Write the student of ``run`` to ``path``, verified on the run's bank, with a record of that and a model card.
 
     Raises:
-        ConfigError: the folder of ``path`` is not there, the run keeps something else in such a file, the labels cannot
+        ConfigError: the folder of ``path`` is not there, a run keeps something else in such a file, the labels cannot
             be read or do not fit, or an option is not for this format.
         UnsupportedModelError: something in the student has no counterpart in the format.
         VerificationError: the file disagrees with the student.
@@ -101,11 +101,14 @@ def export_run(
 def _check_place(run: RunDirectory, path: Path, form: ExportFormat) -> None:
     if not path.parent.is_dir() or (path.is_dir() and form != "coreml"):
         raise ConfigError(f"--output: {path} must be a file in a folder that exists")
-    is_in_run = path.resolve().is_relative_to(run.path.resolve())
-    if path.name == CARD or (is_in_run and path.suffix in _SUFFIXES_OF_RUNS):
+    owner = next((folder for folder in path.resolve().parents if is_run(folder)), None)
+    is_in_another = owner is not None and owner != run.path.resolve()
+    usual_name = FILE_NAMES[form]
+    is_taken = (owner and path.suffix in _SUFFIXES_OF_RUNS) or (is_in_another and path.name in FILE_NAMES.values())
+    if path.name == CARD or is_taken:
+        free_name = f"{run.path.resolve().name}{Path(usual_name).suffix}" if is_in_another else usual_name
         raise ConfigError(
-            f"--output: {path} is called like a file that qimera writes itself; give another name, such as "
-            f"{FILE_NAMES[form]}"
+            f"--output: {path} is called like a file that qimera writes itself; give another name, such as {free_name}"
         )
 
 
