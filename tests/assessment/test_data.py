@@ -64,6 +64,27 @@ def test_batches_hold_every_image_once_and_in_order(num_images: int, batch_size:
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), data.labels)
 
 
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (
+            np.zeros((2, 8, 8, 1), np.float32),
+            np.zeros(2, np.int64),
+            r"uint8 \(n, height, .* given float32 of shape \(2, ",
+        ),
+        (np.zeros((2, 8, 8), np.uint8), np.zeros(2, np.int64), r"given uint8 of shape \(2, 8, 8\)"),
+        (np.zeros((2, 8, 8, 1), np.uint8), [0, 1], r"labels: expected a NumPy array of whole numbers .* given list"),
+        (np.zeros((2, 8, 8, 1), np.uint8), np.zeros(1, np.int64), "labels: 1 for 2 images; give one for each"),
+    ],
+)
+def test_arrays_that_would_be_scored_wrongly_are_refused(images: np.ndarray, labels: object, message: str) -> None:
+    data = object.__new__(LabelledImages)  # its constructor is type-checked in tests, and nowhere else
+    object.__setattr__(data, "images", images)
+    object.__setattr__(data, "labels", labels)
+    with pytest.raises(ConfigError, match=message):
+        data.__post_init__()
+
+
 def test_a_batch_size_below_one_is_refused() -> None:
     data = LabelledImages(pixels(2, 8, 10, 3), np.zeros(2, dtype=np.int64))
     with pytest.raises(ConfigError, match="batch_size: must be at least 1, given 0"):

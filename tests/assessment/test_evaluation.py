@@ -230,3 +230,12 @@ def test_a_teacher_that_knows_the_images_is_not_warned_of(share: float, num_clas
 def test_images_of_one_class_alone_can_be_evaluated() -> None:
     assert compared([True] * 20, [True] * 20, [3] * 20).warnings == ()
     assert len(compared([False] * 20, [False] * 20, [3] * 20).warnings) == 1
+
+
+def test_images_whose_channels_come_first_are_refused() -> None:
+    spec = InputSpec(shape=(1, 8, 8), mean=(0.0,), std=(1.0,))
+    data = LabelledImages(np.zeros((2, 1, 8, 8), np.uint8), np.zeros(2, np.int64))
+    with pytest.raises(
+        ConfigError, match=r"shape \(1, 8, 8\) \(height, width, channel\), but the model takes 1 channels"
+    ):
+        evaluate(lambda images: images.flatten(1), data, spec)

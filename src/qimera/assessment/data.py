@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +52,18 @@ class LabelledImages:
     labels: Int64[np.ndarray, " batch"]
     """Class indices."""
 
+    def __post_init__(self) -> None:
+        """Refuse arrays that would be scored wrongly.
+
+        Raises:
+            ConfigError: pixels that are not uint8, labels that are not whole numbers, or another number of them.
+        """
+        if not isinstance(self.images, ImageFiles):
+            _check_array("images", self.images, "uint8", "a NumPy array of uint8 (n, height, width, channel)", 4)
+        _check_array("labels", self.labels, r"u?int\d+", "a NumPy array of whole numbers (n,)", 1)
+        if len(self.images) != len(self.labels):
+            raise ConfigError(f"labels: {len(self.labels)} for {len(self.images)} images; give one for each")
+
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.labels)
@@ -68,6 +81,13 @@ class LabelledImages:
         for start in range(0, len(self), batch_size):
             part = slice(start, start + batch_size)
             yield self.images[part], self.labels[part]
+
+
+def _check_array(name: str, given: object, dtype: str, expected: str, num_axes: int) -> None:
+    if isinstance(given, np.ndarray) and re.fullmatch(dtype, given.dtype.name) and given.ndim == num_axes:
+        return
+    found = f"{given.dtype} of shape {given.shape}" if isinstance(given, np.ndarray) else type(given).__name__
+    raise ConfigError(f"{name}: expected {expected}, given {found}")
 
 
 def load_labelled_images(path: Path | str, input_spec: InputSpec, num_classes: int) -> LabelledImages:

@@ -116,6 +116,11 @@ def evaluate(
     rankings: dict[str, list[Tensor]] = {role: [] for role in classifiers}
     done, num_classes = 0, 0
     for images, labels in data.batches(batch_size):
+        if images.shape[3] != input_spec.shape[0]:
+            raise ConfigError(
+                f"data: images of shape {images.shape[1:]} (height, width, channel), but the model takes "
+                f"{input_spec.shape[0]} channels"
+            )
         inputs = input_spec.normalize(torch.tensor(images).permute(0, 3, 1, 2).contiguous())
         logits = {role: _logits(role, classifier, inputs) for role, classifier in classifiers.items()}
         _check_classes({role: rows.shape[1] for role, rows in logits.items()}, int(labels.max()))
