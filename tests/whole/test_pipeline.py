@@ -2,12 +2,16 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
+from qimera.assessment.diagnostics import diagnose
+from qimera.assessment.estimation import estimate_drop
+from qimera.assessment.selection import choose
 from qimera.config.input_spec import InputSpec
 from qimera.config.recipes import recipe
 from qimera.config.settings import (
@@ -19,6 +23,7 @@ from qimera.config.settings import (
 )
 from qimera.errors import ConfigError
 from qimera.machine.progress import COMPILING, Progress
+from qimera.mixed_precision.sensitivity import measure_sensitivity
 from qimera.pipeline import quantize, synthesize
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
@@ -49,6 +54,19 @@ def same_student(one: Student, two: Student) -> bool:
 
 
 # --- the user's model -------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_model_serves_wherever_its_teacher_does(tiny_model: TinyNet, tmp_path: Path) -> None:
+    bank = synthesize(tiny_model, SPEC, short_synthesis(num_held_out=8))
+    bank.save(tmp_path / "bank")
+    student = quantize(tiny_model, bank, settings=SHORT)
+    teacher = Teacher.capture(tiny_model, SPEC)
+    assert same_bank(SampleBank.load(tmp_path / "bank", tiny_model), bank)
+    assert repr(diagnose(bank, tiny_model)) == repr(diagnose(bank, teacher))  # repr: NaN is not equal to itself
+    assert repr(estimate_drop(student, tiny_model, bank)) == repr(estimate_drop(student, teacher, bank))
+    assert choose([student], tiny_model, bank) == 0
+    measured = measure_sensitivity(tiny_model, bank, activations=False)
+    assert measured == measure_sensitivity(teacher, bank, activations=False)
 
 
 @pytest.mark.parametrize("scheme", ["hardware", "paper"])

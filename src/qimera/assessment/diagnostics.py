@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from qimera.config.base import Settings
 from qimera.graph.nodes import classifier_node, node_at, with_outputs
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.losses import channel_moments, safe_sqrt
 from qimera.synthesis.superposition import shows_one_class
-from qimera.teacher.teacher import BatchNormTap, Teacher
+from qimera.teacher.teacher import BatchNormTap, Teacher, as_teacher
 
 MAX_SAMPLES = 512
 """Samples that a diagnosis looks at; class balance and clipped pixels cover all samples."""
@@ -95,13 +95,14 @@ class Diagnosis(Settings):
 
 
 @torch.inference_mode()
-def diagnose(bank: SampleBank, teacher: Teacher) -> Diagnosis:
+def diagnose(bank: SampleBank, teacher: nn.Module) -> Diagnosis:
     """Return what the synthetic samples of ``bank`` are like; images of the user's are not looked at.
 
     Args:
         bank: From ``synthesize``, or loaded.
-        teacher: The model that it was made from.
+        teacher: The model that it was made from, or its ``Teacher``.
     """
+    teacher = as_teacher(teacher, bank.input_spec)
     bank, untrained = bank.synthetic, untrained_because(teacher)
     if not len(bank):
         return _of_nothing(teacher.num_classes, untrained)

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from pydantic import ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from qimera.assessment.diagnostics import diagnose
 from qimera.errors import ConfigError
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.superposition import shows_one_class
-from qimera.teacher.teacher import Teacher
+from qimera.teacher.teacher import Teacher, as_teacher
 
 CONFIDENCE = 0.9
 """Share of runs whose real drop the interval should hold."""
@@ -86,12 +86,12 @@ class Estimate:
         )
 
 
-def estimate_drop(student: Student, teacher: Teacher, bank: SampleBank) -> Estimate:
+def estimate_drop(student: Student, teacher: nn.Module, bank: SampleBank) -> Estimate:
     """Return how much accuracy the student loses on real images, estimated on the held-out part of ``bank``.
 
     Args:
         student: Of ``teacher``.
-        teacher: The full-precision model.
+        teacher: The full-precision model, or its ``Teacher``.
         bank: Samples of this teacher, whose held-out part the student has not learned from.
 
     Returns:
@@ -101,6 +101,7 @@ def estimate_drop(student: Student, teacher: Teacher, bank: SampleBank) -> Estim
     Raises:
         ConfigError: the bank is of another teacher, or holds no held-out samples.
     """
+    teacher = as_teacher(teacher, bank.input_spec)
     estimate = estimate_on_held_out(student, teacher, bank)
     doubts = diagnose(bank, teacher).doubts
     return replace(estimate, drop=math.nan, low=math.nan, high=math.nan, doubts=doubts) if doubts else estimate

@@ -4,24 +4,25 @@ import logging
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qimera.assessment.estimation import estimate_on_held_out
 from qimera.config.settings import DistillationSettings
 from qimera.machine.checkpoint import State
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher.teacher import Teacher
+from qimera.teacher.teacher import Teacher, as_teacher
 
 logger = logging.getLogger(__name__)
 
 
-def choose(students: Sequence[Student], teacher: Teacher, bank: SampleBank) -> int:
+def choose(students: Sequence[Student], teacher: nn.Module, bank: SampleBank) -> int:
     """Return which of several students has the lowest estimated drop; the first of equals, and NaN comes last.
 
     Raises:
         ConfigError: the bank has no held-out samples.
     """
+    teacher = as_teacher(teacher, bank.input_spec)
     drops = [estimate_on_held_out(student, teacher, bank).drop for student in students]
     logger.info("estimated drops: %s points", ", ".join(f"{drop:.2f}" for drop in drops))
     return min(range(len(drops)), key=lambda number: (math.isnan(drops[number]), drops[number]))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from qimera.config.base import Settings
@@ -22,7 +22,7 @@ from qimera.quantization.scheme import reading_network_input
 from qimera.student.positions import choose_positions, inputs_at, look_at_layer, outputs_at
 from qimera.student.rounding import Compensation, adapted, can_compensate, suiting_damping
 from qimera.synthesis.bank import SampleBank
-from qimera.teacher.teacher import Teacher
+from qimera.teacher.teacher import as_teacher
 
 _NUM_SAMPLES = 128
 _NUM_LARGE_SAMPLES = 32
@@ -52,7 +52,7 @@ class Sensitivity(Settings):
 
 @torch.no_grad()
 def measure_sensitivity(
-    teacher: Teacher,
+    teacher: nn.Module,
     bank: SampleBank,
     *,
     activations: bool = True,
@@ -67,7 +67,7 @@ def measure_sensitivity(
     Each of these three makes the sum a better guide to the whole student (deviation D31).
 
     Args:
-        teacher: The model.
+        teacher: The model that the bank was made from, or its ``Teacher``.
         bank: Samples of it; half of those used are to fit, half to judge by. A single one serves for both.
         activations: Whether inputs are of interest; without them it takes half the time.
         seed: Draws the samples.
@@ -76,7 +76,7 @@ def measure_sensitivity(
     Raises:
         ConfigError: the seed is out of range.
     """
-    seed = check_seed(seed)
+    seed, teacher = check_seed(seed), as_teacher(teacher, bank.input_spec)
     rng = torch.Generator().manual_seed(seed)
     num_samples = _NUM_LARGE_SAMPLES if teacher.input_spec.has_large_images else _NUM_SAMPLES
     images = next(bank.batches(num_samples, rng)).to(teacher.device).images

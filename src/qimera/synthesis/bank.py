@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qimera.config.given_images import GivenImages, digests_of
 from qimera.config.input_spec import InputSpec
@@ -24,7 +24,7 @@ from qimera.errors import ConfigError
 from qimera.machine.files import naming, save_tensors, sync_directory, sync_tree
 from qimera.synthesis.samples import Batches, Samples
 from qimera.synthesis.synthesizer import Synthesizer
-from qimera.teacher.teacher import Teacher
+from qimera.teacher.teacher import Teacher, as_teacher
 
 FORMAT_VERSION = 1
 _SHARD_BYTES = 64 << 20
@@ -218,8 +218,8 @@ class SampleBank:
         (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
     @classmethod
-    def load(cls, directory: Path | str, teacher: Teacher) -> "SampleBank":
-        """Read a bank that ``save`` wrote for this teacher.
+    def load(cls, directory: Path | str, teacher: nn.Module) -> "SampleBank":
+        """Read a bank that ``save`` wrote for this teacher, given as such or as the model.
 
         Raises:
             ConfigError: no bank there, a damaged one, or one of another teacher.
@@ -232,12 +232,13 @@ class SampleBank:
                 raise TypeError(f"seed is {seed!r:.50}")
             if version != FORMAT_VERSION:
                 raise ConfigError(f"bank {directory}: format version {version}, this qimera reads {FORMAT_VERSION}")
+            settings, input_spec, images = _read_settings(directory, manifest)
+            teacher = as_teacher(teacher, input_spec)
             if owner != teacher.hash:
                 raise ConfigError(
                     f"bank {directory}: made for another teacher (hash {owner[:12]}, this model has "
                     f"{teacher.hash[:12]}); synthesise a bank for this model and its weights"
                 )
-            settings, input_spec, images = _read_settings(directory, manifest)
             if input_spec != teacher.input_spec:
                 raise ConfigError(
                     f"bank {directory}: made for images of {input_spec}, this teacher takes {teacher.input_spec}"
