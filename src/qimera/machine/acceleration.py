@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import ParamSpec, TypeVar
 
@@ -56,7 +56,7 @@ def has_fast_bfloat16(device_type: str) -> bool:
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    return device_type == "cpu" and any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def find_device(name: torch.device | str) -> torch.device:
@@ -92,9 +92,9 @@ def to_device_(module: GraphModule, device: torch.device) -> None:
     module.recompile()
 
 
-def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """Return the context in which convolutions and matrix products are computed at this precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=_is_narrow(precision, device))
+    return torch.autocast(device.type, torch.bfloat16) if _is_narrow(precision, device) else nullcontext()
 
 
 @contextmanager
