@@ -104,8 +104,6 @@ class SampleBank:
             raise ConfigError(
                 f"images: expected one or more of shape {self.input_spec.shape}, given {tuple(pixels.shape)}"
             )
-        if pixels.dtype != torch.uint8:
-            raise ConfigError(f"images: expected torch.uint8, 0 to 255, given {pixels.dtype}")
         digests = digests_of(pixels)
         given = GivenImages.of_digests(digests, kept=keep)
         if self.images is not None and self.images.sha256 != given.sha256:
