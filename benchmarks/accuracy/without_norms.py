@@ -16,12 +16,14 @@ from qimera import LabelledImages, QuantizationSettings, Teacher, evaluate, reci
 from qimera.config.bits import parse_bits
 from qimera.pipeline import quantize_with
 
-WEIGHTS: dict[str, dict[str, float] | None] = {
+WEIGHTS: dict[str, dict[str, float | str] | None] = {
     "Gaussian noise": None,
     "classes alone": {"layer_norm_weight": 0.0, "attention_weight": 0.0},
     "and layer norms": {"attention_weight": 0.0},
     "and attention": {"layer_norm_weight": 0.0},
     "and both (as in every recipe)": {},
+    "classes and entropy (PSAQ-ViT)": {"layer_norm_weight": 0.0, "ce_weight": 1.0, "attention_loss": "entropy"},
+    "classes and heads (MimiQ)": {"layer_norm_weight": 0.0, "ce_weight": 1.0, "attention_loss": "heads"},
 }
 """Rows of the table, and what of the settings differs."""
 

@@ -85,7 +85,7 @@ def test_large_images_may_be_further_off_for_they_settle_slowly(teacher: Teacher
 def test_the_gap_of_all_norms_is_the_statistics_loss(good: tuple[SampleBank, Teacher], diagnosis: Diagnosis) -> None:
     bank, teacher = good
     with torch.no_grad():
-        _, (entering, _, _) = teacher.forward_with_taps(bank.take(slice(None)).images)
+        _, (entering, *_) = teacher.forward_with_taps(bank.take(slice(None)).images)
         expected = float(bns_loss(entering, teacher.batch_norms, relative=True))
     assert list(diagnosis.statistics_gap) == [tap.name for tap in teacher.batch_norms]
     mean = sum(diagnosis.statistics_gap.values()) / len(teacher.batch_norms)
@@ -113,7 +113,7 @@ def test_a_norm_that_is_called_twice_is_judged_by_both_of_its_inputs() -> None:
     assert [tap.name for tap in teacher.batch_norms] == ["norm", "norm"]
     tap = teacher.batch_norms[0]
     with torch.no_grad():
-        _, (entering, _, _) = teacher.forward_with_taps(SPEC.normalize(pixels))
+        _, (entering, *_) = teacher.forward_with_taps(SPEC.normalize(pixels))
     means, variances = zip(*(channel_moments(each) for each in entering), strict=True)
     mean, var = torch.stack(means).mean(0), torch.stack(variances).mean(0)
     gap = ((mean - tap.mean).square() + (var.sqrt() - tap.var.sqrt()).square()) / (var + tap.var)

@@ -47,7 +47,7 @@ def test_the_first_step_goes_against_the_gradient_of_the_three_terms(
 ) -> None:
     """Adam's first step is the rate times g / (|g| + 1e-8); the loss is written out again here."""
     images = start_images().requires_grad_()
-    logits, (entering, _, _) = teacher.forward_with_taps(images)
+    logits, (entering, *_) = teacher.forward_with_taps(images)
     loss = -ce_weight * (labels() * logits.log_softmax(1)).sum(1).mean()
     for x, recorded in zip(entering, teacher.batch_norms, strict=True):
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
@@ -163,7 +163,7 @@ def test_every_step_is_reported_with_its_three_terms(teacher: Teacher) -> None:
     first = reports[0][1]
     assert list(first) == ["direct_ce", "direct_bns", "direct_tv"]
     with torch.no_grad():
-        logits, (entering, _, _) = teacher.forward_with_taps(start_images().clamp(SPEC.low, SPEC.high))
+        logits, (entering, *_) = teacher.forward_with_taps(start_images().clamp(SPEC.low, SPEC.high))
     assert float(first["direct_ce"]) == pytest.approx(float(F.cross_entropy(logits, labels())), rel=1e-4)  # layout
     expected = float(bns_loss(entering, teacher.batch_norms, relative=True))
     assert float(first["direct_bns"]) == pytest.approx(expected, rel=1e-4)  # layout

@@ -5,13 +5,16 @@ from hypothesis import given, strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from qimera.errors import ConfigError
 from qimera.synthesis.losses import (
-    attention_loss,
     bns_loss,
     channel_moments,
+    entropy_loss,
+    heads_loss,
     layer_norm_loss,
     safe_sqrt,
     soft_cross_entropy,
+    spread_loss,
     total_variation,
 )
 from qimera.teacher.teacher import BatchNormTap
@@ -218,7 +221,7 @@ def test_a_layer_norm_with_a_still_channel_costs_more() -> None:
     assert float(layer_norm_loss([loud])) > 2 * float(layer_norm_loss([x]))
 
 
-def test_the_attention_loss_is_the_spread_of_similarities() -> None:
+def test_the_spread_loss_is_the_spread_of_similarities() -> None:
     """Of heads whose features stand side by side, and of windows that stand alone."""
     heads, windows = torch.randn(2, 3, 5, 4, generator=seeded(0)), torch.randn(6, 5, 4, generator=seeded(1))
     expected = []
@@ -228,10 +231,49 @@ def test_the_attention_loss_is_the_spread_of_similarities() -> None:
             directions = [token / np.sqrt((token**2).sum()) for token in tokens]
             spreads.append(np.std([first @ second for first in directions for second in directions]))
         expected.append(-np.mean(spreads))
-    assert float(attention_loss([heads, windows])) == pytest.approx(np.mean(expected), rel=1e-4)  # float32
+    assert float(spread_loss([heads, windows])) == pytest.approx(np.mean(expected), rel=1e-4)  # float32
 
 
 def test_tokens_that_are_all_alike_have_a_gradient() -> None:
     tokens = torch.ones(1, 1, 4, 8, requires_grad=True)
-    attention_loss([tokens]).backward()
+    spread_loss([tokens]).backward()
     assert bool(tokens.grad.isfinite().all())
+
+
+def test_the_entropy_loss_is_that_of_a_density_of_similarities() -> None:
+    tokens = torch.randn(3, 5, 4, generator=seeded(0))
+    points, entropies = np.linspace(-1, 1, 41), []
+    for each in tokens.double().numpy():
+        directions = [token / np.sqrt((token**2).sum()) for token in each]
+        similarities = [first @ second for first in directions for second in directions]
+        kernels = [[np.exp(-0.5 * ((x - point) / 0.05) ** 2) for x in similarities] for point in points]
+        density = np.mean(kernels, axis=1) / (0.05 * np.sqrt(2 * np.pi))
+        entropies.append(-np.trapezoid(density * np.log(density + 1e-8), points))
+    assert float(entropy_loss([tokens])) == pytest.approx(-np.mean(entropies), rel=1e-4)  # float32
+
+
+@pytest.mark.parametrize("num_tokens", [4, 6])
+def test_the_heads_loss_compares_what_each_pair_of_heads_looks_at(num_tokens: int) -> None:
+    scores = torch.randn(2, 3, num_tokens, num_tokens, generator=seeded(0))
+    losses = []
+    for image in scores.double().numpy():
+        for query in range(num_tokens):
+            maps = [(row - row.min()) / (row.max() - row.min()) for row in image[:, query]]
+            for a in range(3):
+                for b in set(range(3)) - {a}:
+                    covariance = np.mean((maps[a] - maps[a].mean()) * (maps[b] - maps[b].mean()))
+                    ssim = (2 * maps[a].mean() * maps[b].mean() + 1e-4) * (2 * covariance + 9e-4)
+                    ssim /= maps[a].mean() ** 2 + maps[b].mean() ** 2 + 1e-4
+                    ssim /= maps[a].var() + maps[b].var() + 9e-4
+                    losses.append(1 - ssim**2)
+    assert float(heads_loss([scores])) == pytest.approx(np.mean(losses), rel=1e-4)  # float32
+
+
+def test_a_class_token_is_left_out_of_the_heads_loss() -> None:
+    scores = torch.randn(2, 3, 5, 5, generator=seeded(0))
+    assert float(heads_loss([scores])) == float(heads_loss([scores[:, :, 1:, 1:]]))
+
+
+def test_the_heads_loss_asks_for_several_heads() -> None:
+    with pytest.raises(ConfigError, match='take "spread" or "entropy"'):
+        heads_loss([torch.randn(2, 1, 4, 4), torch.randn(6, 4, 4)])

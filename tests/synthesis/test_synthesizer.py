@@ -191,7 +191,7 @@ def test_a_step_follows_the_gradient_of_cross_entropy_bns_and_smoothness(
     random = generator_for(1, Stream.TRAINING_ALONE, 0, 0)
     images, soft_label = twin(twin.draw(16, random))
     images = shift_batch(images, max_shift, random)
-    logits, (entering, _, _) = teacher.forward_with_taps(images)
+    logits, (entering, *_) = teacher.forward_with_taps(images)
     loss = -ce_weight * (soft_label * logits.log_softmax(1)).sum(1).mean()
     for x, recorded in zip(entering, teacher.batch_norms, strict=True):
         mean, var = statistics(x)
@@ -255,7 +255,7 @@ def measured(synthesizer: Synthesizer, teacher: Teacher) -> tuple[float, float]:
     synthesizer.train()
     with torch.no_grad():
         images, soft_label = synthesizer(synthesizer.draw(200, seeded(9)))
-        logits, (entering, _, _) = teacher.forward_with_taps(images)
+        logits, (entering, *_) = teacher.forward_with_taps(images)
         ce = F.cross_entropy(logits, soft_label)
         return float(ce), float(bns_loss(entering, teacher.batch_norms))
 

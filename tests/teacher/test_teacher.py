@@ -45,7 +45,7 @@ def test_taps_see_what_enters_each_batch_norm(tiny_model: TinyNet, teacher: Teac
         )
     with torch.no_grad():
         model(images())
-        logits, (entering, _, _) = teacher.forward_with_taps(images())
+        logits, (entering, *_) = teacher.forward_with_taps(images())
         assert torch.equal(logits, teacher(images()))
     for tap, x in zip(teacher.batch_norms, entering, strict=True):
         torch.testing.assert_close(x, seen[tap.name], rtol=1e-4, atol=1e-4)  # rounding in another memory layout
@@ -131,7 +131,7 @@ def test_a_model_in_training_mode_is_captured_in_evaluation_mode() -> None:
 
 def test_gradients_pass_through_the_teacher_to_the_images_alone(teacher: Teacher) -> None:
     leaf = images().requires_grad_()
-    logits, (entering, _, _) = teacher.forward_with_taps(leaf)
+    logits, (entering, *_) = teacher.forward_with_taps(leaf)
     (logits.sum() + sum(x.square().sum() for x in entering)).backward()
     assert leaf.grad is not None
     assert bool(leaf.grad.any())
@@ -279,6 +279,7 @@ def test_layer_norms_and_attention_are_tapped() -> None:
     assert taps.batch_norms == []
     assert [tuple(each.shape) for each in taps.layer_norms] == [(3, 17, 8)] * 3
     assert [tuple(each.shape) for each in taps.attentions] == [(3, 2, 17, 4)]
+    assert [tuple(each.shape) for each in taps.scores] == [(3, 2, 17, 17)]
 
 
 def test_a_product_behind_a_softmax_of_something_else_is_no_attention() -> None:

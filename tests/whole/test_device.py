@@ -85,7 +85,7 @@ def _unfused(kind: type[StepwiseAdam], groups: list[dict[str, Any]], units: list
 
 def test_a_teacher_on_another_device_leaves_the_first_where_it_is(teacher: Teacher) -> None:
     other = teacher.on(OTHER)
-    logits, (entering, _, _) = other.forward_with_taps(torch.zeros(2, *SPEC.shape, device=OTHER))
+    logits, (entering, *_) = other.forward_with_taps(torch.zeros(2, *SPEC.shape, device=OTHER))
     assert {each.device for each in (logits, *entering)} == {OTHER}
     assert {tensor.device for tap in other.batch_norms for tensor in (tap.mean, tap.var)} == {OTHER}
     assert (other.hash, other.device, teacher.device) == (teacher.hash, OTHER, torch.device("cpu"))

@@ -26,7 +26,37 @@ class LabelSettings(Settings):
     """Decide for each sample whether it is superposed; the authors' code decides for whole batches."""
 
 
-class GeneratorSettings(Settings):
+class LossSettings(Settings):
+    """What samples are judged by, and how such a step computes; for the generator and for directly optimised images."""
+
+    ce_weight: float = Field(0.05, ge=0)
+    bns_weight: float = Field(5.0, ge=0)
+    """Weight of the batch-normalization statistics loss, averaged over layers."""
+
+    layer_norm_weight: float = Field(1.0, ge=0)
+    """Weight of the loss that keeps channels behind layer norms alive, where there are any (deviation D34)."""
+
+    attention_weight: float = Field(1.0, ge=0)
+    """Weight of ``attention_loss``, where there is attention."""
+
+    attention_loss: Literal["spread", "entropy", "heads"] = "spread"
+    """How samples are judged by attention: by the spread of similarities between tokens (ours, deviation D35), by its
+    ``entropy`` (PSAQ-ViT, Li et al. 2022), or by the likeness of ``heads`` (MimiQ, Choi et al. 2025)."""
+
+    tv_weight: float = Field(0.05, ge=0)
+    """Weight of the mean absolute difference between neighbouring pixels; the authors have none (deviation D33)."""
+
+    max_shift: int = Field(2, ge=0)
+    """Largest random shift of the batch before the teacher sees it, in pixels (deviation D33)."""
+
+    precision: Precision = "auto"
+    """Of convolutions and matrix products; ``auto``: ``bfloat16`` where the processor multiplies it faster."""
+
+    compile: Compile = "auto"
+    """Fuse the step with ``torch.compile``, as in the training of the student."""
+
+
+class GeneratorSettings(LossSettings):
     """The conditional generator, its latents and its training against the teacher alone."""
 
     num_steps: int = Field(200, ge=0)
@@ -63,22 +93,6 @@ class GeneratorSettings(Settings):
     conditional_norm_from: int = Field(200, ge=2)
     """Number of classes from which the generator's batch norms are conditioned on the class (deviation D26)."""
 
-    ce_weight: float = Field(0.05, ge=0)
-    bns_weight: float = Field(5.0, ge=0)
-    """Weight of the batch-normalization statistics loss, averaged over layers."""
-
-    layer_norm_weight: float = Field(1.0, ge=0)
-    """Weight of the loss that keeps channels behind layer norms alive, where there are any."""
-
-    attention_weight: float = Field(1.0, ge=0)
-    """Weight of the loss that keeps tokens behind attention apart, where there is any."""
-
-    tv_weight: float = Field(0.05, ge=0)
-    """Weight of the mean absolute difference between neighbouring pixels; the authors have none (deviation D33)."""
-
-    max_shift: int = Field(2, ge=0)
-    """Largest random shift of the batch before the teacher sees it, in pixels (deviation D33)."""
-
     relative_bns: bool = True
     """Divide statistics by their variances, so that every channel counts alike (deviation D7)."""
 
@@ -87,12 +101,6 @@ class GeneratorSettings(Settings):
 
     milestones: tuple[int, ...] = ()
     """Steps after which the learning rate is divided by ten."""
-
-    precision: Precision = "auto"
-    """Of convolutions and matrix products, as for directly optimised images."""
-
-    compile: Compile = "auto"
-    """Fuse the step with ``torch.compile``, as in the training of the student."""
 
     @model_validator(mode="after")
     def _check(self) -> "GeneratorSettings":
@@ -104,7 +112,7 @@ class GeneratorSettings(Settings):
         return self
 
 
-class DirectSettings(Settings):
+class DirectSettings(LossSettings):
     """Images optimised directly against the generator's losses (ZeroQ, with labels and superposition)."""
 
     num_steps: int = Field(80, ge=1)
@@ -121,30 +129,8 @@ class DirectSettings(Settings):
     start: Literal["noise", "generator"] = "noise"
     """What images are initialised with."""
 
-    ce_weight: float = Field(0.05, ge=0)
-    bns_weight: float = Field(5.0, ge=0)
-    """Weight of the relative batch-normalization statistics loss, averaged over layers."""
-
-    layer_norm_weight: float = Field(1.0, ge=0)
-    """Weight of the loss that keeps channels behind layer norms alive, where there are any."""
-
-    attention_weight: float = Field(1.0, ge=0)
-    """Weight of the loss that keeps tokens behind attention apart, where there is any."""
-
-    tv_weight: float = Field(0.05, ge=0)
-    """Weight of the mean absolute difference between neighbouring pixels."""
-
-    max_shift: int = Field(2, ge=0)
-    """Largest random shift per step, in pixels."""
-
     flip: bool = False
     """Mirror each image at random in every step; only for classes that look the same in a mirror (not for digits)."""
-
-    precision: Precision = "auto"
-    """Of convolutions and matrix products; ``auto``: ``bfloat16`` where the processor multiplies it faster."""
-
-    compile: Compile = "auto"
-    """Fuse the step with ``torch.compile``, as in the training of the student."""
 
     @model_validator(mode="after")
     def _check(self) -> "DirectSettings":

@@ -12,22 +12,20 @@ _BETWEEN = {
 """What may lie between the product of queries and keys, the softmax and the product with values."""
 
 
-def attention_outputs(module: GraphModule) -> list[Node]:
-    """Return the products of a softmax with values whose softmax is of another product, in order."""
-    return [
-        node
-        for node in module.graph.nodes
-        if node.target in MATRIX_PRODUCTS and isinstance(node.args[0], Node) and _is_of_scores(node.args[0])
-    ]
+def attentions(module: GraphModule) -> list[tuple[Node, Node]]:
+    """Return the product of queries and keys and that of its softmax with values, of each attention in order."""
+    products = [node for node in module.graph.nodes if node.target in MATRIX_PRODUCTS]
+    scores = [_scores(node.args[0]) if isinstance(node.args[0], Node) else None for node in products]
+    return [(found, product) for found, product in zip(scores, products, strict=True) if found is not None]
 
 
-def _is_of_scores(weights: Node) -> bool:
-    """Whether ``weights`` are shares that a softmax computes of a product of two activations."""
+def _scores(weights: Node) -> Node | None:
+    """Return the product of two activations that ``weights`` are the softmax of, if they are one."""
     has_softmax = False
     while weights.target in _BETWEEN:
         has_softmax |= weights.target is aten.softmax.int
         before = [each for each in weights.all_input_nodes if each.op == "call_function"]
         if not before:
-            return False
+            return None
         weights = before[0]
-    return has_softmax and weights.target in MATRIX_PRODUCTS
+    return weights if has_softmax and weights.target in MATRIX_PRODUCTS else None

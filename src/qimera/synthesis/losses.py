@@ -1,5 +1,6 @@
 """What a synthetic batch is judged by: the teacher's batch-norm statistics, its labels, its smoothness."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from qimera.config.settings import DirectSettings, GeneratorSettings
+from qimera.errors import ConfigError
 from qimera.machine.acceleration import at_least_float32
 from qimera.teacher.teacher import BatchNormTap, Taps, Teacher
 
@@ -56,7 +58,7 @@ def layer_norm_loss(entering: Sequence[Tensor]) -> Float[Tensor, ""]:
     return torch.stack(losses).mean()
 
 
-def attention_loss(attended: Sequence[Tensor]) -> Float[Tensor, ""]:
+def spread_loss(attended: Sequence[Tensor]) -> Float[Tensor, ""]:
     """Return minus the standard deviation of the similarities between tokens, averaged over images and attentions.
 
     Tokens of real images resemble some others and not the rest, where those of noise are all alike (PSAQ-ViT, Li et al.
@@ -67,11 +69,73 @@ def attention_loss(attended: Sequence[Tensor]) -> Float[Tensor, ""]:
             feature); at least one.
     """
     losses = []
-    for x in attended:
-        tokens = (x.transpose(1, 2) if x.ndim == 4 else x.flatten(0, -3).unsqueeze(2)).flatten(2)
-        mean, mean_square = _similarity_moments(F.normalize(at_least_float32(tokens), dim=-1))
+    for directions in map(_directions, attended):
+        mean, mean_square = _similarity_moments(directions)
         losses.append(-safe_sqrt((mean_square - mean.square()).clamp(min=0)).mean())
     return torch.stack(losses).mean()
+
+
+def entropy_loss(attended: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Return minus the entropy of the similarities between tokens, in nats, averaged over images and attentions.
+
+    Their density comes from Gaussian kernels (PSAQ-ViT, Li et al. 2022), here with a standard deviation of 0.05, and is
+    integrated over 41 points between -1 and 1; the authors take 0.01, and 10 points that the kernels do not cover.
+
+    Args:
+        attended: As in ``spread_loss``.
+    """
+    losses = []
+    for directions in map(_directions, attended):
+        similarities = (directions @ directions.mT).flatten(1)
+        points = torch.linspace(-1, 1, 41, device=similarities.device)
+        width = 0.05
+        kernels = [(-0.5 * ((similarities - point) / width).square()).exp().mean(1) for point in points]
+        density = torch.stack(kernels, 1) / (width * math.sqrt(2 * math.pi))
+        losses.append(torch.trapezoid(density * (density + 1e-8).log(), points, dim=1).mean())
+    return torch.stack(losses).mean()
+
+
+def heads_loss(scores: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Return 1 - SSIM^2 of what two heads look at, averaged over pairs of heads, queries, images and attentions.
+
+    Heads look at the same objects of real images, and not of noise (MimiQ, Choi et al. 2025). Each query's scores are
+    brought to between 0 and 1 first; a class token, which is beside a square of patches, is left out.
+
+    Args:
+        scores: Products of queries and keys for one batch, each (batch, head, query, key).
+
+    Raises:
+        ConfigError: no attention has several heads that stand apart.
+    """
+    maps = [x for x in scores if x.ndim == 4 and x.shape[1] > 1]
+    if not maps:
+        raise ConfigError(
+            'attention_loss is "heads", but no attention of this network has several heads side by side; '
+            'take "spread" or "entropy"'
+        )
+    return torch.stack([_unlikeness_of_heads(at_least_float32(x)) for x in maps]).mean()
+
+
+def _unlikeness_of_heads(scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, ""]:
+    num_heads, num_queries, num_keys = scores.shape[1:]
+    if num_queries == num_keys > 1 and math.isqrt(num_keys - 1) ** 2 == num_keys - 1:
+        scores = scores[:, :, 1:, 1:]
+    low, high = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+    maps = ((scores - low) / (high - low + 1e-8)).transpose(1, 2)  # (batch, query, head, key)
+    mean = maps.mean(-1, keepdim=True)
+    covariance = (maps - mean) @ (maps - mean).mT / maps.shape[-1]  # (batch, query, head, head)
+    variance = covariance.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    first, second = 0.01**2, 0.03**2
+    alike = (2 * mean * mean.mT + first) / (mean.square() + mean.square().mT + first)
+    alike = alike * (2 * covariance + second) / (variance + variance.mT + second)
+    return (1 - alike.square()).sum((-2, -1)).mean() / (num_heads * (num_heads - 1))
+
+
+def _directions(attended: Tensor) -> Float[Tensor, "image token feature"]:
+    """Return every token as a vector of length 1, heads side by side."""
+    x = attended
+    tokens = (x.transpose(1, 2) if x.ndim == 4 else x.flatten(0, -3).unsqueeze(2)).flatten(2)
+    return F.normalize(at_least_float32(tokens), dim=-1)
 
 
 def _similarity_moments(
@@ -113,8 +177,18 @@ def realism_terms(
     if taps.layer_norms and settings.layer_norm_weight:
         terms[f"{stage}_layer_norm"] = (settings.layer_norm_weight, layer_norm_loss(taps.layer_norms))
     if taps.attentions and settings.attention_weight:
-        terms[f"{stage}_attention"] = (settings.attention_weight, attention_loss(taps.attentions))
+        terms[f"{stage}_attention"] = (settings.attention_weight, _attention_loss(taps, settings))
     return terms
+
+
+def _attention_loss(taps: Taps, settings: DirectSettings | GeneratorSettings) -> Float[Tensor, ""]:
+    match settings.attention_loss:
+        case "spread":
+            return spread_loss(taps.attentions)
+        case "entropy":
+            return entropy_loss(taps.attentions)
+        case "heads":
+            return heads_loss(taps.scores)
 
 
 def total_of(terms: Terms) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from qimera.config.input_spec import InputSpec
 from qimera.errors import ConfigError, UnsupportedModelError, first_line
-from qimera.graph.attention import attention_outputs
+from qimera.graph.attention import attentions
 from qimera.graph.costs import multiply_adds
 from qimera.graph.files import describe, load_graph, save_graph, tensors_of
 from qimera.graph.nodes import (
@@ -55,6 +56,8 @@ class Taps(NamedTuple):
     """Input of every layer norm over channels, each (batch, ..., channel)."""
     attentions: list[Tensor]
     """What every attention returns, each (..., token, feature)."""
+    scores: list[Tensor]
+    """Products of queries and keys of every attention, each (..., token, token)."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,9 @@ class Teacher(nn.Module):
         self.classifier = _classifier(self.module)
         self.num_classes = self.classifier.weight.shape[0]
         self._layer_norms = [node_at(node, 0).name for node in _layer_norms(self.module)]
-        self._attentions = [node.name for node in attention_outputs(self.module)]
-        names = [*(tap.node for tap in self.batch_norms), *self._layer_norms, *self._attentions]
+        self._attentions = [(scores.name, output.name) for scores, output in attentions(self.module)]
+        of_attentions = [*(output for _, output in self._attentions), *(scores for scores, _ in self._attentions)]
+        names = [*(tap.node for tap in self.batch_norms), *self._layer_norms, *of_attentions]
         self._tapped = with_outputs(self.module, names)
         if self.input_spec.has_large_images:  # small ones would gain little, and keep the digits that they had
             quick_gradients_(self._tapped)
@@ -172,8 +176,9 @@ class Teacher(nn.Module):
     ) -> tuple[Float[Tensor, "batch num_classes"], Taps]:
         """Return the logits, and what samples are judged by beside them."""
         logits, found = self._tapped(images)
-        first, second = len(self.batch_norms), len(self.batch_norms) + len(self._layer_norms)
-        return logits, Taps(found[:first], found[first:second], found[second:])
+        counts = (len(self.batch_norms), len(self._layer_norms), len(self._attentions), len(self._attentions))
+        rest = iter(found)
+        return logits, Taps(*(list(islice(rest, count)) for count in counts))
 
 
 def _layer_norms(module: GraphModule) -> list[Node]:
