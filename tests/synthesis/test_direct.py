@@ -214,9 +214,13 @@ def test_the_sum_of_scales_is_that_of_each_image_enlarged(size: tuple[int, int])
     assert sum_of_scales(scales[:1]) is scales[0]
 
 
-@pytest.mark.parametrize(("side", "few", "many"), [(16, 300, 800), (224, 40, 320)])
-def test_many_steps_are_compiled_and_for_large_images_it_takes_more_pixels(side: int, few: int, many: int) -> None:
+@pytest.mark.parametrize(
+    ("side", "norm", "few", "many"),
+    [(16, nn.BatchNorm2d(3), 300, 800), (16, nn.Identity(), 800, 2000), (224, nn.BatchNorm2d(3), 40, 320)],
+    ids=["small", "without batch norms", "large"],
+)
+def test_many_steps_are_compiled_and_more_where_it_saves_less(side: int, norm: nn.Module, few: int, many: int) -> None:
     spec = InputSpec(shape=(3, side, side), mean=(0.5,) * 3, std=(0.25,) * 3)
-    teacher = Teacher.capture(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)), spec)
+    teacher = Teacher.capture(nn.Sequential(norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)), spec)
     compiled = [is_step_compiled(DirectSettings(), num_steps, 128, teacher) for num_steps in (few, many)]
     assert compiled == [False, True]
