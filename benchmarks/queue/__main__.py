@@ -45,7 +45,8 @@ class Row:
     variant: str = ""
     """``released``: as the authors' scripts run it, the mapping off."""
     share: float = 1.0
-    """Of the schedule; steps and milestones are scaled by it."""
+    """Of the student's steps and of all milestones. The generator's own steps before them are never scaled: the ranges
+    of activations come from what it draws then, and stay as they are."""
 
     @property
     def name(self) -> str:
@@ -76,14 +77,10 @@ def settings_of(row: Row, teacher: Teacher) -> RunSettings:
         synthesis = synthesis.replace(generator=synthesis.generator.replace(disentanglement_mapping=False))
     if row.share != 1:
         steps = lambda count: max(1, round(row.share * count))  # noqa: E731
-        generator = synthesis.generator
-        milestones = tuple(map(steps, generator.milestones))
-        synthesis = synthesis.replace(
-            generator=generator.replace(num_steps=steps(generator.num_steps), milestones=milestones)
-        )
-        distillation = distillation.replace(
-            num_steps=steps(distillation.num_steps), milestones=tuple(map(steps, distillation.milestones))
-        )
+        generator, milestones = synthesis.generator, tuple(map(steps, distillation.milestones))
+        of_generator = tuple(generator.num_steps + each for each in milestones) if generator.milestones else ()
+        synthesis = synthesis.replace(generator=generator.replace(milestones=of_generator))
+        distillation = distillation.replace(num_steps=steps(distillation.num_steps), milestones=milestones)
     weight_bits, activation_bits = parse_bits(row.bits)
     return RunSettings(
         model=f"zoo:{row.network}",
