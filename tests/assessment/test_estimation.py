@@ -201,10 +201,20 @@ def test_superposed_samples_decide_and_without_any_those_of_one_class(teacher: T
     single, superposed, agreement = held_out_distances(student, bank)
     assert (len(single), len(superposed)) == (10, 16)
     assert estimate_on_held_out(student, teacher, bank) == estimate_from(superposed, agreement, SUPERPOSED)
-    labels[64:80] = torch.eye(5)[0]
-    logits[64:80] = 0
+    labels[64:80], logits[64:80] = torch.eye(5)[0], 0
     other = dataclasses.replace(bank, soft_labels=labels, logits=logits)
     assert estimate_on_held_out(student, teacher, other) == estimate_from(single, agreement, ONE_CLASS)
+
+
+@pytest.mark.parametrize(("num_superposed", "used"), [(1, 31), (7, 25), (8, 8), (26, 26)])
+def test_a_few_superposed_samples_do_not_outvote_those_of_one_class(
+    teacher: Teacher, split_bank: SampleBank, num_superposed: int, used: int
+) -> None:
+    labels, logits = split_bank.soft_labels.clone(), split_bank.logits.clone()
+    labels[64:], logits[64:] = torch.eye(5)[0], 20 * torch.eye(5)[0]
+    labels[64 : 64 + num_superposed] = 0.2
+    bank = dataclasses.replace(split_bank, soft_labels=labels, logits=logits)
+    assert estimate_on_held_out(student_of(teacher, split_bank), teacher, bank).num_samples == used
 
 
 @pytest.mark.parametrize("calibration", [SUPERPOSED, ONE_CLASS])

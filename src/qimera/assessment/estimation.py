@@ -33,6 +33,10 @@ _BATCH = 32
 _SURE = 0.95
 """Probability of its class from which the teacher has no doubt."""
 
+_ENOUGH = 8
+"""Samples of a kind that an estimate needs, if the other kind has them. With two classes, only half of the pairs that
+are drawn are of both, so few samples are superposed."""
+
 
 class Calibration(NamedTuple):
     """What a distance between class probabilities means in points of top-1: ``factor * percent ** power``."""
@@ -49,7 +53,7 @@ SUPERPOSED = Calibration(factor=0.0136, power=1.75, fixed_error=0.2, relative_er
 """For superposed samples; ``python -m benchmarks.estimation.drops fit`` finds it."""
 
 ONE_CLASS = Calibration(factor=0.961, power=0.7, fixed_error=0.3, relative_error=0.66)
-"""For samples of one class, where none is superposed; found likewise."""
+"""For samples of one class, where few are superposed; found likewise."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Estimate:
     """Percent of the held-out samples of one class that student and teacher put into the same class."""
 
     num_samples: int
-    """Held-out samples that this is from: superposed ones, or those of one class where there are no others."""
+    """Held-out samples that this is from: superposed ones, or those of one class where few are superposed."""
 
     doubts: tuple[str, ...] = ()
     """Why the samples say nothing about real images, as ``diagnose`` tells; drop, low and high are NaN then."""
@@ -116,7 +120,9 @@ def estimate_on_held_out(student: Student, teacher: Teacher, bank: SampleBank) -
     if not bank.teacher_hash == student.teacher_hash == teacher.hash:
         raise ConfigError("estimate: student, teacher and bank belong to different teachers; give those of one")
     single, superposed, agreement = held_out_distances(student, bank)
-    return estimate_from(superposed, agreement) if len(superposed) else estimate_from(single, agreement, ONE_CLASS)
+    if not len(superposed) or len(superposed) < _ENOUGH <= len(single):
+        return estimate_from(single, agreement, ONE_CLASS)
+    return estimate_from(superposed, agreement)
 
 
 @torch.inference_mode()
