@@ -1,6 +1,8 @@
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -253,6 +255,29 @@ def test_of_several_outputs_the_one_asked_for_is_taken() -> None:
     torch.testing.assert_close(second(images(3)), 2 * first(images(3)))
     with pytest.raises(ConfigError, match=r"returns no logits of 2 images called 'head'; its outputs: 0 \(2, 3\), 1"):
         Teacher.capture(model, SPEC, "head")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda logits: logits[:, :1], lambda logits: logits[:, 0], lambda logits: {"malignant": logits[:, :1].sigmoid()}],
+)
+def test_a_model_with_one_logit_is_refused_with_the_way_to_two(wrap: Callable[[Tensor], object]) -> None:
+    with pytest.raises(UnsupportedModelError, match="let the last layer return minus and plus half of its one logit"):
+        Teacher.capture(Wrapped(wrap).eval(), SPEC)
+
+
+def test_the_two_logits_of_the_troubleshooting_page_say_what_the_sigmoid_of_one_said() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page.partition("### let the last layer return")[2], re.DOTALL)
+    assert code
+    scope: dict[str, Any] = {}
+    exec(code[1], scope)
+    model = Wrapped(lambda logits: logits).eval()
+    model.network[4] = single = nn.Linear(model.network[4].in_features, 1)
+    expected = model(images(3)).sigmoid()
+    model.network[4] = scope["with_two_outputs"](single)
+    answers = Teacher.capture(model, SPEC)(images(3)).softmax(1)
+    torch.testing.assert_close(answers[:, 1:], expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,13 @@ from qimera.errors import ConfigError, UnsupportedModelError
 logger = logging.getLogger(__name__)
 
 
+_WRAP = "wrap the model so that it returns them"
+_TWO_LOGITS = (
+    "let the last layer return minus and plus half of its one logit, without a sigmoid; the softmax of the two is then "
+    "the sigmoid of the one (docs/troubleshooting.md has the code)"
+)
+
+
 @dataclass(frozen=True)
 class LogitsPlace:
     """Where the logits are in what a network returns."""
@@ -55,9 +62,10 @@ def choose_logits(output: object, num_images: int, wanted: str, network: str) ->
         named = [path for path in possible if path and path[-1] == "logits"]
         found = named if len(named) == 1 else list(possible)
         if not found:
+            scores = any(map(_is_one_number_each, tensors.values()))
             raise UnsupportedModelError(
                 f"{network} returns no logits for {num_images} images; its outputs: {listed}; expected one of shape "
-                f"({num_images}, classes) with at least 2 classes: wrap the model so that it returns them"
+                f"({num_images}, classes) with at least 2 classes: {_TWO_LOGITS if scores else _WRAP}"
             )
         if len(found) > 1:
             names = ", ".join(_name(path) for path in found)
@@ -99,6 +107,11 @@ def _could_be_logits(tensor: Tensor, num_images: int) -> bool:
         and tensor.shape[1] >= 2
         and all(size == 1 for size in positions)
     )
+
+
+def _is_one_number_each(tensor: Tensor) -> bool:
+    """Whether there is one number for each image, as classifiers of two classes have that end in a sigmoid."""
+    return tensor.is_floating_point() and tensor.ndim > 0 and tensor[0].numel() == 1
 
 
 def _name(path: tuple[str, ...]) -> str:
