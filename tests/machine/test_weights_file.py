@@ -207,6 +207,7 @@ FOREIGN = {
     "a bare pickle": (lambda: pickle.dumps({"a": 3}), "not a file of torch.save, but a pickle of another program"),
     "a pickle of protocol 2": (lambda: pickle.dumps({"a": 3}, 2), "but a pickle of another program"),
     "an archive": (lambda: archive_of("images.npy"), r"but an archive of images\.npy"),
+    "a program": (lambda: archive_of("model/archive_format"), r"torch\.export; give it as the model, .* in \.pt2"),
     "HDF5": (lambda: b"\x89HDF\r\n\x1a\n", "but an HDF5 file"),
     "gzip": (lambda: gzip.compress(b"abc"), "but a file that gzip compressed; unpack it first"),
     "Git LFS": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:3", r"fetch it with git lfs pull"),

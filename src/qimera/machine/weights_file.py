@@ -199,4 +199,6 @@ def _foreign_archive(file: BinaryIO) -> str | None:
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return None
     is_ours = not names or any(name.endswith("data.pkl") for name in names)
+    if any(name.endswith("archive_format") for name in names):
+        return "a program of torch.export; give it as the model, under a name that ends in .pt2"
     return None if is_ours else f"an archive of {enumerate_names(names)}"
