@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from qimera.assessment.estimation import Estimate
+from qimera.config.bits import parse_layer_bits
 from qimera.config.input_spec import InputSpec
 from qimera.config.run_settings import RunSettings
 from qimera.config.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
@@ -84,6 +85,35 @@ def test_other_settings_are_refused_with_the_settings_that_differ(tmp_path: Path
     with pytest.raises(ConfigError, match=r"seed: 0 there, 1 now; quantization\.weight_bits: 4 there, 3 now"):
         RunDirectory.start(tmp_path, other)
     assert RunSettings.load(tmp_path / "settings.json") == settings()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input": SPEC.replace(shape=(1, 8, 9))}, r"\(input\.shape: 1,8,8 there, 1,8,9 now\)"),
+        (
+            {"quantization": QuantizationSettings(layer_bits=parse_layer_bits("conv=8"))},
+            r"\(quantization\.layer_bits: '' there, 'conv=w8a8' now\)",
+        ),
+        (
+            {"distillation": DistillationSettings(equalize=False)},
+            r"\(distillation\.equalize: true there, false now\)",
+        ),
+        (
+            {"recipe": "fast,ptq", "alternatives": (DistillationSettings(num_steps=7),)},
+            r"\(recipe: 'fast' there, 'fast,ptq' now; alternatives\.0\.num_steps: none there, 7 now; .* more\)",
+        ),
+    ],
+)
+def test_settings_that_differ_are_spelled_as_on_the_command_line(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    RunDirectory.start(tmp_path / "run", settings())
+    with pytest.raises(ConfigError, match=message):
+        RunDirectory.start(tmp_path / "run", settings(**changes))
+    RunDirectory.start(tmp_path / "other", settings(**changes))
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        RunDirectory.start(tmp_path / "other", settings())
 
 
 def test_a_long_list_of_differences_is_cut(tmp_path: Path) -> None:

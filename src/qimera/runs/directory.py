@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from qimera.config.bits import spell_layer_bits
 from qimera.config.run_settings import RunSettings
 from qimera.config.settings import LayerBits
 from qimera.errors import ConfigError, enumerate_names
@@ -299,14 +300,31 @@ def _with_rules(settings: RunSettings, rules: tuple[LayerBits, ...]) -> RunSetti
 
 
 def _differences(there: RunSettings, asked: RunSettings) -> list[str]:
-    """Return one line for each setting in which two runs differ."""
-    old, new = (dict(_flat(settings.model_dump(mode="json"))) for settings in (there, asked))
-    return [f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in new if old.get(name) != new[name]]
+    """Return one line for each setting in which two runs differ, with values as a command line spells them."""
+    old, new = (_flat(settings) for settings in (there, asked))
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    return [f"{name}: {_spelled(old.get(name))} there, {_spelled(new.get(name))} now" for name in names]
 
 
-def _flat(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+def _flat(settings: RunSettings) -> dict[str, object]:
+    """Return every setting by its dotted name."""
+    values = settings.model_dump(mode="json")
+    values["quantization"]["layer_bits"] = spell_layer_bits(settings.quantization.layer_bits)
+    values["alternatives"] = {str(number): each for number, each in enumerate(values["alternatives"])}
+    return dict(_flattened(values))
+
+
+def _flattened(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from _flattened(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def _spelled(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if value is None or isinstance(value, bool):
+        return "none" if value is None else str(value).lower()
+    return repr(value)
