@@ -1,3 +1,4 @@
+import inspect
 import re
 
 import numpy as np
@@ -150,6 +151,14 @@ def test_a_teacher_of_other_classes_is_refused() -> None:
 def test_a_class_that_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="data: has classes up to 3, the model has 3 classes"):
         evaluate(Answers(one_hot([0], 3)), numbered_images([3]), SPEC)
+
+
+@pytest.mark.parametrize("kind", [tuple, str])
+def test_images_that_are_no_labelled_images_are_refused(kind: type) -> None:
+    data = numbered_images([0])
+    given = (data.images, data.labels) if kind is tuple else "test.npz"
+    with pytest.raises(ConfigError, match=rf"data: expected LabelledImages, given {kind.__name__}; give Labelled"):
+        inspect.unwrap(evaluate)(Answers(one_hot([0], 3)), given, SPEC)  # type-checked in tests, and nowhere else
 
 
 def test_no_images_are_refused() -> None:

@@ -104,10 +104,16 @@ def evaluate(
         progress: Called after each batch with the number of images done and the number of all.
 
     Raises:
-        ConfigError: no images, a model in training mode, or a class or teacher that the model does not match.
+        ConfigError: no images, or something else than ``LabelledImages``; a model in training mode; or a class or
+            teacher that the model does not match.
         UnsupportedModelError: the model returns something else than one row of logits per image.
         DivergenceError: a logit is NaN.
     """
+    if not isinstance(data, LabelledImages):
+        raise ConfigError(
+            f"data: expected LabelledImages, given {type(data).__name__}; give LabelledImages(images, labels), or what "
+            "load_labelled_images returns for a path"
+        )
     if len(data) == 0:
         raise ConfigError("data: holds no images; give at least one")
     classifiers = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
