@@ -34,10 +34,11 @@ def test_export_writes_a_file_into_the_run_and_says_how_it_compares(finished_run
 def test_export_takes_labels_and_preprocessing_to_a_path_of_choice(tmp_path: Path, finished_run: Path) -> None:
     names = "".join(f"class {number}\r\n" for number in range(10))
     (tmp_path / "labels.txt").write_bytes(names.encode("utf-8-sig"))  # as Notepad saves it
-    options = ("--include-preprocessing", "--labels", tmp_path / "labels.txt", "--output", tmp_path / "x.onnx")
+    place = tmp_path / "made" / "for" / "it" / "x.onnx"
+    options = ("--include-preprocessing", "--labels", tmp_path / "labels.txt", "--output", place)
     result = qimera("export", finished_run, *options)
     assert result.exit_code == 0, result.stderr
-    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    session = onnxruntime.InferenceSession(place)
     assert session.get_inputs()[0].type == "tensor(uint8)"
     labels = json.loads(session.get_modelmeta().custom_metadata_map["qimera.labels"])
     assert labels == [f"class {number}" for number in range(10)]
@@ -57,9 +58,10 @@ def test_wrong_labels_and_places_are_refused_before_anything_is_written(tmp_path
     result = qimera("export", finished_run, "--labels", tmp_path / "labels.txt", "--output", tmp_path / "x.onnx")
     assert result.exit_code == 2
     assert "has 2 lines, the model has 10 classes" in said(result)
-    result = qimera("export", finished_run, "--output", tmp_path / "nowhere" / "x.onnx")
-    assert result.exit_code == 2
-    assert "in a folder that exists" in said(result)
+    for place in (tmp_path / "labels.txt" / "x.onnx", tmp_path):
+        result = qimera("export", finished_run, "--output", place)
+        assert result.exit_code == 2
+        assert f"{'is no folder' if place.name == 'x.onnx' else 'is a folder; give the name of a file'}" in said(result)
     assert [path.name for path in tmp_path.iterdir()] == ["labels.txt"]
 
 

@@ -30,12 +30,12 @@ def test_a_program_for_xnnpack_computes_what_the_student_computes(
 ) -> None:
     pytest.importorskip("executorch", reason="pip install 'qimera[executorch]'")
     student = student_of(teacher, bank, bits)
-    verification = export_executorch(student, tmp_path / "model.pte", bank, min_agreement=95.0)
+    verification = export_executorch(student, tmp_path / "new" / "model.pte", bank, min_agreement=95.0)
     comparison = verification.comparisons[0]
     assert comparison.float_layers == ("fc",)
     assert comparison.agreement >= 97
     assert comparison.identical >= 50
-    assert (tmp_path / "model.pte").stat().st_size == verification.num_bytes
+    assert (tmp_path / "new" / "model.pte").stat().st_size == verification.num_bytes
 
 
 @pytest.mark.slow

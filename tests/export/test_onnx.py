@@ -47,7 +47,7 @@ def assert_same(actual: np.ndarray, expected: np.ndarray) -> None:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory, teacher: Teacher) -> Path:
     """The file of a W4A4 student; PyTorch noted where each node of its graph was made, as it does outside of tests."""
-    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    path = tmp_path_factory.mktemp("exported") / "new" / "model.onnx"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.fx.proxy, "CapturedTraceback", CapturedTraceback)
         export_onnx(student_of(teacher), path)

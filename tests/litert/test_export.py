@@ -72,7 +72,7 @@ def test_every_layer_of_any_network_runs_in_an_integer_kernel(name: str) -> None
 
 
 def test_a_file_is_compared_on_both_kinds_of_kernels(tmp_path: Path, teacher: Teacher, bank: SampleBank) -> None:
-    verification = export_litert(student_of(teacher), tmp_path / "model.tflite", bank, time_full_precision=True)
+    verification = export_litert(student_of(teacher), tmp_path / "new" / "model.tflite", bank, time_full_precision=True)
     on_phones, built_in = verification.comparisons
     assert on_phones.agreement == 100
     assert on_phones.integer_layers == verification.num_layers == len(teacher.layers)
@@ -81,7 +81,7 @@ def test_a_file_is_compared_on_both_kinds_of_kernels(tmp_path: Path, teacher: Te
     assert on_phones.float_latency_ms is not None
     assert "round twice" in built_in.note
     assert verification.num_samples == len(bank)
-    assert verification.num_bytes == (tmp_path / "model.tflite").stat().st_size
+    assert verification.num_bytes == (tmp_path / "new" / "model.tflite").stat().st_size
 
 
 @pytest.mark.parametrize("bits", ["w2a2", pytest.param("w3a3", marks=pytest.mark.slow), "w5a6", "w8a8"])

@@ -53,7 +53,7 @@ def test_a_file_for_microcontrollers_is_the_student_bit_for_bit(
     tmp_path: Path, teacher: Teacher, bank: SampleBank, capfd: pytest.CaptureFixture[str]
 ) -> None:
     student = student_of(teacher)
-    verification = export_tflm(student, tmp_path / "my-model.tflite", bank)
+    verification = export_tflm(student, tmp_path / "new" / "my-model.tflite", bank)
     (found,) = verification.comparisons
     assert (found.agreement, found.identical) == (100, 100)
     assert found.runtime.startswith("tflite-micro")
@@ -61,7 +61,7 @@ def test_a_file_for_microcontrollers_is_the_student_bit_for_bit(
     assert found.arena_bytes is not None
     assert f"memory of the interpreter: {found.arena_bytes:,} bytes" in verification.text()
     assert capfd.readouterr().err == ""  # what the interpreter writes there is kept from the screen
-    content = (tmp_path / "my-model.tflite").read_bytes()
+    content = (tmp_path / "new" / "my-model.tflite").read_bytes()
     assert MicroRuntime(content, arena_size=found.arena_bytes).arena_bytes() == found.arena_bytes
     with pytest.raises(UnsupportedModelError, match="tflite-micro cannot run part of the model"):
         MicroRuntime(content, arena_size=found.arena_bytes - 256)

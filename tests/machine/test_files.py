@@ -3,13 +3,21 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+import qimera
+from qimera.config.settings import QuantizationSettings
+from qimera.errors import ConfigError
+from qimera.machine.checkpoint import Checkpoints
 from qimera.machine.files import replace_directory, replacing, sync_tree
+from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.formats import write_bank
+from qimera.teacher.teacher import Teacher
 
 
 class Journal:
@@ -100,6 +108,65 @@ def test_everything_in_a_folder_is_brought_to_the_disk(tmp_path: Path, journal: 
     (tmp_path / "inner" / "deep.txt").write_text("x")
     sync_tree(tmp_path)
     assert journal.events == ["sync deep.txt", "sync inner", f"sync {tmp_path.name}"]
+
+
+EXPORTS = {
+    "export_onnx": ("x.onnx", "onnx"),
+    "export_pt2": ("x.pt2", "torch"),
+    "export_aotinductor": ("x.pt2", "torch"),
+    "export_executorch": ("x.pte", "executorch"),
+    "export_litert": ("x.tflite", "ai_edge_litert"),
+    "export_tflm": ("x.tflite", "tflite_micro"),
+    "export_coreml": ("x.mlpackage", "coremltools"),
+}
+
+
+@pytest.mark.parametrize("function", EXPORTS)
+def test_a_place_that_no_file_can_go_to_is_refused_before_a_student_is_looked_at(
+    tmp_path: Path, teacher: Teacher, function: str
+) -> None:
+    name, package = EXPORTS[function]
+    if find_spec(package) is None:
+        pytest.skip(f"needs {package}")
+    student = Student(teacher, QuantizationSettings(scheme="paper"))  # which no format takes
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file: is no folder, and files cannot go below it"):
+        getattr(qimera, function)(student, tmp_path / "file" / "folder" / name)
+    if function != "export_coreml":
+        (tmp_path / name).mkdir()
+        with pytest.raises(ConfigError, match=rf"{name}: is a folder; give the name of a file"):
+            getattr(qimera, function)(student, tmp_path / name)
+    if function == "export_tflm":
+        (tmp_path / "y.cc").mkdir()
+        with pytest.raises(ConfigError, match=r"y.cc: is a folder"):
+            getattr(qimera, function)(student, tmp_path / "y.tflite")
+
+
+WRITERS: dict[str, Callable[[Path, Teacher, SampleBank], object]] = {
+    "a bank": lambda path, teacher, bank: bank.save(path),
+    "samples for others": lambda path, teacher, bank: write_bank(bank, path, "npz"),
+    "a teacher": lambda path, teacher, bank: teacher.save(path),
+    "a student": lambda path, teacher, bank: Student(teacher, QuantizationSettings()).save_state(path),
+    "settings": lambda path, teacher, bank: bank.settings.save(path),
+    "a checkpoint": lambda path, teacher, bank: Checkpoints(path).of("x").save({}),
+}
+
+
+@pytest.mark.parametrize("what", WRITERS)
+def test_whatever_is_written_goes_into_a_folder_that_was_not_there(
+    tmp_path: Path, teacher: Teacher, bank: SampleBank, what: str
+) -> None:
+    WRITERS[what](tmp_path / "new" / "folder" / "x", teacher, bank)
+    assert (tmp_path / "new" / "folder" / "x").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file: is no folder"):
+        WRITERS[what](tmp_path / "file" / "x", teacher, bank)
+
+
+def test_checkpoints_that_cannot_be_kept_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file: is no folder"):
+        Checkpoints(tmp_path / "file" / "checkpoints")
 
 
 WITHOUT_ONNX = """

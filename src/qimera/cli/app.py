@@ -133,6 +133,7 @@ def make_bank(
         from qimera.machine.acceleration import find_device
         from qimera.machine.checkpoint import Checkpoints
         from qimera.machine.distributed import is_main, joined
+        from qimera.machine.files import make_folder
         from qimera.pipeline import synthesize
         from qimera.runs.limits import Limits, Result
         from qimera.synthesis.formats import write_bank
@@ -152,7 +153,7 @@ def make_bank(
             if any(unfinished.glob("*")):
                 out.note(f"{path}: continues with what is in {unfinished}")
             # A place that cannot be written to is refused before the work.
-            unfinished.mkdir(parents=True, exist_ok=True)
+            make_folder(unfinished)
         with joined(), out.progress(is_main()) as progress:
             if made is None:
                 made = synthesize(

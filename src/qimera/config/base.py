@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qimera.errors import ConfigError, suggest
+from qimera.machine.files import make_folder
 
 _S = TypeVar("_S", bound="Settings")
 
@@ -59,8 +60,14 @@ class Settings(BaseModel):
             raise ConfigError(f"{path}: {error}") from None
 
     def save(self, path: Path | str) -> None:
-        """Write every field, defaults too, as indented JSON."""
-        Path(path).write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        """Write every field, defaults too, as indented JSON; the folder is made if it is not there."""
+        write_text(path, self.model_dump_json(indent=2) + "\n")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a file, and make its folder if it is not there."""
+    make_folder(Path(path).parent)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def _explain(settings: type[BaseModel], error: ValidationError) -> str:

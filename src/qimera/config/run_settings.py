@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field, model_validator
 
 from qimera import __version__
-from qimera.config.base import Settings
+from qimera.config.base import Settings, write_text
 from qimera.config.given_images import GivenImages
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import DistillationSettings, QuantizationSettings, SynthesisSettings
@@ -68,7 +68,7 @@ class RunSettings(Settings):
     def save(self, path: Path | str) -> None:
         """Write every field, defaults too, and the version of qimera, as indented JSON."""
         values = {_WRITTEN_BY: __version__, **self.model_dump(mode="json")}
-        Path(path).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path | str) -> "RunSettings":

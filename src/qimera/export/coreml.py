@@ -21,7 +21,7 @@ from qimera.errors import ConfigError, UnsupportedModelError, VerificationError,
 from qimera.export.comparison import Verification, multiplying
 from qimera.export.program import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE, integer_graph
 from qimera.graph.nodes import aten, node_at, tensor_of
-from qimera.machine.files import replace_directory, sync_tree
+from qimera.machine.files import check_folder, make_folder, replace_directory, sync_tree
 from qimera.student.student import Student
 
 NOT_RUN = "Core ML runs on Apple's machines alone, so the file was not run; compare it with the student on one of them"
@@ -62,6 +62,7 @@ def export_coreml(student: Student, path: Path | str) -> Verification:
     _check_path(path)
     module = integer_graph(student)
     model = _convert(module, student)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
         model.save(str(temporary))
@@ -79,8 +80,7 @@ def _check_path(path: Path) -> None:
         raise ConfigError(
             f"{path}: Core ML reads packages whose name ends in .mlpackage; call it {path.stem}.mlpackage"
         )
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: {path.parent} is not a folder that exists")
+    check_folder(path.parent)
     if path.exists() and not (path / _MANIFEST).is_file():
         raise ConfigError(f"{path}: is there and no Core ML package; remove it, or give another name")
 

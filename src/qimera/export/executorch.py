@@ -22,7 +22,7 @@ from qimera.export.program import (
     verify_program,
 )
 from qimera.graph.nodes import node_at
-from qimera.machine.files import replacing
+from qimera.machine.files import place_for, replacing
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 
@@ -49,14 +49,14 @@ def export_executorch(
         min_agreement: Percent of samples that student and file must put into the same class.
 
     Raises:
-        ConfigError: ``executorch`` is not installed.
+        ConfigError: ``executorch`` is not installed, or no file can be written to ``path``.
         UnsupportedModelError: the student is of another scheme, or XNNPACK cannot represent part of it; the message
             names the operations that it leaves over.
         VerificationError: the file disagrees with the student.
     """
     if find_spec("executorch") is None:
         raise ConfigError("--format executorch: needs executorch; pip install 'qimera[executorch]'")
-    path = Path(path)
+    path = place_for(path)
     module = integer_graph(student)
     float_nodes = _freeze_layers_of_logits_(module)
     _count_from_the_middle_(module)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qimera.errors import ConfigError
 from qimera.export.comparison import MIN_AGREEMENT, Verification
-from qimera.machine.files import replacing
+from qimera.machine.files import place_for, replacing
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 
@@ -38,18 +38,18 @@ def export_onnx(
         time_full_precision: Also take the time of the full-precision model, on the same runtimes and in turns.
 
     Raises:
-        ConfigError: onnx, onnxruntime or onnxscript is not installed.
+        ConfigError: onnx, onnxruntime or onnxscript is not installed, or no file can be written to ``path``.
         UnsupportedModelError: something in the student has no ONNX counterpart.
         VerificationError: the file disagrees with the student; the message names the first layer that does.
     """
     _require_packages()
+    path = place_for(path)
     import onnx
     import onnx_ir as ir
 
     from qimera.export.onnx_model import float_model, onnx_model
     from qimera.export.verification import verify_onnx
 
-    path = Path(path)
     model = onnx_model(student, include_preprocessing=include_preprocessing, labels=labels)
     with replacing(path) as temporary, tempfile.TemporaryDirectory() as folder:
         onnx.save(ir.to_proto(model), temporary)

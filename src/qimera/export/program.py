@@ -31,7 +31,7 @@ from qimera.export.comparison import (
     sample_pixels,
 )
 from qimera.graph.nodes import WEIGHTED, aten, node_at, tensor_of
-from qimera.machine.files import replacing
+from qimera.machine.files import place_for, replacing
 from qimera.quantization.scheme import RELUS, before_moves
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
@@ -64,7 +64,7 @@ def export_pt2(
         min_agreement: Percent of samples that student and file must put into the same class.
 
     Raises:
-        ConfigError: the name does not end in ``.pt2``.
+        ConfigError: the name does not end in ``.pt2``, or no file can be written to ``path``.
         UnsupportedModelError: the student is of another scheme.
         VerificationError: the file disagrees with the student.
     """
@@ -95,7 +95,7 @@ def export_aotinductor(
         min_agreement: Percent of samples that student and package must put into the same class.
 
     Raises:
-        ConfigError: there is no C++ compiler, or the name does not end in ``.pt2``.
+        ConfigError: there is no C++ compiler, the name does not end in ``.pt2``, or no file can be written to ``path``.
         UnsupportedModelError: the student is of another scheme, or Inductor cannot compile it.
         VerificationError: the package disagrees with the student.
     """
@@ -243,9 +243,7 @@ def _kernel_steps(graph: Graph) -> Iterator[bytes]:
 def _checked(path: Path) -> Path:
     if path.suffix != ".pt2":
         raise ConfigError(f"{path}: programs are read from files whose name ends in .pt2; call it {path.stem}.pt2")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: {path.parent} is not a folder that exists")
-    return path
+    return place_for(path)
 
 
 def _require_compiler() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qimera.errors import ConfigError
 from qimera.export.comparison import MIN_AGREEMENT, Verification, check_labels, logits_of, sample_pixels
-from qimera.machine.files import replacing
+from qimera.machine.files import place_for, replacing
 from qimera.quantization.ranges import affine_parameters
 from qimera.student.grids import Levels
 from qimera.student.student import Student
@@ -43,13 +43,15 @@ def export_litert(
         time_full_precision: Also take the time of the full-precision model, in turns with that of the file.
 
     Raises:
-        ConfigError: ai-edge-litert is not installed, labels do not fit, or integer logits have no samples.
+        ConfigError: ai-edge-litert is not installed, labels do not fit, integer logits have no samples, or no file can
+            be written to ``path``.
         UnsupportedModelError: something in the student has no counterpart; the message names it.
         VerificationError: the file disagrees with the student; the message names the first layer that does.
     """
     if find_spec("ai_edge_litert") is None:
         raise ConfigError("--format litert: needs ai-edge-litert; pip install 'qimera[litert]'")
     check_labels(student, labels)
+    path = place_for(path)
     from qimera.litert.metadata import ENTRY, associated_files, metadata
     from qimera.litert.verification import verify_litert
     from qimera.lowering.model import lower, lower_full_precision
@@ -64,7 +66,7 @@ def export_litert(
     verification = verify_litert(
         student, content, lowered, samples, min_agreement=min_agreement, float_content=reference
     )
-    with replacing(Path(path)) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
     return verification
 

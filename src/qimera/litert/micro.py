@@ -22,7 +22,7 @@ from qimera.export.comparison import (
 )
 from qimera.litert.export import logits_levels
 from qimera.litert.remarks import held_back
-from qimera.machine.files import replacing
+from qimera.machine.files import place_for, replacing
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 
@@ -80,6 +80,8 @@ def export_tflm(
         raise ConfigError(f"{path}: its .cc and .h go beside the file; call the file {path.stem}.tflite")
     if not path.name.isprintable() or not set('"\\').isdisjoint(path.name):
         raise ConfigError(f"{path}: C++ includes no file with such a character in its name; call it model.tflite")
+    for place in _places(path):
+        place_for(place)
     from qimera.litert.runtime import operations_in, weights_in
     from qimera.lowering.model import lower
 
@@ -150,6 +152,11 @@ def _no_kernel(lines: list[str], error: RuntimeError) -> UnsupportedModelError:
     )
 
 
+def _places(path: Path) -> tuple[Path, Path, Path]:
+    """Return where the file, its source and its header go."""
+    return path, path.with_suffix(".cc"), path.with_suffix(".h")
+
+
 def _write(path: Path, content: bytes, arena_bytes: int, operations: list[str]) -> None:
     """Write the file, and the same as C++ with a header."""
     name = re.sub(r"\W", "_", path.stem, flags=re.ASCII)  # not every compiler takes other letters
@@ -171,9 +178,8 @@ def _write(path: Path, content: bytes, arena_bytes: int, operations: list[str]) 
     parts = (content[start : start + _BYTES_PER_LINE] for start in range(0, len(content), _BYTES_PER_LINE))
     rows = ["    " + ", ".join(f"0x{byte:02x}" for byte in part) + "," for part in parts]
     source = [f'#include "{path.stem}.h"', "", f"alignas(16) const unsigned char {name}[] = {{", *rows, "};"]
-    places = (path, path.with_suffix(".cc"), path.with_suffix(".h"))
     with ExitStack() as together:  # all are written before the first one gets its name
-        place, source_place, header_place = (together.enter_context(replacing(each)) for each in places)
+        place, source_place, header_place = (together.enter_context(replacing(each)) for each in _places(path))
         header_place.write_text("\n".join(header) + "\n", encoding="utf-8")
         source_place.write_text("\n".join(source) + "\n", encoding="utf-8")
         place.write_bytes(content)

@@ -19,7 +19,7 @@ import torch
 
 from qimera.errors import PeerError
 from qimera.machine.distributed import from_main, is_main
-from qimera.machine.files import replacing
+from qimera.machine.files import check_folder, replacing
 from qimera.machine.weights_file import allowing_only, is_tape
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path | str | None = None, *belongs_to: object) -> None:
         self.directory = None if directory is None else Path(directory)
+        if self.directory is not None:
+            check_folder(self.directory)
         self._owner = hashlib.sha256(repr(belongs_to).encode()).hexdigest()
 
     def of(self, name: str, *, is_shared: bool = True) -> "Checkpoint":
@@ -94,7 +96,6 @@ class Checkpoint:
         """
         if self._path is None or not self._is_kept_here():
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self._path) as temporary:
             content = io.BytesIO()  # for torch.save itself turns a full disk into an internal error
             torch.save({"owner": self._owner, "state": state}, content)

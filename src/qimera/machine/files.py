@@ -1,6 +1,5 @@
 """Files that are whole or absent, whenever the process ends."""
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -10,16 +9,60 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
+from qimera.errors import ConfigError
+
+
+def place_for(path: Path | str) -> Path:
+    """Return ``path`` as the place of a file; its folder need not be there yet.
+
+    Raises:
+        ConfigError: no file can be written there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; give the name of a file")
+    if path.exists() and not path.is_file():  # /dev/null would become a file, for everyone
+        raise ConfigError(f"{path}: is a device or a pipe, and is not replaced by a file; give another name")
+    check_folder(path.parent)
+    return path
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that files cannot be written to, or that cannot be made.
+
+    Raises:
+        ConfigError: a part of its path is no folder, or may not be written to.
+    """
+    nearest = next((each for each in (folder, *folder.parents) if each.exists()), folder)
+    if not nearest.is_dir():
+        raise ConfigError(f"{nearest}: is no folder, and files cannot go below it; give another place")
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(
+            f"{nearest}: you may not write into this folder; give another place, or change its permissions"
+        )
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless they are there.
+
+    Raises:
+        ConfigError: as ``check_folder``.
+    """
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path; what is written there becomes ``path`` when the block ends without an error.
 
+    The folder is made if it is not there.
+
     Raises:
-        OSError: writing failed, or ``path`` is a device or a pipe; it names ``path`` where it would name no file.
+        ConfigError: as ``place_for``.
+        OSError: writing failed; it names ``path`` where it would name no file.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():  # /dev/null would become a file, for everyone
-        raise FileExistsError(errno.EEXIST, "is a device or a pipe, and is not replaced by a file", str(path))
+    make_folder(place_for(path).parent)
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
         with naming(path):
@@ -66,7 +109,8 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file; unlike safetensors' own function, with an OSError if that fails."""
+    """Write a safetensors file and make its folder; if that fails with an OSError, as safetensors itself would not."""
+    make_folder(path.parent)
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     path.write_bytes(safetensors.torch.save(contiguous, metadata))
 

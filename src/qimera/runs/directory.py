@@ -14,7 +14,7 @@ from qimera.config.settings import LayerBits
 from qimera.errors import ConfigError, enumerate_names
 from qimera.machine.checkpoint import Checkpoints
 from qimera.machine.distributed import from_main, is_main
-from qimera.machine.files import replacing
+from qimera.machine.files import make_folder, replacing
 from qimera.machine.metrics import Metrics
 from qimera.machine.progress import ProgressCallback, silent
 from qimera.mixed_precision.allocation import Allocation
@@ -75,7 +75,7 @@ class RunDirectory:
         refuse_other_content(path)
         settings_file = _settings_file(path)
         if not settings_file.exists():
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             with _beginning(path) as is_first:
                 if is_first:
                     with replacing(settings_file) as temporary:

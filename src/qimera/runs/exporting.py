@@ -66,7 +66,7 @@ def export_run(
     """Write the student of ``run`` to ``path``, verified on the run's bank, with a record of that and a model card.
 
     Raises:
-        ConfigError: the folder of ``path`` is not there, a run keeps something else in such a file, the labels cannot
+        ConfigError: no file can be written to ``path``, a run keeps something else in such a file, the labels cannot
             be read or do not fit, or an option is not for this format.
         UnsupportedModelError: something in the student has no counterpart in the format.
         VerificationError: the file disagrees with the student.
@@ -99,8 +99,6 @@ def export_run(
 
 
 def _check_place(run: RunDirectory, path: Path, form: ExportFormat) -> None:
-    if not path.parent.is_dir() or (path.is_dir() and form != "coreml"):
-        raise ConfigError(f"--output: {path} must be a file in a folder that exists")
     owner = next((folder for folder in path.resolve().parents if is_run(folder)), None)
     is_in_another = owner is not None and owner != run.path.resolve()
     usual_name = FILE_NAMES[form]

@@ -21,7 +21,7 @@ from qimera.config.given_images import GivenImages, digests_of
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import SynthesisSettings
 from qimera.errors import ConfigError
-from qimera.machine.files import naming, save_tensors, sync_directory, sync_tree
+from qimera.machine.files import make_folder, naming, save_tensors, sync_directory, sync_tree
 from qimera.synthesis.samples import Batches, Samples
 from qimera.synthesis.synthesizer import Synthesizer
 from qimera.teacher.teacher import Teacher, as_teacher
@@ -180,7 +180,7 @@ class SampleBank:
         directory = Path(directory)
         if directory.exists():
             raise ConfigError(f"bank {directory}: exists already; choose another place or remove it")
-        directory.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(directory.parent)
         partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
         whole = partial / directory.name  # not the temporary folder itself, which nobody else may read
         try:

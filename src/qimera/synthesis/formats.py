@@ -14,7 +14,7 @@ from PIL import Image
 
 from qimera.config.input_spec import IMAGE_MODES
 from qimera.errors import ConfigError
-from qimera.machine.files import naming, save_tensors, sync_directory, sync_tree
+from qimera.machine.files import make_folder, naming, save_tensors, sync_directory, sync_tree
 from qimera.synthesis.bank import SampleBank
 
 BankFormat = Literal["bank", "npz", "imagefolder", "safetensors"]
@@ -44,7 +44,7 @@ def write_bank(bank: SampleBank, path: Path | str, form: BankFormat = "bank") ->
         bank = bank.synthetic
     if path.exists():
         raise ConfigError(f"bank {path}: exists already; choose another place or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write: dict[str, Callable[[SampleBank, Path], None]] = {
         "npz": _write_npz,
         "imagefolder": _write_folder,
