@@ -316,9 +316,20 @@ def test_a_narrow_image_is_not_resized_to_gigabytes(tmp_path: Path) -> None:
         ImageFiles((path,), (3, 224, 224))[:]
 
 
-def test_images_of_more_than_8_bits_are_refused_instead_of_clipped(tmp_path: Path) -> None:
-    path = write_image(tmp_path / "a.png", np.full((8, 10), 3000, dtype=np.uint16))
-    with pytest.raises(ConfigError, match="more than 8 bits"):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_levels_of_16_bits_become_the_nearest_of_256(tmp_path: Path, channels: int) -> None:
+    levels = np.linspace(0, 65535, 80).round().astype(np.uint16).reshape(8, 10)
+    (tmp_path / "a.pgm").write_bytes(b"P5 10 8 65535\n" + levels.astype(">u2").tobytes())
+    paths = (write_image(tmp_path / "a.png", levels), tmp_path / "a.pgm")
+    expected = np.floor(levels / 257 + 0.5).astype(np.uint8)
+    for image in ImageFiles(paths, (channels, 8, 10))[:]:
+        np.testing.assert_array_equal(image, np.repeat(expected[..., None], channels, axis=2))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_pixels_whose_white_is_unknown_are_refused_instead_of_clipped(tmp_path: Path, dtype: type) -> None:
+    path = write_image(tmp_path / "a.tif", np.full((8, 10), 3000, dtype=dtype))
+    with pytest.raises(ConfigError, match=r"a.tif: .*more than 8 bits, and nothing says which of them is white"):
         ImageFiles((path,), (1, 8, 10))[:]
 
 

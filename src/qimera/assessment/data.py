@@ -21,6 +21,9 @@ from qimera.errors import ConfigError, first_line
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may take a file for, whatever its name: for others, such as EPS, it starts programs."""
 
+_KNOWN_WHITE = ("PNG", "PPM")
+"""Formats whose grey levels of 16 bits Pillow returns with white at 65535. Cameras with TIFF often use fewer bits."""
+
 _MOST_PIXELS = 1 << 27
 """Of one image in any step of its preparation, so that a small file cannot take all memory."""
 
@@ -295,16 +298,23 @@ def _read_image(path: Path, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "h
     channels, height, width = shape
     try:
         with Image.open(path, formats=_IMAGE_FORMATS) as file:
-            # Pillow would clip these to 255 and return an almost white image.
-            if file.mode.startswith(("I", "F")):
-                raise ValueError(f"pixels of mode {file.mode} have more than 8 bits")
-            image = _cover_and_crop(file.convert(IMAGE_MODES[channels]), height, width)
+            image = _cover_and_crop(_of_8_bits(file).convert(IMAGE_MODES[channels]), height, width)
     # A damaged file can make Pillow fail in any way.
     except Exception as error:
         raise ConfigError(
             f"{path}: cannot be read as an image ({error}); save it with 8 bits per channel, replace or remove it"
         ) from error
     return np.asarray(image).reshape(height, width, channels)
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """Return grey levels of more bits as the nearest of 256, for Pillow would clip them and return almost white."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    if image.format not in _KNOWN_WHITE or image.mode == "F":
+        raise ValueError(f"pixels of mode {image.mode} have more than 8 bits, and nothing says which of them is white")
+    levels = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def _cover_and_crop(image: Image.Image, height: int, width: int) -> Image.Image:
