@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qimera.config.bits import parse_bits, parse_layer_bits
@@ -283,6 +285,22 @@ def test_a_file_that_holds_no_such_student_is_refused(
         path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"student\.safetensors: does not hold the student of these settings"):
         Student.load_state(path, teacher, settings_of("w4a4", "hardware"))
+
+
+def test_a_file_whose_tensors_are_of_other_types_is_refused(
+    teacher: Teacher, toy_images: Tensor, tmp_path: Path
+) -> None:
+    student = student_of(teacher, toy_images[:16])
+    student.save_state(tmp_path / "state")
+    student.save(tmp_path / "whole")
+    for place, name in ((tmp_path / "state", "fc.weight"), (tmp_path / "whole", "student/fc.weight")):
+        with safe_open(place, "pt") as file:
+            notes, tensors = file.metadata(), {each: file.get_tensor(each) for each in file.keys()}  # noqa: SIM118
+        save_file({**tensors, name: tensors[name].double()}, place, notes)
+        with pytest.raises(
+            ConfigError, match=rf"{place.name}: damaged \(fc.weight is of type torch.float64, and torch"
+        ):
+            Student.load(place) if place.name == "whole" else Student.load_state(place, teacher, student.settings)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -212,6 +212,13 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def halve_generator(directory: Path) -> None:
+    path = directory / "generator.safetensors"
+    tensors = {name: value.half() if value.is_floating_point() else value for name, value in load_file(path).items()}
+    path.unlink()
+    save_file(tensors, path)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest cut off": (lambda d: (d / "manifest.json").write_text('{"format_version": 1, '), "damaged"),
     "manifest not an object": (lambda d: (d / "manifest.json").write_text("[]"), "damaged"),
@@ -243,7 +250,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: change_shard(d, lambda t: t.update(logits=t["logits"][:, 1:].clone())),
         "expected shapes",
     ),
-    "floating pixels": (lambda d: change_shard(d, lambda t: t.update(pixels=t["pixels"].float())), "float32"),
+    "floating pixels": (
+        lambda d: change_shard(d, lambda t: t.update(pixels=t["pixels"].float())),
+        r"samples-00000.safetensors: damaged \(pixels is of type torch.float32, and torch.uint8 was written\)",
+    ),
+    "soft labels of double precision": (
+        lambda d: change_shard(d, lambda t: t.update(soft_labels=t["soft_labels"].double())),
+        r"samples-00000.safetensors: damaged \(soft_labels is of type torch.float64, and torch.float32 was written\)",
+    ),
+    "whole logits": (
+        lambda d: change_shard(d, lambda t: t.update(logits=t["logits"].long())),
+        r"samples-00000.safetensors: damaged \(logits is of type torch.int64, and torch.float32 was written\)",
+    ),
+    "a generator of half precision": (halve_generator, r"generator.safetensors: damaged \(.* is of type torch.float16"),
     "generator cut off": (lambda d: cut(d / "generator.safetensors"), "generator.safetensors: damaged"),
 }
 

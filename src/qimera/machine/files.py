@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from qimera.errors import ConfigError
@@ -113,6 +114,19 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     make_folder(path.parent)
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     path.write_bytes(safetensors.torch.save(contiguous, metadata))
+
+
+def check_types(path: Path | str, tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> None:
+    """Refuse tensors of a file that are of other types than those that are written.
+
+    Raises:
+        ConfigError: one is; the message names the file and the tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype != types.get(name, tensor.dtype):
+            raise ConfigError(
+                f"{path}: damaged ({name} is of type {tensor.dtype}, and {types[name]} was written); make it again"
+            )
 
 
 def sync_tree(path: Path) -> None:

@@ -22,7 +22,7 @@ from qimera.graph.files import save_graph
 from qimera.graph.folding import fold_batch_norms, unfold_batch_norms, unshare_biases_
 from qimera.graph.nodes import WEIGHTED, node_at, tensor_of, to_channels_last_, with_outputs
 from qimera.machine.acceleration import to_device_
-from qimera.machine.files import save_tensors
+from qimera.machine.files import check_types, save_tensors
 from qimera.quantization.ends import with_rules_for_ends
 from qimera.quantization.fake_quantize import (
     FakeQuantize,
@@ -115,6 +115,7 @@ class Student(nn.Module):
         return self.module.state_dict() | {f"{_SCALES}{name}": scale for name, scale in self.channel_scales.items()}
 
     def _restore_(self, tensors: dict[str, Tensor], path: Path | str) -> None:
+        check_types(path, tensors, {name: value.dtype for name, value in self.module.state_dict().items()})
         scales = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith(_SCALES)}
         try:
             self.module.load_state_dict(tensors)

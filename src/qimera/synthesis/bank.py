@@ -21,13 +21,14 @@ from qimera.config.given_images import GivenImages, digests_of
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import SynthesisSettings
 from qimera.errors import ConfigError
-from qimera.machine.files import make_folder, naming, save_tensors, sync_directory, sync_tree
+from qimera.machine.files import check_types, make_folder, naming, save_tensors, sync_directory, sync_tree
 from qimera.synthesis.samples import Batches, Samples
 from qimera.synthesis.synthesizer import Synthesizer
 from qimera.teacher.teacher import Teacher, as_teacher
 
 FORMAT_VERSION = 1
 _SHARD_BYTES = 64 << 20
+_TYPES = {"pixels": torch.uint8, "soft_labels": torch.float32, "logits": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class SampleBank:
     ) -> "SampleBank":
         """Ask the teacher what it makes of these pixels."""
         logits = _answers(pixels, teacher)
-        return cls(pixels, soft_labels, logits, teacher.input_spec, settings, seed, teacher.hash, synthesizer)
+        return cls(pixels, soft_labels.float(), logits, teacher.input_spec, settings, seed, teacher.hash, synthesizer)
 
     def with_images(
         self, pixels: Shaped[Tensor, "image channel height width"], teacher: Teacher, *, keep: bool = False
@@ -246,8 +247,8 @@ class SampleBank:
                 raise ConfigError(f"bank {directory}: a shard lies outside of the directory: {names}")
             if len(set(names)) < len(names):
                 raise ConfigError(f"bank {directory}: damaged (a shard is named twice: {names}); synthesise it again")
-            shards = [load_file(directory / name) for name in names]
-            parts = [torch.cat([shard[key] for shard in shards]) for key in ("pixels", "soft_labels", "logits")]
+            shards = [_read_shard(directory / name) for name in names]
+            parts = [torch.cat([shard[key] for shard in shards]) for key in _TYPES]
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(f"bank {directory}: {error.filename or 'a file'} is missing; is this a bank?") from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
@@ -279,6 +280,12 @@ def _read_settings(
         raise ConfigError(f"bank {directory}: {error}") from error
 
 
+def _read_shard(path: Path) -> dict[str, Tensor]:
+    tensors = load_file(path)
+    check_types(path, tensors, _TYPES)
+    return tensors
+
+
 def _answers(
     pixels: UInt8[Tensor, "sample channel height width"], teacher: Teacher
 ) -> Float[Tensor, "sample num_classes"]:
@@ -293,8 +300,8 @@ def _check_shapes(directory: Path, parts: list[Tensor], teacher: Teacher) -> Non
     count, classes = len(parts[0]), teacher.num_classes
     expected = [(count, *teacher.input_spec.shape), (count, classes), (count, classes)]
     found = [tuple(part.shape) for part in parts]
-    if found != expected or parts[0].dtype != torch.uint8:
-        raise ConfigError(f"bank {directory}: expected shapes {expected}, found {found} ({parts[0].dtype})")
+    if found != expected:
+        raise ConfigError(f"bank {directory}: expected shapes {expected}, found {found}")
 
 
 def _load_synthesizer(path: Path, teacher: Teacher, settings: SynthesisSettings) -> Synthesizer | None:
@@ -302,7 +309,9 @@ def _load_synthesizer(path: Path, teacher: Teacher, settings: SynthesisSettings)
         return None
     synthesizer = Synthesizer(teacher, settings, torch.Generator().manual_seed(0))
     try:
-        synthesizer.load_state_dict(load_file(path))
+        tensors = load_file(path)
+        check_types(path, tensors, {name: value.dtype for name, value in synthesizer.state_dict().items()})
+        synthesizer.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"{path}: damaged ({error}); synthesise the bank again") from error
     return synthesizer.eval()
