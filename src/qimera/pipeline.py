@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qimera.assessment.unlabelled import load_images
 from qimera.config.bits import parse_bits, parse_layer_bits
+from qimera.config.given_images import checked_pixels
 from qimera.config.input_spec import InputSpec
 from qimera.config.recipe_names import DEFAULT_RECIPE
 from qimera.config.recipes import Recipe, recipe as recipe_called
@@ -85,7 +86,8 @@ def synthesize(
     settings = settings or _recipe_for(teacher, recipe).synthesis
     if images is None and not settings.num_generated + settings.num_optimized:
         raise ConfigError(NOTHING_TO_LEARN_FROM)
-    given = load_images(images, teacher.input_spec) if isinstance(images, Path | str) else images
+    found = load_images(images, teacher.input_spec) if isinstance(images, Path | str) else images
+    given = None if found is None else checked_pixels(found, teacher.input_spec)
     settings = images_in_memory(settings, teacher)
     kept = Checkpoints(checkpoints, "bank", teacher.hash, teacher.input_spec, settings, seed)
     worker = teacher.on(find_device(device))

@@ -1,3 +1,4 @@
+import inspect
 import json
 from dataclasses import replace
 from itertools import islice
@@ -12,6 +13,7 @@ from qimera.config.given_images import GivenImages
 from qimera.config.settings import DirectSettings, SynthesisSettings
 from qimera.errors import ConfigError
 from qimera.export.other_quantizers import calibration_batches
+from qimera.machine.progress import Progress
 from qimera.pipeline import quantize, synthesize
 from qimera.synthesis.bank import SampleBank, check_bank
 from qimera.synthesis.formats import write_bank
@@ -20,6 +22,7 @@ from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, toy_pixels
 
 NOTHING = SynthesisSettings(num_optimized=0)
+FEW = SynthesisSettings(num_optimized=8, direct=DirectSettings(num_steps=2, batch_size=8, precision="float32"))
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,21 @@ def test_the_labels_of_images_are_the_teachers_own_answers(joined: SampleBank, t
 def test_images_that_are_no_pixels_are_refused(split_bank: SampleBank, photographs: Tensor, teacher: Teacher) -> None:
     with pytest.raises(ConfigError, match=r"images: expected pixels from 0 to 255 .*given torch.float32"):
         split_bank.with_images(photographs / 255, teacher)
+
+
+def test_arrays_of_numpy_are_refused_with_what_to_give_before_any_sample_is_made(
+    split_bank: SampleBank, photographs: Tensor, teacher: Teacher
+) -> None:
+    pixels, message = photographs.permute(0, 2, 3, 1).numpy(), r"given ndarray; .* torch.from_numpy\(images\).permute"
+    with pytest.raises(ConfigError, match=message):
+        inspect.unwrap(SampleBank.with_images)(split_bank, pixels, teacher)  # type-checked in tests, and nowhere else
+
+    def fail(progress: Progress) -> None:
+        pytest.fail("made a sample")
+
+    for given, reason in ((pixels, message), (photographs[:, :, 1:], r"given \(10, 3, 15, 16\)")):
+        with pytest.raises(ConfigError, match=reason):
+            inspect.unwrap(synthesize)(teacher, settings=FEW, images=given, progress=fail)
 
 
 def test_images_are_the_same_in_any_order_and_others_are_not(

@@ -24,7 +24,7 @@ from qimera.teacher.sources import load_model
 from qimera.teacher.teacher import Teacher
 from qimera.training.distillation import Course
 from tests.command_line import tiny_settings
-from tests.networks import SPEC, trained_tiny_net
+from tests.networks import SPEC, toy_pixels, trained_tiny_net
 from tests.program_result import result_of
 
 pytestmark = [
@@ -70,6 +70,13 @@ def test_a_gpu_scores_as_the_cpu_does(tmp_path: Path) -> None:
     expected, found = (evaluate_run(run, images, silent, torch.device(name)) for name in ("cpu", "cuda"))
     # Whole numbers are summed either way; the teacher's sums are of another order.
     assert astuple(found) == pytest.approx(astuple(expected), abs=1)
+
+
+def test_images_join_a_bank_from_a_gpu_as_from_the_cpu() -> None:
+    teacher, images = Teacher.capture(trained_tiny_net(), SPEC), toy_pixels(10, seed=0)[0]
+    nothing = SynthesisSettings(num_optimized=0)
+    expected, found = (synthesize(teacher, settings=nothing, images=images.to(name)) for name in ("cpu", "cuda"))
+    assert found.hash == expected.hash
 
 
 def test_a_training_goes_on_as_if_it_had_never_stopped() -> None:

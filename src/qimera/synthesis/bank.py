@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qimera.config.given_images import GivenImages, digests_of
+from qimera.config.given_images import GivenImages, checked_pixels, digests_of
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import SynthesisSettings
 from qimera.errors import ConfigError
@@ -90,7 +90,7 @@ class SampleBank:
         already is returned as it is.
 
         Args:
-            pixels: Of type ``torch.uint8``, 0 darkest and 255 brightest; ``load_images`` reads them.
+            pixels: Of type ``torch.uint8``, 0 darkest and 255 brightest, on any device; ``load_images`` reads them.
             teacher: That of the bank.
             keep: Whether ``save`` writes the images too; without it, a bank on disk remembers their hash alone.
 
@@ -99,12 +99,7 @@ class SampleBank:
                 teacher.
         """
         check_teacher(self, teacher)
-        if pixels.dtype != torch.uint8:
-            raise ConfigError(f"images: expected pixels from 0 to 255 (torch.uint8), given {pixels.dtype}")
-        if not len(pixels) or tuple(pixels.shape[1:]) != self.input_spec.shape:
-            raise ConfigError(
-                f"images: expected one or more of shape {self.input_spec.shape}, given {tuple(pixels.shape)}"
-            )
+        pixels = checked_pixels(pixels, self.input_spec)
         digests = digests_of(pixels)
         given = GivenImages.of_digests(digests, kept=keep)
         if self.images is not None and self.images.sha256 != given.sha256:
