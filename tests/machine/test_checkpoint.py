@@ -16,6 +16,14 @@ def kept(tmp_path: Path) -> Checkpoint:
     return Checkpoints(tmp_path / "kept", "a teacher", 3).of("student")
 
 
+@pytest.fixture(autouse=True)
+def _python_handles_interruptions() -> Iterator[None]:
+    """As in a terminal; a shell lets programs in the background ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_state_comes_back_as_it_was(tmp_path: Path, kept: Checkpoint) -> None:
     state = {"step": 3, "weights": {"a": torch.arange(4.0)}, "lowest": float("inf"), "rates": [(1, 0.5), None]}
     kept.save(state)
@@ -102,15 +110,6 @@ def test_an_interruption_waits_for_the_end_of_the_step(
     assert "saving after this step; once more to stop at once" in caplog.text
 
 
-@pytest.fixture
-def _python_handles_interruptions() -> Iterator[None]:
-    """As in a terminal; a shell lets programs in the background ignore them."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_python_handles_interruptions")
 def test_the_second_interruption_acts_at_once(kept: Checkpoint) -> None:
     def interrupt_twice() -> None:
         with kept.guarding():
@@ -121,6 +120,18 @@ def test_the_second_interruption_acts_at_once(kept: Checkpoint) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupt_twice()
     assert kept.load() == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_ignored_stays_ignored(kept: Checkpoint, number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with kept.guarding():
+            os.kill(os.getpid(), number)
+            kept.after_step(lambda: pytest.fail("asked for a state"))
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_an_interruption_after_the_last_step_loses_nothing(kept: Checkpoint) -> None:

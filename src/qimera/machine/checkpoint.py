@@ -124,7 +124,9 @@ class Checkpoint:
         if self._path is None or threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # A shell lets its background jobs ignore Ctrl-C, and what is ignored stays so.
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
         def ask(*_: object) -> None:
             self._interrupted = True
