@@ -143,6 +143,11 @@ def test_its_lines_name_every_layer_once_under_its_bits(
     assert max(map(len, lines)) < 120
 
 
+def test_its_lines_say_what_is_taken_where_every_layer_has_bits_as_given(teacher: Teacher, bank: SampleBank) -> None:
+    (line,) = allocate_bits(teacher, bank, "size=0.9", layer_bits="*=8").lines()
+    assert re.fullmatch(r"size=0.9: 0\.\d{4} of full precision, \*=w8a8 as given", line)
+
+
 @pytest.mark.parametrize(
     ("budget", "message"),
     [

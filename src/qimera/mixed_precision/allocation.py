@@ -73,13 +73,10 @@ class Allocation(Settings):
 
     def lines(self) -> tuple[str, ...]:
         """Return what was decided, for a person: a line for each width, its layers by falling loss."""
-        if not self.layers:
-            return ()
         given = f", {spell_layer_bits(self.rules)} as given" if self.rules else ""
-        lines = [
-            f"{self.budget}: {self.cost / self.full:.4f} of full precision{given}",
-            f"divergence of each layer alone, {self.loss:.4f} together:",
-        ]
+        lines = [f"{self.budget}: {self.cost / self.full:.4f} of full precision{given}"]
+        if self.layers:
+            lines.append(f"divergence of each layer alone, {self.loss:.4f} together:")
         for bits in sorted({(layer.weight_bits, layer.activation_bits) for layer in self.layers}):
             group = [layer for layer in self.layers if (layer.weight_bits, layer.activation_bits) == bits]
             group.sort(key=lambda layer: -layer.loss)
