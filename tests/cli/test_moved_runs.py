@@ -43,6 +43,22 @@ def test_the_same_command_finds_its_run_after_everything_was_moved(tmp_path: Pat
     assert said(again).count("finished already") == 2
 
 
+def test_the_same_command_finds_its_run_in_a_copy_beside_the_original(tmp_path: Path, project: Path) -> None:
+    away = shutil.copytree(project, tmp_path / "away")
+    again = quantize(away, "w8a8", "w4a4")
+    assert again.exit_code == 0, again.stderr
+    assert said(again).count("finished already") == 2
+
+
+def test_another_bank_in_the_place_of_a_copy_is_another_bank(tmp_path: Path, project: Path) -> None:
+    away = shutil.copytree(project, tmp_path / "away")
+    manifest = away / "run" / "w8a8" / "bank" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
+    again = quantize(away, "w8a8", "w4a4")
+    assert again.exit_code == 2
+    assert "holds a run with other settings (bank: " in said(again)
+
+
 def test_a_moved_model_with_other_weights_is_another_model(tmp_path: Path, project: Path) -> None:
     away = tmp_path / "away"
     shutil.copytree(project, away)

@@ -1,6 +1,7 @@
 """One run on disk: settings, metrics, bank, bits, student and summary; each file is complete or absent."""
 
 import errno
+import filecmp
 import os
 import shutil
 import time
@@ -121,7 +122,7 @@ class RunDirectory:
     def _with_places_of(self, there: RunSettings, asked: RunSettings, teacher_hash: str) -> RunSettings:
         """Return ``asked`` with the paths in ``there`` of files that lie elsewhere now, and are the same."""
         places: dict[str, object] = {}
-        if there.bank and asked.bank and Path(asked.bank) == self.bank_place:
+        if there.bank and asked.bank and _is_same_bank(Path(asked.bank), self.bank_place):
             places["bank"] = there.bank
         has_moved = (asked.model, asked.weights) != (there.model, there.weights) and self.teacher_file.exists()
         is_named_alike = short_source(asked.model) == short_source(there.model)
@@ -288,6 +289,12 @@ def refuse_other_content(path: Path) -> None:
     others = [each for each in path.iterdir() if not each.match(_UNFINISHED)] if path.is_dir() else []
     if others and not _settings_file(path).is_file():
         raise ConfigError(f"{path}: is not empty and holds no run; choose another --output")
+
+
+def _is_same_bank(one: Path, other: Path) -> bool:
+    """Whether two banks have the same files, as those have of a folder and its copy."""
+    names = sorted({file.name for bank in (one, other) for file in bank.glob("[!.]*")})
+    return one == other or (bool(names) and filecmp.cmpfiles(one, other, names, shallow=False)[0] == names)
 
 
 def _settings_file(path: Path) -> Path:
