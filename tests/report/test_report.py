@@ -15,8 +15,9 @@ from qimera.config.settings import DirectSettings, QuantizationSettings, Synthes
 from qimera.machine.progress import silent
 from qimera.pipeline import synthesize
 from qimera.report.boundary import nearest_three
-from qimera.report.content import Export, Measured, Report, curves, features_in_plane
+from qimera.report.content import Export, Measured, Report, curves
 from qimera.report.page import write_page
+from qimera.report.plane import areas_around, axes_between
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import carry_out, load_bank, load_student
 from qimera.runs.reporting import collect, report_run
@@ -91,7 +92,9 @@ def test_every_sample_lies_in_the_area_of_its_class(num_classes: int) -> None:
     rng = torch.Generator().manual_seed(0)
     features = torch.randn(60, 16, generator=rng)
     weight, bias = torch.randn(num_classes, 16, generator=rng), torch.randn(num_classes, generator=rng)
-    points, areas, (left, right, bottom, top) = features_in_plane(features, weight, bias, size=1001)
+    origin, axes = axes_between(features, weight)
+    points = (features - origin) @ axes.T
+    areas, (left, right, bottom, top) = areas_around(points, origin, axes, weight, bias, size=1001)
     logits = features @ weight.T + bias
     for point, row in zip(points, logits, strict=True):
         first, second = row.topk(2).values.tolist()
@@ -267,6 +270,10 @@ def test_a_measurement_on_images_that_the_teacher_knows_is_called_one(run: RunDi
     assert f"of the same {len(bank):,} images, right or wrong" in first
     assert "estimate" not in first + rest.partition("<h2>")[0]
     assert "real (" in rest  # in the plane of features
+    with drawn_figures():  # and still there when the page is written again, from numbers alone
+        assert qimera("report", copied).exit_code == 0
+    assert (copied / "report.html").read_text() == measured
+    assert len(RunDirectory.open(copied).measured.places[0]) == 3
     values = json.loads(qimera("compare", copied, "--json").stdout)["runs"][0]
     assert qimera("compare", copied, "--max-drop", max(0, values["measured_drop"])).exit_code == 0
     assert values["warnings"] == []

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qimera.assessment.diagnostics import Diagnosis
@@ -44,6 +43,10 @@ class Measured(Settings):
 
     warnings: tuple[str, ...] = ()
     """Why these figures say nothing; empty where they do."""
+
+    places: tuple[tuple[float, float, int], ...] = ()
+    """Where some of the images lie in the plot of features, and the class that the teacher takes each for; no more of
+    them is kept."""
 
     @property
     def drop(self) -> float:
@@ -150,36 +153,3 @@ def curves(lines: Sequence[Line]) -> list[Curve]:
         steps, values = zip(*kept, strict=True)
         result.append(Curve(part=part, stage=stage, name=name, steps=steps, values=values))
     return result
-
-
-def features_in_plane(
-    features: Tensor, weight: Tensor, bias: Tensor, size: int = 160
-) -> tuple[Tensor, Tensor, tuple[float, float, float, float]]:
-    """Return features in the plane where the classifier tells two or three classes apart, and its classes there.
-
-    The plane holds the differences of the classes' weights. What is left out of it changes none of the differences
-    between their logits, so a point lies in the area of the class that the classifier prefers among them. With two
-    classes the second axis is the direction in which the features differ most besides.
-
-    Args:
-        features: (sample, feature), what the classifier reads; at least two of each.
-        weight: (two or three classes, feature) of the classifier.
-        bias: (two or three classes,) of it.
-        size: Points of the plane to each side.
-
-    Returns:
-        Points (sample, 2), places of classes in ``weight`` (size, size), and the plane's left, right, bottom and top.
-    """
-    mean = features.mean(0)
-    plane = torch.linalg.qr((weight[1:] - weight[0]).T).Q.T  # (1 or 2, feature)
-    if len(plane) < 2:
-        rest = features - mean
-        rest = rest - rest @ plane.T @ plane
-        plane = torch.cat([plane, torch.linalg.svd(rest, full_matrices=False)[2][:1]])
-    points = (features - mean) @ plane.T
-    low, high = points.amin(0), points.amax(0)
-    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
-    x, y = (torch.linspace(float(low[i]), float(high[i]), size) for i in range(2))
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (size, size, 2)
-    areas = ((mean + grid @ plane) @ weight.T + bias).argmax(-1)
-    return points, areas, (float(low[0]), float(high[0]), float(low[1]), float(high[1]))

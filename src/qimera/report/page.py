@@ -7,11 +7,11 @@ import torch
 from jinja2 import Environment, PackageLoader
 from torch import Tensor
 
-from qimera.assessment.diagnostics import LARGEST_GAP, features_of, margins_of
-from qimera.graph.nodes import classifier_node, has_bias, node_at, tensor_of
+from qimera.assessment.diagnostics import LARGEST_GAP, margins_of
 from qimera.report import figures
-from qimera.report.boundary import nearest_classes, nearest_three, walk_between
-from qimera.report.content import LEAST_COST, MOST_ROWS, Report, features_in_plane
+from qimera.report.boundary import nearest_classes, walk_between
+from qimera.report.content import LEAST_COST, MOST_ROWS, Report
+from qimera.report.plane import draw_view, view_of
 from qimera.report.summary import readable_bytes
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.superposition import shows_one_class
@@ -19,7 +19,6 @@ from qimera.teacher.teacher import Teacher
 
 _MAX_CLASSES = 10
 _SAMPLES_A_CLASS = 8
-_MAX_POINTS = 400
 
 environment = Environment(loader=PackageLoader("qimera.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 environment.globals.update(most_rows=MOST_ROWS, least_cost=LEAST_COST, largest_gap=LARGEST_GAP)
@@ -45,20 +44,19 @@ class Pictures:
     walk_classes: tuple[int, int]
 
 
-def write_page(report: Report, teacher: Teacher, bank: SampleBank, real: Tensor | None = None) -> str:
+def write_page(report: Report, teacher: Teacher, bank: SampleBank) -> str:
     """Return the page.
 
     Args:
         report: What it says.
         teacher: The full-precision model.
         bank: Samples that the student was trained on.
-        real: Normalised real images, if the user has any, for the plot of features.
     """
     page, bank = environment.get_template("page.html.j2"), bank.synthetic  # never shows images of the user's
-    return page.render(report=report, summary=report.summary, pictures=_draw(report, teacher, bank, real))
+    return page.render(report=report, summary=report.summary, pictures=_draw(report, teacher, bank))
 
 
-def _draw(report: Report, teacher: Teacher, bank: SampleBank, real: Tensor | None) -> Pictures:
+def _draw(report: Report, teacher: Teacher, bank: SampleBank) -> Pictures:
     margins = margins_of(bank.logits)
     single = shows_one_class(bank.soft_labels)
     grid, classes = _grid(bank, single)
@@ -67,7 +65,7 @@ def _draw(report: Report, teacher: Teacher, bank: SampleBank, real: Tensor | Non
         {"picture": figures.picture(pixels[None, None]), "share": share, "first": answer[0], "second": answer[1]}
         for pixels, share, answer in zip(walk.pixels, walk.shares.tolist(), walk.probabilities.tolist(), strict=True)
     ]
-    plane_classes, plane = _plane(teacher, bank, single, real)
+    view, real = view_of(teacher, bank), report.measured.places if report.measured else ()
     gaps = sorted(report.bank.statistics_gap.items(), key=lambda item: -item[1])[:MOST_ROWS]
     in_order = {name: gap for name, gap in report.bank.statistics_gap.items() if name in dict(gaps)}
     return Pictures(
@@ -76,8 +74,8 @@ def _draw(report: Report, teacher: Teacher, bank: SampleBank, real: Tensor | Non
         ranges=figures.draw_ranges(report.costly_layers),
         statistics=figures.draw_statistics(in_order) if in_order else "",
         margins=figures.draw_margins(margins[single], margins[~single]) if len(margins) else "",
-        plane=plane,
-        plane_classes=plane_classes,
+        plane=draw_view(view, real, teacher) if view else "",
+        plane_classes=view.classes if view else [],
         grid=grid,
         grid_classes=classes,
         walk_steps=steps,
@@ -94,31 +92,3 @@ def _grid(bank: SampleBank, single: Tensor) -> tuple[str, list[int]]:
         return "", []
     columns = min(_SAMPLES_A_CLASS, min(len(places[number]) for number in enough))
     return figures.picture(torch.stack([bank.pixels[places[number][:columns]] for number in enough])), enough
-
-
-def _plane(teacher: Teacher, bank: SampleBank, single: Tensor, real: Tensor | None) -> tuple[list[int], str]:
-    """Return the classes that the teacher confuses most, and a drawing of features of their samples.
-
-    The drawing is empty if there are fewer than two samples or features to show.
-    """
-    classes = nearest_three(bank)
-    others = [number for number in range(teacher.num_classes) if number not in classes]
-    # A superposed sample of another class lies anywhere in this plane.
-    fitting = (bank.soft_labels[:, others] == 0).all(1) & torch.isin(bank.logits.argmax(1), torch.tensor(classes))
-    order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))
-    chosen = order[fitting[order]][:_MAX_POINTS]
-    if len(chosen) < 2 or teacher.classifier.weight.shape[1] < 2:
-        return classes, ""
-    images = [bank.take(chosen).images, *([] if real is None else [real[:_MAX_POINTS]])]
-    kind = torch.cat([torch.where(single[chosen], 0, 1), *(torch.full((len(part),), 2) for part in images[1:])])
-    features = torch.cat([features_of(part, teacher) for part in images])
-    layer = classifier_node(teacher.module, teacher.classifier.name)
-    bias = tensor_of(teacher.module, node_at(layer, 2)) if has_bias(layer) else torch.zeros(teacher.num_classes)
-    answers = (features @ teacher.classifier.weight.T + bias).argmax(1)
-    kept = torch.isin(answers, torch.tensor(classes))
-    features, kind, answers = features[kept], kind[kept], answers[kept]
-    points, areas, extent = features_in_plane(features, teacher.classifier.weight[classes], bias[classes])
-    places = torch.searchsorted(torch.tensor(classes), answers)
-    kinds = [(name, kind == i) for i, name in enumerate(("one class", "superposed", "real"))]
-    shown = [(name, found) for name, found in kinds if bool(found.any())]
-    return classes, figures.draw_plane(figures.Plane(points, areas, extent, classes, places, shown))

@@ -17,6 +17,7 @@ from qimera.mixed_precision.budget import bit_operations
 from qimera.report.content import Measured, Report, curves, shown_images
 from qimera.report.layers import layer_reports
 from qimera.report.page import write_page
+from qimera.report.plane import places_of, view_of
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import load_bank, load_student
 from qimera.runs.model_card import exports_of, write_model_card
@@ -50,12 +51,16 @@ def keep_evaluation(run: RunDirectory, path: Path, images: LabelledImages, resul
     some = next(images.batches(_MAX_REAL))[0]
     real = run.settings.input.normalize(torch.tensor(some).permute(0, 3, 1, 2).contiguous())
     try:
-        with replacing(run.evaluation_file) as temporary:
-            measured.save(temporary)
+        _keep(run, measured)
         report_run(run, real)
     except (OSError, ConfigError) as error:  # the second where the bank is gone
         reason = error.strerror if isinstance(error, OSError) else error
         logger.warning("%s: the report stays as it is (%s)", run.path, reason)
+
+
+def _keep(run: RunDirectory, measured: Measured) -> None:
+    with replacing(run.evaluation_file) as temporary:
+        measured.save(temporary)
 
 
 def report_run(run: RunDirectory, real: Tensor | None = None) -> Report:
@@ -65,15 +70,18 @@ def report_run(run: RunDirectory, real: Tensor | None = None) -> Report:
 
     Args:
         run: Finished.
-        real: Normalised real images, if the user has any, for the plot of features.
+        real: Normalised images that the run was evaluated on. Where they lie in the plot of features is kept for later
+            reports; the images are not.
     """
     student, teacher = load_student(run)
     bank = load_bank(run, teacher)
+    if real is not None and run.measured and (view := view_of(teacher, bank.synthetic)):
+        _keep(run, run.measured.replace(places=places_of(real, view, teacher)))
     report = collect(run, student, teacher, bank)
     with replacing(run.report_data_file) as temporary:
         report.save(temporary)
     with replacing(run.report_page_file) as temporary:
-        temporary.write_text(write_page(report, teacher, bank, real), encoding="utf-8")
+        temporary.write_text(write_page(report, teacher, bank), encoding="utf-8")
     if report.exports:
         write_model_card(run)
     return report
