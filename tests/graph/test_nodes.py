@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
 
 from qimera.graph.folding import fold_batch_norms, unfold_batch_norms
@@ -30,6 +30,33 @@ def assert_same_logits(module: nn.Module, teacher: Teacher) -> None:
             expected, actual = teacher(images(count)), module(images(count))
             # rounding of folded weights: 1e-4 of the largest logit
             torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+class Values(Interpreter):
+    """Keeps what every node returns."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
+        self.kept: dict[str, object] = {}
+
+    def run_node(self, n: Node) -> object:
+        self.kept[n.name] = super().run_node(n)
+        return self.kept[n.name]
+
+
+def test_every_node_knows_what_it_returns(network: tuple[str, nn.Module, Teacher]) -> None:
+    """For 13 images, the batch that stands for all others."""
+    _, _, teacher = network
+    run = Values(teacher.module)
+    with torch.no_grad():
+        run.run(images(13))
+    for node in teacher.module.graph.nodes:
+        known, value = node.meta["val"], run.kept[node.name]
+        if isinstance(value, Tensor):
+            assert known.dtype == value.dtype, node
+            assert [each if isinstance(each, int) else each.node.hint for each in known.shape] == list(value.shape), (
+                node
+            )
 
 
 # --- folding ----------------------------------------------------------------------------------------------------------

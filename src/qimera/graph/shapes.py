@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from qimera.errors import ConfigError
+from qimera.graph.nodes import BATCH_NORM, aten
 
 
 def propagate_shapes_(module: GraphModule, image_shape: tuple[int, ...]) -> None:
@@ -36,7 +37,9 @@ class _Shapes(fx.Interpreter):
     def run_node(self, n: Node) -> Any:
         if n.target is torch.ops.aten._native_batch_norm_legit_no_training.default:
             self._check_statistics(n)
-        result = super().run_node(n)
+        result = self._same_as_entering(n)
+        if result is None:
+            result = super().run_node(n)
         number = result.node.hint if isinstance(result, torch.SymInt) else result
         if isinstance(number, int) and abs(number) >= 1 << 63:  # squared again and again, it would fill the memory
             raise ConfigError(f"computes a size of {number.bit_length()} bits at {n.name}")
@@ -44,6 +47,23 @@ class _Shapes(fx.Interpreter):
             result = self._mode.from_tensor(result, static_shapes=True)
         n.meta["val"] = result
         return result
+
+    def _same_as_entering(self, n: Node) -> Tensor | None:
+        """Return a tensor like the one that enters a ReLU or a batch norm; None for all else, and where they misfit.
+
+        PyTorch composes each of a dozen operations, which takes most of the time of a whole graph.
+        """
+        is_norm = n.target is BATCH_NORM and [type(each) for each in n.args[5:]] == [bool, float, float, bool]
+        if n.kwargs or not (is_norm or n.target is aten.relu.default):
+            return None
+        entering, *others = (self.env[each] for each in n.args[:5] if isinstance(each, Node))
+        if not isinstance(entering, Tensor) or not entering.is_floating_point():
+            return None
+        fits = (
+            isinstance(each, Tensor) and each.dtype == entering.dtype and tuple(each.shape) == (entering.shape[1],)
+            for each in others
+        )
+        return torch.empty_like(entering) if all(fits) else None
 
     def _check_statistics(self, n: Node) -> None:
         """Refuse numbers per channel that are too few: the kernel reads as many as there are channels, unchecked."""
