@@ -110,6 +110,16 @@ def calibrated(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def behind_stem(*layers: nn.Module, channels: int = 8) -> nn.Sequential:
+    """Return a trained-looking network with ``layers`` behind convolution, batch norm and ReLU, and a head."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stem = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        model = calibrated(nn.Sequential(*stem, *layers, Head(channels)))
+    assert isinstance(model, nn.Sequential)
+    return model.requires_grad_(False)
+
+
 class Plain(nn.Module):
     """Convolution, batch norm, ReLU; the convolution with or without a bias, the norm with or without parameters."""
 

@@ -1,7 +1,6 @@
 """Networks as users have them: wrapped, in other precisions, with regions, writes and constants of every kind."""
 
 import copy
-import logging
 import re
 from collections.abc import Callable
 
@@ -13,35 +12,21 @@ from torch.nn.utils import prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 from qimera.config.settings import QuantizationSettings
-from qimera.errors import UnsupportedModelError
 from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
-from tests.networks import NUM_CLASSES, SPEC, Head, Lambda, TinyNet, calibrated
-
-
-def images(count: int = 4) -> Tensor:
-    return torch.randn(count, *SPEC.shape, generator=torch.Generator().manual_seed(0))
-
-
-def network(*layers: nn.Module, channels: int = 8) -> nn.Sequential:
-    """Return a trained-looking network with ``layers`` behind convolution, batch norm and ReLU."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        stem = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
-        model = calibrated(nn.Sequential(*stem, *layers, Head(channels)))
-    assert isinstance(model, nn.Sequential)
-    return model.requires_grad_(False)
+from tests.networks import NUM_CLASSES, SPEC, Lambda, TinyNet, behind_stem, calibrated
+from tests.shared import noise
 
 
 @torch.no_grad()
 def assert_captured(model: nn.Module, expected: Tensor | None = None) -> Teacher:
     """Assert that the teacher and a student of 8 bits answer as ``model`` does, and return the teacher."""
-    expected = model(images()) if expected is None else expected
+    expected = model(noise(4)) if expected is None else expected
     teacher = Teacher.capture(model, SPEC)
-    assert (teacher(images()) - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert (teacher(noise(4)) - expected).abs().max() <= 1e-4 * expected.abs().max()
     student = Student(teacher, QuantizationSettings(weight_bits=8, activation_bits=8))
-    student.initialize_ranges_([images()])
-    assert (student(images()) - expected).abs().max() <= 0.15 * expected.abs().max()
+    student.initialize_ranges_([noise(4)])
+    assert (student(noise(4)) - expected).abs().max() <= 0.15 * expected.abs().max()
     return teacher
 
 
@@ -82,7 +67,7 @@ class ReturnsNothing(nn.Sequential):
 
 
 def test_a_network_whose_own_train_returns_nothing_is_captured() -> None:
-    assert_captured(ReturnsNothing(*network()))
+    assert_captured(ReturnsNothing(*behind_stem()))
 
 
 class Bare(nn.Module):
@@ -116,7 +101,7 @@ def test_a_network_that_takes_any_arguments_is_captured(tiny_model: TinyNet) -> 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_computed_in_float32(tiny_model: TinyNet, dtype: torch.dtype) -> None:
     model = copy.deepcopy(tiny_model).to(dtype)
-    teacher = assert_captured(model, copy.deepcopy(model).float()(images()).detach())
+    teacher = assert_captured(model, copy.deepcopy(model).float()(noise(4)).detach())
     assert next(model.parameters()).dtype == dtype
     assert next(teacher.parameters()).dtype == torch.float32
 
@@ -162,40 +147,17 @@ UNUSUAL: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_layers_that_are_not_plain_modules_are_captured(name: str) -> None:
-    model = network(UNUSUAL[name]())
+    model = behind_stem(UNUSUAL[name]())
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    model(images())  # as its owner runs it, with gradients recorded
+    model(noise(4))  # as its owner runs it, with gradients recorded
     assert_captured(model)
 
 
 def test_a_network_that_keeps_what_it_computed_is_captured() -> None:
-    model = network(Caches()).requires_grad_(True)
-    model(images())
+    model = behind_stem(Caches()).requires_grad_(True)
+    model(noise(4))
     assert_captured(model)
-
-
-def test_a_network_that_cannot_be_copied_is_refused_by_name() -> None:
-    class Uncopyable(nn.Identity):
-        def __deepcopy__(self, memo: dict[int, object]) -> "Uncopyable":
-            raise RuntimeError("holds a lock")
-
-    with pytest.raises(UnsupportedModelError, match=r"Sequential cannot be copied \(holds a lock\)"):
-        Teacher.capture(network(Uncopyable()), SPEC)
-
-
-@pytest.mark.parametrize("key", ["in", "gr\u00f6\u00dfe"])
-def test_a_layer_whose_name_cannot_be_stored_is_refused_by_it(key: str) -> None:
-    layers = nn.ModuleDict({key: nn.Conv2d(8, 8, 3)})
-    model = network(Lambda(lambda x: layers[key](x)))
-    model[3].layers = layers
-    with pytest.raises(UnsupportedModelError, match=rf"3.layers.{key}.weight: names of layers .*rename this one"):
-        Teacher.capture(model, SPEC)
-
-
-def test_a_network_without_values_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"Sequential cannot be copied .*load its state_dict"):
-        Teacher.capture(network().to("meta"), SPEC)
 
 
 # --- regions, writes and constants ------------------------------------------------------------------------------------
@@ -222,7 +184,7 @@ REGIONS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("name", REGIONS)
 def test_layers_in_a_region_are_layers_of_the_network(name: str) -> None:
-    model = network(Region(REGIONS[name]))
+    model = behind_stem(Region(REGIONS[name]))
     teacher = Teacher.capture(model, SPEC)
     assert [layer.name for layer in teacher.layers] == ["0", "3.body.0", "4.fc"]
     assert [tap.name for tap in teacher.batch_norms] == ["1", "3.body.1"]
@@ -250,16 +212,16 @@ WRITES = {"into a part": write_into_part, "into a chunk": rectify_half, "behind 
 
 @pytest.mark.parametrize("name", WRITES)
 def test_what_is_written_in_place_is_seen_by_all_that_read_it(name: str) -> None:
-    assert_captured(network(Lambda(WRITES[name])))
+    assert_captured(behind_stem(Lambda(WRITES[name])))
 
 
 def test_a_network_that_writes_into_its_images_is_captured() -> None:
-    model = nn.Sequential(Lambda(lambda x: x.sub_(0.3).mul_(2)), *network()).eval()
-    assert_captured(model, model(images()))
+    model = nn.Sequential(Lambda(lambda x: x.sub_(0.3).mul_(2)), *behind_stem()).eval()
+    assert_captured(model, model(noise(4)))
 
 
 def with_constant(function: Callable[[Tensor, Tensor], Tensor], value: Tensor, *, fixed: bool) -> nn.Module:
-    return network(Lambda(function, value, fixed=fixed), nn.Conv2d(8, 8, 3))
+    return behind_stem(Lambda(function, value, fixed=fixed), nn.Conv2d(8, 8, 3))
 
 
 PER_CHANNEL = torch.linspace(0.5, 1.5, 8)
@@ -293,7 +255,7 @@ def test_a_parameter_behind_a_view_can_still_be_trained() -> None:
 
 def test_a_batch_norm_of_tokens_is_not_folded_into_features() -> None:
     tokens, back = Lambda(lambda x: x.flatten(2).transpose(1, 2)), Lambda(lambda x: x.transpose(1, 2)[..., None])
-    model = network(nn.AdaptiveAvgPool2d((2, 4)), tokens, nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), back)
+    model = behind_stem(nn.AdaptiveAvgPool2d((2, 4)), tokens, nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), back)
     assert [tap.name for tap in assert_captured(model).batch_norms] == ["1", "6"]
 
 
@@ -305,7 +267,7 @@ class Last(nn.Module):
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
 def test_a_recurrent_layer_stays_in_floating_point(layer: type[nn.Module]) -> None:
     tokens = Lambda(lambda x: x.flatten(2).transpose(1, 2))
-    teacher = assert_captured(network(nn.AvgPool2d(4), tokens, layer(8, 8, batch_first=True), Last()))
+    teacher = assert_captured(behind_stem(nn.AvgPool2d(4), tokens, layer(8, 8, batch_first=True), Last()))
     assert [each.name for each in teacher.layers] == ["0", "7.fc"]
 
 
@@ -318,124 +280,12 @@ def test_a_map_that_is_viewed_as_a_row_is_captured() -> None:
 
 def test_a_bias_that_depends_on_the_image_is_an_activation() -> None:
     weight = torch.randn(8, 8, 1, 1)
-    assert_captured(network(Lambda(lambda x, w: F.conv2d(x, w, 0 * x.mean((0, 2, 3)) + 1), weight)))
-
-
-# --- what is told and refused -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("softmax", [nn.Softmax(1), nn.Softmax(-1), nn.LogSoftmax(1)])
-def test_a_softmax_at_the_end_is_taken_off_and_that_is_told(
-    softmax: nn.Module, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = network()
-    with caplog.at_level(logging.WARNING, "qimera"):
-        teacher = Teacher.capture(nn.Sequential(model, softmax), SPEC)
-    assert "Sequential returns probabilities" in caplog.text
-    with torch.no_grad():
-        torch.testing.assert_close(teacher(images()), model(images()), rtol=1e-4, atol=1e-5)
-
-
-class DropsAlways(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, 0.5)
-
-
-class Noisy(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.randn_like(x)
-
-
-class Quantized(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fake = torch.ao.quantization.FakeQuantize()  # type: ignore[no-untyped-call]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-
-class Counts(nn.Module):
-    """Answers differently in every call, without a random number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x * self.calls
-
-
-class AlwaysTraining(nn.BatchNorm2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True)
-
-
-class OtherWhenExported(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 2 if torch.compiler.is_exporting() else x
-
-
-REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "dropout in evaluation": (DropsAlways, r"dropout of Sequential drops values at random .*training=self\.training"),
-    "noise": (Noisy, r"calls aten\.randn_like\.default, which qimera does not know"),
-    "fake quantizers": (Quantized, r"3\.fake \(FakeQuantize\) quantizes already; bring the network in floating point"),
-    "a counter": (Counts, "answers differently when it is asked again"),
-    "training mode": (
-        lambda: AlwaysTraining(8),
-        r"batch_norm_1 of Sequential normalises by the statistics of the batch",
-    ),
-    "statistics of the batch": (
-        lambda: nn.BatchNorm2d(8, track_running_stats=False),
-        "answers differently for an image when other images are in the batch",
-    ),
-    "another graph": (OtherWhenExported, r"gives other logits than Sequential itself \(by \d+\.\d%"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_would_go_silently_wrong_is_refused_by_name(case: str) -> None:
-    build, message = REFUSED[case]
-    model = network()
-    model.insert(3, build())
-    with pytest.raises(UnsupportedModelError, match=message):
-        Teacher.capture(model.eval(), SPEC)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_a_torchscript_program_is_refused_by_name() -> None:
-    script = torch.jit.trace(network(), images())  # type: ignore[no-untyped-call]
-    with pytest.raises(UnsupportedModelError, match=r"a TorchScript program.*bring the nn\.Module"):
-        Teacher.capture(script, SPEC)
-
-
-def test_a_program_in_training_mode_is_refused_with_the_way_out() -> None:
-    batch = {0: torch.export.Dim.DYNAMIC}
-    model = network().train()
-    for norm in [module for module in model if isinstance(module, nn.BatchNorm2d)]:
-        norm.momentum = 0.1
-    program = torch.export.export(model, (images(),), dynamic_shapes=(batch,))
-    with pytest.raises(UnsupportedModelError, match=r"call model\.eval\(\) before torch\.export\.export"):
-        Teacher.capture(program.module(check_guards=False), SPEC)
-
-
-def test_the_first_value_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network(Lambda(lambda x: x.sigmoid()), Lambda(lambda x: x.tanh()))
-
-    def wrong(module: torch.fx.GraphModule) -> None:
-        for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default):
-            node.target = torch.ops.aten.sigmoid.default
-        module.recompile()
-
-    monkeypatch.setattr("qimera.teacher.capture.simplify_", wrong)
-    with pytest.raises(UnsupportedModelError, match="the first value that differs is tanh"):
-        Teacher.capture(model, SPEC)
+    assert_captured(behind_stem(Lambda(lambda x, w: F.conv2d(x, w, 0 * x.mean((0, 2, 3)) + 1), weight)))
 
 
 def test_a_model_with_hooks_keeps_them_for_itself() -> None:
-    model, seen = network(), []
+    model, seen = behind_stem(), []
     model.register_forward_hook(lambda *_: seen.append(1))
     assert_captured(model)
     assert len(seen) >= 1
-    assert model(images()).shape == (4, NUM_CLASSES)
+    assert model(noise(4)).shape == (4, NUM_CLASSES)
