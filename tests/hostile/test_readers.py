@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +38,19 @@ def _watch(event: str, arguments: tuple[object, ...]) -> None:
 
 
 _HARMLESS = ("os.listdir", "os.scandir", "os.fwalk", "os.walk")
-sys.addaudithook(_watch)
 Image.init()  # Pillow imports its own readers of formats at the first file that it does not know
+
+
+@cache
+def _listen() -> None:
+    """Have ``_watch`` told of every event, from the first test here on: it can never be taken back, and takes time."""
+    sys.addaudithook(_watch)
 
 
 @contextmanager
 def watching() -> Iterator[list[str]]:
     """Yield a list that fills with whatever does more than compute and read."""
+    _listen()
     _watched.append([])
     try:
         yield _watched[-1]
