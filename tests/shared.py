@@ -1,6 +1,6 @@
 """What many tests of one process share, made once: teachers and students of ``NETWORKS``. None of it may change.
 
-``conftest.py`` checks after every file that nothing has.
+``fixtures.py`` checks after every file that nothing has.
 """
 
 import copy
