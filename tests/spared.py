@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import io
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -10,12 +12,16 @@ import onnx_ir as ir
 import pytest
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor, nn
 from torch.export import decomp_utils, exported_program
-from torch.fx import proxy
+from torch.fx import GraphModule, proxy
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from qimera.config.input_spec import InputSpec
 from qimera.export import onnx_model
+from qimera.graph.nodes import copied
 from qimera.student.student import Student
+from qimera.teacher import teacher
 
 
 class _NoTraceback:
@@ -53,6 +59,7 @@ def spare(patch: pytest.MonkeyPatch) -> None:
     _keep_translations(patch)
     _keep_full_precision(patch)
     _keep_composite_operations(patch)
+    _keep_graphs(patch)
     patch.setattr(proxy, "CapturedTraceback", _NoTraceback)
 
 
@@ -96,3 +103,51 @@ def _keep_composite_operations(patch: pytest.MonkeyPatch) -> None:
 
     for module in (decomp_utils, exported_program):
         patch.setattr(module, "_collect_all_valid_cia_ops", kept)
+
+
+class _Contents(pickle.Pickler):
+    """Writes tensors as what they hold, and as which of the tensors of a network they are."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.places: dict[int, int] = {}
+
+    def persistent_id(self, obj: object) -> object:
+        if not isinstance(obj, Tensor):
+            return None
+        place = self.places.setdefault(id(obj), len(self.places))
+        return place, tuple(obj.shape), obj.stride(), str(obj.dtype), obj.requires_grad, obj.detach().numpy().tobytes()
+
+
+def _contents(model: nn.Module) -> bytes | None:
+    """Return everything that a network holds; None where a capture has something to tell of it, or it is unusual."""
+    kinds = {type(each) for each in model.modules()}
+    if not all(kind.__module__.startswith(("torch.nn.modules.", "qimera.", "tests.networks")) for kind in kinds):
+        return None
+    tensors = (*model.parameters(), *model.buffers())
+    if kinds & {nn.Softmax, nn.LogSoftmax} or any(
+        each.is_floating_point() and each.dtype != torch.float32 for each in tensors
+    ):
+        return None
+    file = io.BytesIO()
+    try:
+        _Contents(file).dump(model)
+    except Exception:  # of functions without a name, and tensors without values
+        return None
+    return file.getvalue()
+
+
+def _keep_graphs(patch: pytest.MonkeyPatch) -> None:
+    """Keep the graph of every network that was captured, for each command captures its network anew."""
+    capture, kept = teacher.capture, {}
+
+    def once(model: nn.Module, input_spec: InputSpec, logits: str) -> GraphModule:
+        contents = _contents(model)
+        if contents is None:
+            return capture(model, input_spec, logits)
+        key = hashlib.sha256(contents).digest(), input_spec, logits
+        if key not in kept:
+            kept[key] = capture(model, input_spec, logits)
+        return copied(kept[key])
+
+    patch.setattr(teacher, "capture", once)
