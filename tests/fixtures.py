@@ -17,6 +17,7 @@ from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import EMBEDDED_MODELS, load_model
 from qimera.teacher.teacher import Teacher
 from tests.command_line import SMALL, SMALL_INPUT
+from tests.forked import Starter, loaded_process
 from tests.networks import SPEC, TinyNet, toy_pixels, trained_tiny_net
 from tests.shared import changed, keep, tensors_of
 from tests.spared import spare
@@ -109,6 +110,13 @@ def toy_images() -> Tensor:
     images = SPEC.normalize(toy_pixels(512, seed=2)[0])
     keep("toy_images", {"images": images})
     return images
+
+
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Starter]:
+    """What ``Forked`` processes are started by."""
+    with loaded_process() as process:
+        yield process
 
 
 @pytest.fixture(scope="session", autouse=True)

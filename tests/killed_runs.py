@@ -1,4 +1,4 @@
-"""Kills runs at random moments until each is finished; started by test_interruption.py, for it must fork early.
+"""Kills runs at random moments until each is finished; forked by test_interruption.py.
 
     python -m tests.killed_runs KILLS SEED FOLDER
 
@@ -74,9 +74,9 @@ def result(path: Path) -> tuple[bytes, ...]:
     return tuple((path / name).read_bytes() for name in names)
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Kill as often as was asked for."""
-    kills, seed, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    kills, seed, folder = int(arguments[0]), int(arguments[1]), Path(arguments[2])
     torch.set_num_threads(1)
     checkpoint.SECONDS_BETWEEN = 0.0  # most of the time goes into writing
     teacher = Teacher.capture(load_model(SMALL), settings(WAYS[0]).input)
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -60,6 +60,12 @@ def load_what_a_run_needs() -> None:
     Teacher.capture(load_model(SMALL), tiny_settings().input)
 
 
+def command(arguments: list[str]) -> None:
+    """Run the command line as ``python -m qimera`` does."""
+    sys.argv = ["qimera", *arguments]
+    importlib.import_module("qimera.cli.app").main()
+
+
 def _exit_code(function: Callable[[list[str]], object], arguments: list[str]) -> int:
     try:
         function(arguments)

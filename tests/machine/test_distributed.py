@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,40 +17,14 @@ from qimera.config.run_settings import RunSettings
 from qimera.config.settings import DirectSettings, DistillationSettings, SynthesisSettings
 from qimera.runs.directory import RunDirectory
 from tests.command_line import tiny_settings
+from tests.forked import ENVIRONMENT, Forked, Starter
 
-ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-SIDE_BY_SIDE = [sys.executable, "-W", "ignore", "-m", "tests.side_by_side"]
 QIMERA = [*TORCHRUN, "-m", "qimera"]
 STARTS = ["forked", pytest.param("torchrun", marks=pytest.mark.slow)]
 """Starts of the command line: processes that are forked when all is loaded cost a tenth."""
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
 
 Results = dict[str, dict[str, Tensor]]
-
-
-class Forked:
-    """Processes that ``side_by_side`` starts; an interrupt reaches each of them, as from a terminal."""
-
-    def __init__(
-        self, starter: "subprocess.Popen[str]", folder: Path, function: str, arguments: list[str], processes: int = 2
-    ) -> None:
-        self._starter, self._errors = starter, folder / f"errors-{time.monotonic_ns()}"
-        request = {"function": function, "arguments": arguments, "processes": processes}
-        assert starter.stdin is not None
-        starter.stdin.write(json.dumps({**request, "folder": str(folder), "errors": str(self._errors)}) + "\n")
-        starter.stdin.flush()
-        assert starter.stdout is not None
-        self.workers: list[int] = json.loads(starter.stdout.readline())
-
-    def interrupt(self) -> None:
-        for worker in self.workers:
-            os.kill(worker, signal.SIGINT)
-
-    def end(self) -> tuple[int, str]:
-        """Return the exit code, and what was said."""
-        assert self._starter.stdout is not None
-        return int(self._starter.stdout.readline()), self._errors.read_text()
 
 
 class Torchrun:
@@ -73,17 +47,8 @@ class Torchrun:
         return self._process.returncode, said
 
 
-@pytest.fixture(scope="module")
-def starter() -> Iterator["subprocess.Popen[str]"]:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(SIDE_BY_SIDE, cwd=ROOT, env=ENVIRONMENT, text=True, **pipes) as process:
-        yield process
-
-
 @pytest.fixture(params=STARTS)
-def start(
-    request: pytest.FixtureRequest, starter: "subprocess.Popen[str]", tmp_path: Path
-) -> Callable[[list[str]], Forked | Torchrun]:
+def start(request: pytest.FixtureRequest, starter: Starter, tmp_path: Path) -> Callable[[list[str]], Forked | Torchrun]:
     """Start the command line twice, in the folder of the test."""
     if request.param == "torchrun":
         return lambda arguments: Torchrun(tmp_path, arguments)
@@ -91,9 +56,7 @@ def start(
 
 
 @pytest.fixture(scope="module")
-def results(
-    tmp_path_factory: pytest.TempPathFactory, starter: "subprocess.Popen[str]"
-) -> tuple[Results, Results, Results]:
+def results(tmp_path_factory: pytest.TempPathFactory, starter: Starter) -> tuple[Results, Results, Results]:
     """What one process comes to, and each of two."""
     folders = [tmp_path_factory.mktemp(name) for name in ("alone", "together")]
     for folder, count in zip(folders, (1, 2), strict=True):
@@ -129,7 +92,7 @@ def test_a_student_learns_from_two_halves_what_it_learns_from_the_whole(
 
 
 @pytest.fixture(scope="module")
-def starts(tmp_path_factory: pytest.TempPathFactory, starter: "subprocess.Popen[str]") -> tuple[Results, Results]:
+def starts(tmp_path_factory: pytest.TempPathFactory, starter: Starter) -> tuple[Results, Results]:
     """What each of two processes makes of samples of its own."""
     folder = tmp_path_factory.mktemp("starts")
     code, said = Forked(starter, folder, "tests.two_processes:write_starts_into", [str(folder)]).end()

@@ -1,9 +1,6 @@
 """Runs that are interrupted or killed and go on: bit for bit what they would have been."""
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +19,9 @@ from qimera.runs.execution import carry_out
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests.command_line import tiny_settings
+from tests.forked import Forked, Starter
 from tests.killed_runs import BEST_STEP, PLAIN, SYNTHESIS, WAYS, result, settings
 from tests.networks import NUM_CLASSES, SPEC, Head
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -165,19 +161,19 @@ def test_nothing_of_another_seed_is_taken_up(tmp_path: Path, small_teacher: Teac
     assert torch.equal(kept.pixels, synthesize(small_teacher, settings=SYNTHESIS, seed=2).pixels)
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path, small_teacher: Teacher) -> None:
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, small_teacher: Teacher, starter: Starter) -> None:
     """The command itself, in a process of its own."""
     long = tiny_settings(distillation=DistillationSettings(num_steps=100_000, batch_size=8, compile="never"))
     long.save(tmp_path / "long.json")
-    command = [sys.executable, "-m", "qimera", "quantize", "--settings", "long.json", "--output", "run"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    arguments = ["quantize", "--settings", "long.json", "--output", "run"]
+    process = Forked(starter, tmp_path, "tests.side_by_side:command", arguments, processes=1)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and '"step": 20,' in metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    process.interrupt()
+    code, said = process.end()
+    assert code == 130
     assert "saving after this step" in said
     assert "interrupted; the same command continues with what is in run" in said
     kept = torch.load(tmp_path / "run" / "checkpoints" / "student-0" / "student.pt", weights_only=True)
@@ -187,9 +183,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, small_teacher: Teacher) -> Non
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_runs_that_are_killed_come_to_the_same(tmp_path: Path, kills: int) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.killed_runs", str(kills), "0", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout)
+def test_runs_that_are_killed_come_to_the_same(tmp_path: Path, kills: int, starter: Starter) -> None:
+    arguments = [str(kills), "0", str(tmp_path)]
+    code, said = Forked(starter, tmp_path, "tests.killed_runs:main", arguments, processes=1).end()
+    assert code == 0, said
+    found = json.loads(said.splitlines()[-1])
     assert found["killed"] == kills
     assert found["equal"] == found["finished"] >= 1
