@@ -4,7 +4,7 @@ import copy
 import hashlib
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -21,7 +21,10 @@ from qimera.config.input_spec import InputSpec
 from qimera.export import onnx_model
 from qimera.graph.nodes import copied
 from qimera.student.student import Student
+from qimera.synthesis.synthesizer import Synthesizer
 from qimera.teacher import teacher
+from qimera.teacher.teacher import Teacher
+from qimera.training import memory
 
 
 class _NoTraceback:
@@ -60,6 +63,7 @@ def spare(patch: pytest.MonkeyPatch) -> None:
     _keep_full_precision(patch)
     _keep_composite_operations(patch)
     _keep_graphs(patch)
+    _keep_sizes(patch)
     patch.setattr(proxy, "CapturedTraceback", _NoTraceback)
 
 
@@ -151,3 +155,31 @@ def _keep_graphs(patch: pytest.MonkeyPatch) -> None:
         return copied(kept[key])
 
     patch.setattr(teacher, "capture", once)
+
+
+def _keep_sizes(patch: pytest.MonkeyPatch) -> None:
+    """Keep how much memory a step takes of every network, which is worked out anew in front of every training."""
+
+    def of_draws(teacher: Teacher, synthesizer: Synthesizer) -> object:
+        synthesizer.eval()  # as the count leaves it
+        sizes = tuple((name, value.shape) for name, value in synthesizer.state_dict().items())
+        return teacher.hash, teacher.input_spec, repr(synthesizer), sizes
+
+    def of_lessons(student: Student) -> object:
+        return student.teacher_hash, student.input_spec, student.settings, student.module.code
+
+    _keep_results(patch, "_written_for_images", lambda teacher: (teacher.hash, teacher.input_spec))
+    _keep_results(patch, "_written_for_draws", of_draws)
+    _keep_results(patch, "_written_for_lessons", of_lessons)
+
+
+def _keep_results(patch: pytest.MonkeyPatch, name: str, key_of: Callable[..., object]) -> None:
+    count, kept = getattr(memory, name), {}
+
+    def once(*networks: nn.Module) -> int:
+        key = key_of(*networks)
+        if key not in kept:
+            kept[key] = count(*networks)
+        return kept[key]
+
+    patch.setattr(memory, name, once)

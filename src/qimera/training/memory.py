@@ -32,16 +32,14 @@ def images_in_memory(settings: SynthesisSettings, teacher: Teacher) -> Synthesis
     """Return the settings with batches of optimised images that fit into ``memory_gib``."""
     if not optimizes(settings):
         return settings
-    written = written_bytes(lambda: teacher.forward_with_taps(_few_images(teacher)))
+    written = _written_for_images(teacher)
     direct = _fitting(settings.direct, "direct.batch_size", written, settings.memory_gib)
     return settings.model_copy(update={"direct": direct})
 
 
 def draws_in_memory(settings: SynthesisSettings, teacher: Teacher, synthesizer: Synthesizer) -> SynthesisSettings:
     """Return the settings with batches of the generator's training that fit into ``memory_gib``."""
-    drawn = synthesizer.draw(_FEWEST, torch.Generator().manual_seed(0))
-    synthesizer.eval()  # else its batch norms would count this batch
-    written = written_bytes(lambda: (synthesizer(drawn), teacher.forward_with_taps(_few_images(teacher))))
+    written = _written_for_draws(teacher, synthesizer)
     generator = _fitting(settings.generator, "generator.batch_size", written, settings.memory_gib)
     return settings.model_copy(update={"generator": generator})
 
@@ -50,8 +48,22 @@ def lessons_in_memory(settings: DistillationSettings, student: Student) -> Disti
     """Return the settings with batches of the student's training that fit into ``memory_gib``."""
     if not settings.num_steps:
         return settings
-    written = written_bytes(lambda: student.module(_few_images(student)))
+    written = _written_for_lessons(student)
     return _fitting(settings, "batch_size", _KEPT_BY_STUDENT * written, settings.memory_gib)
+
+
+def _written_for_images(teacher: Teacher) -> int:
+    return written_bytes(lambda: teacher.forward_with_taps(_few_images(teacher)))
+
+
+def _written_for_draws(teacher: Teacher, synthesizer: Synthesizer) -> int:
+    drawn = synthesizer.draw(_FEWEST, torch.Generator().manual_seed(0))
+    synthesizer.eval()  # else its batch norms would count this batch
+    return written_bytes(lambda: (synthesizer(drawn), teacher.forward_with_taps(_few_images(teacher))))
+
+
+def _written_for_lessons(student: Student) -> int:
+    return written_bytes(lambda: student.module(_few_images(student)))
 
 
 def _few_images(network: Teacher | Student) -> Tensor:
