@@ -75,6 +75,16 @@ def test_every_layer_is_said_to_run_in_floating_point_without_a_compiler(tmp_pat
     assert comparison.float_layers == ("conv1", "conv2", "conv3", "depthwise", "pointwise", "fc")
 
 
+def test_a_model_in_full_precision_that_does_not_run_costs_its_time_alone(
+    tmp_path: Path, teacher: Teacher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Student, "reference", property(lambda _: lambda image: image @ image.flatten()))
+    comparison = export_pt2(student_of(teacher), tmp_path / "model.pt2").comparisons[0]
+    assert "the model in full precision does not run" in caplog.text
+    assert comparison.float_latency_ms is None
+    assert comparison.latency_ms is not None
+
+
 # --- its form ---------------------------------------------------------------------------------------------------------
 
 

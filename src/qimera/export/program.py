@@ -3,8 +3,8 @@
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from qimera.export.comparison import (
     check_agreement,
     check_scheme,
     compare,
-    latencies_ms,
+    latencies_beside,
     logits_of,
     multiplying,
     refuse_lowest_weights,
@@ -76,7 +76,7 @@ def export_pt2(
         program = torch.export.load(temporary).module()
         names = list(multiplying(student).values())
         return verify_program(
-            student, temporary, samples, min_agreement, f"PyTorch {_TORCH}", program, names, student.reference
+            student, temporary, samples, min_agreement, f"PyTorch {_TORCH}", program, names, lambda: student.reference
         )
 
 
@@ -263,11 +263,11 @@ def verify_program(
     runtime: str,
     program: Program,
     float_layers: list[str],
-    reference: Program | None = None,
+    reference: Callable[[], Program] | None = None,
 ) -> Verification:
     """Run student and program on ``samples``; raise VerificationError where too few come out the same.
 
-    ``reference`` is the full-precision model for the same runtime, whose time is taken beside that of the program.
+    ``reference`` returns the full-precision model for the same runtime, whose time is taken beside that of the program.
     """
     images = student.input_spec.normalize(sample_pixels(student, samples))
     expected = logits_of(student, images).numpy()
@@ -279,18 +279,18 @@ def verify_program(
                 f"{runtime}: cannot run the file ({runtime_reason(error)}); no file was written"
             ) from error
     num_layers = len(multiplying(student))
-    runs = [program] if reference is None else [program, reference]
-    comparison = compare(runtime, expected, actual, num_layers, float_layers, _latencies_ms(runs, images[:1]))
+    with torch.no_grad(), _one_thread():
+        latencies = latencies_beside(program, images[:1], reference)
+    comparison = compare(runtime, expected, actual, num_layers, float_layers, latencies)
     check_agreement(comparison, len(images), min_agreement)
     return Verification(num_layers, path.stat().st_size, len(images), (comparison,))
 
 
-def _latencies_ms(programs: Sequence[Program], image: Tensor) -> list[float]:
-    """Return the milliseconds of one image on one of PyTorch's threads, for each program."""
+@contextmanager
+def _one_thread() -> Iterator[None]:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.no_grad():
-            return latencies_ms([partial(program, image) for program in programs])
+        yield
     finally:
         torch.set_num_threads(num_threads)
