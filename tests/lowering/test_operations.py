@@ -26,6 +26,12 @@ def student_of(layer: nn.Module) -> Student:
     return shared.fitted(Teacher.capture(model.eval(), SPEC), shared.noise(), QuantizationSettings())
 
 
+def kept_statistics() -> nn.InstanceNorm2d:
+    norm = nn.InstanceNorm2d(4, track_running_stats=True)
+    norm.running_mean, norm.running_var = torch.arange(4.0) / 10, 1 + torch.arange(4.0)
+    return norm
+
+
 OPERATIONS = {
     "prelu": (nn.PReLU(4), {"PRELU"}),
     "one slope": (nn.PReLU(), {"PRELU"}),
@@ -41,7 +47,41 @@ OPERATIONS = {
     "difference of integers": (Lambda(lambda x: torch.rsub(x, x.relu())), {"SUB"}),
     "nearest": (nn.Upsample(scale_factor=2), {"RESIZE_NEAREST_NEIGHBOR"}),
     "nearest exact": (nn.Upsample(scale_factor=(1, 2), mode="nearest-exact"), {"RESIZE_NEAREST_NEIGHBOR"}),
+    "nearest by fractions": (
+        nn.Sequential(nn.Upsample(scale_factor=1.3), nn.Upsample((9, 21), mode="nearest-exact")),
+        {"GATHER"},
+    ),
+    "bilinear": (
+        nn.Sequential(
+            nn.Upsample((9, 20), mode="bilinear"),
+            nn.Upsample(scale_factor=(2, 1), mode="bilinear", align_corners=True),
+        ),
+        {"RESIZE_BILINEAR"},
+    ),
+    "weighted sums": (
+        nn.Sequential(
+            nn.Upsample(scale_factor=1.3, mode="bilinear"),  # 14 pixels become 18, not 18.2
+            nn.Upsample((12, 18), mode="bicubic"),
+            Lambda(lambda x: F.interpolate(x, (9, 8), mode="bilinear", antialias=True)),
+        ),
+        {"FULLY_CONNECTED"},
+    ),
+    "averages inside": (
+        nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.AvgPool2d(3, 3, ceil_mode=True)),
+        {"AVERAGE_POOL_2D"},
+    ),
+    "averages over windows of several sizes": (
+        nn.Sequential(nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AdaptiveAvgPool2d((4, 9))),
+        {"FULLY_CONNECTED"},
+    ),
     "repeat": (Lambda(lambda x: x[:, :2].repeat(1, 2, 1, 2)), {"TILE"}),
+    "every second row": (Lambda(lambda x: x[:, :, 1::2, -9:-1]), {"STRIDED_SLICE"}),
+    "normalized": (Lambda(lambda x: F.normalize(x).clamp_max(0.9).clamp(min=0.1).log().sin()), {"SQRT", "LOG", "SIN"}),
+    "interleaved": (
+        Lambda(lambda x: x[:, :1].repeat_interleave(4, 1).repeat_interleave(2).view(x.shape[0], 4, 28, -1)),
+        {"TILE"},
+    ),
+    "instance norms": (nn.Sequential(nn.InstanceNorm2d(4, affine=True), kept_statistics()), {"RSQRT"}),
 }
 
 
@@ -51,7 +91,7 @@ def test_a_file_computes_the_operations_of_the_student(name: str) -> None:
     student, images = student_of(layer), shared.noise(24)[16:]
     content = lower(student).content()
     assert kinds <= set(operations_in(content))
-    if name in ("nearest", "nearest exact", "repeat"):
+    if name.startswith(("nearest", "repeat", "interleaved", "every")):
         assert "DEQUANTIZE" not in operations_in(content)  # integers are moved as they are
     pixels = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
     with torch.no_grad():
@@ -74,13 +114,14 @@ def test_softplus_neither_overflows_nor_vanishes(number: float) -> None:
 
 
 REFUSED = {
-    "factor": (nn.Upsample(scale_factor=1.5), r"upsample_nearest2d: .* \[14, 14\] to \[21, 21\] .*"),
     "threshold": (nn.Softplus(1, 3), "softplus: a softplus with threshold 3 jumps"),
     "alpha": (Lambda(lambda x: torch.rsub(x, x.sigmoid(), alpha=2)), "rsub: a factor 2 .*"),
-    "edges": (nn.AvgPool2d(3, 2, 1, count_include_pad=False), "avg_pool2d.*: an average over windows .*"),
-    "windows": (nn.AdaptiveAvgPool2d(4), "adaptive_avg_pool2d.*: windows of an adaptive average that overlap .*"),
+    "windows": (nn.AdaptiveMaxPool2d(4), "adaptive_max_pool2d.*: .* has no counterpart in LiteRT"),
+    "norm": (
+        Lambda(lambda x: x / torch.linalg.vector_norm(x, 3, 1, keepdim=True)),
+        "linalg_vector_norm: a norm of order 3 .*",
+    ),
     "padding": (nn.ReflectionPad2d(1), "pad: only padding with zeros .*"),
-    "slice": (Lambda(lambda x: x[:, :, ::2]), "slice_.*: a slice with a step .*"),
     "clip": (Lambda(lambda x: F.hardtanh(F.relu(x), 0.1, 0.5)), "^0: LiteRT's kernels clip to ranges that hold zero"),
     "clip of parts": (
         Lambda(lambda x: F.hardtanh(torch.cat([x[:, :2], 2 * x[:, :2]], 1), 0.1, 0.5)),

@@ -160,6 +160,18 @@ def reduced(kind: str, w: Writer, x: Tensor, axes: Sequence[int], keep: bool = F
     return replace(result, shape=shape, order=tuple(order))
 
 
+def vector_norm(
+    w: Writer, x: Tensor, order: float | int = 2, axes: Sequence[int] | None = None, keep: bool = False, **_: object
+) -> Value:
+    """Lower ``aten.linalg_vector_norm`` of lengths: the root of a sum of squares."""
+    if order != 2:
+        raise UnsupportedModelError(
+            f"{w.name}: a norm of order {order} has no counterpart here; export to ONNX instead"
+        )
+    squares = unary("SQUARE", w, x)
+    return unary("SQRT", w, reduced("SUM", w, squares, range(len(x.shape)) if axes is None else axes, keep))
+
+
 def layer_norm(
     w: Writer,
     x: Tensor,
@@ -186,6 +198,27 @@ def group_norm(
     w.shape = shape
     result = w.floats(reshape(w, normalized))
     return _scaled(w, result, *(None if each is None else _of_channels(each.array, result) for each in (scale, shift)))
+
+
+def instance_norm(
+    w: Writer,
+    x: Tensor,
+    scale: Constant | None,
+    shift: Constant | None,
+    mean: Constant | None,
+    variance: Constant | None,
+    of_image: bool,
+    _: object,
+    eps: float | int,
+    *__: object,
+) -> Value:
+    """Lower ``aten.instance_norm``: a group norm of single channels, or a batch norm where it keeps statistics."""
+    if of_image or mean is None or variance is None:
+        return group_norm(w, x, x.shape[1], scale, shift, eps)
+    factor = (1 if scale is None else scale.array) / np.sqrt(variance.array + eps)
+    offset = (0 if shift is None else shift.array) - mean.array * factor
+    value = w.floats(x)
+    return _scaled(w, value, _of_channels(factor, value), _of_channels(offset, value))
 
 
 def _normalized(w: Writer, value: Value, axes: Sequence[int], eps: float | int) -> Value:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from qimera.errors import UnsupportedModelError
-from qimera.lowering.values import CHANNELS_LAST, Deferred, Tensor, Value
+from qimera.lowering.values import Deferred, Tensor, Value
 from qimera.lowering.writer import Writer
 from qimera.student.grids import Levels, grid_of
 
@@ -15,7 +15,7 @@ _MAX_PARTS = 4
 """Tensors that XNNPACK concatenates at once."""
 
 
-def _moved(w: Writer, x: Tensor, shape: Sequence[int], move: Callable[[Value], Value]) -> Tensor:
+def moved(w: Writer, x: Tensor, shape: Sequence[int], move: Callable[[Value], Value]) -> Tensor:
     """Move values about, which then have this ``shape``; those of a tensor that is not written yet once it is."""
     if isinstance(x, Deferred):
         return replace(x, shape=tuple(shape), write=lambda levels: move(x.write(levels)))
@@ -33,13 +33,13 @@ def reshape(w: Writer, x: Tensor, *_: object) -> Tensor:
         assert found is not None
         return found
 
-    return _moved(w, x, shape, move)
+    return moved(w, x, shape, move)
 
 
 def permute(w: Writer, x: Tensor, axes: Sequence[int]) -> Tensor:
     """Lower ``aten.permute``, which moves nothing: memory is read in another order."""
     axes = [axis % len(x.shape) for axis in axes]
-    return _moved(w, x, w.shape, lambda value: w.whole(value).permuted(axes))
+    return moved(w, x, w.shape, lambda value: w.whole(value).permuted(axes))
 
 
 def transpose(w: Writer, x: Tensor, first: int = 0, second: int = 1) -> Tensor:
@@ -54,16 +54,28 @@ def cut(
     w: Writer, x: Tensor, axis: int = 0, start: int | None = None, _end: int | None = None, step: int = 1
 ) -> Tensor:
     """Lower ``aten.slice``."""
-    if step != 1:
-        raise UnsupportedModelError(f"{w.name}: a slice with a step has no counterpart here; export to ONNX instead")
-    size, first = x.shape[axis], start or 0
-    return _part(w, x, axis % len(x.shape), min(max(first + (size if first < 0 else 0), 0), size), w.shape)
+    size, shape, axis = x.shape[axis], w.shape, axis % len(x.shape)
+    first = start or 0
+    first = min(max(first + (size if first < 0 else 0), 0), size)
+    if step == 1:
+        return _part(w, x, axis, first, shape)
+
+    def move(value: Value) -> Value:
+        number, source = w.read(w.whole(value))
+        result = w.output(shape, source.order, source.grid)
+        begin, end, steps = [0] * len(shape), list(source.shape), [1] * len(shape)
+        begin[axis], end[axis], steps[axis] = first, min(size, first + step * shape[axis]), step
+        places = [w.integers([each[axis] for axis in source.order]) for each in (begin, end, steps)]
+        w.file.operation("STRIDED_SLICE", [number, *places], [result.tensor], 2)
+        return result
+
+    return moved(w, x, shape, move)
 
 
 def _part(w: Writer, x: Tensor, axis: int, first: int, shape: Sequence[int]) -> Tensor:
     begin = [0] * len(shape)
     begin[axis] = first
-    return _moved(w, x, shape, lambda value: w.sliced(w.whole(value), begin, shape))
+    return moved(w, x, shape, lambda value: w.sliced(w.whole(value), begin, shape))
 
 
 def select(w: Writer, x: Tensor, axis: int, index: int) -> Tensor:
@@ -109,7 +121,7 @@ def expand(w: Writer, x: Tensor, *_: object) -> Tensor:
         w.file.operation("BROADCAST_TO", [number, w.integers(result.stored)], [result.tensor], 2)
         return result
 
-    return _moved(w, x, shape, move)
+    return moved(w, x, shape, move)
 
 
 def repeat(w: Writer, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -124,25 +136,23 @@ def repeat(w: Writer, x: Tensor, counts: Sequence[int]) -> Tensor:
         w.file.operation("TILE", [number, w.integers([counts[axis] for axis in source.order])], [result.tensor])
         return result
 
-    return _moved(w, x, shape, move)
+    return moved(w, x, shape, move)
 
 
-def enlarge(w: Writer, x: Tensor, _: object, scales: Sequence[float] | None = None) -> Tensor:
-    """Lower ``aten.upsample_nearest2d`` where every position becomes a rectangle of the same size."""
-    shape, factors = w.shape, [after / before for before, after in zip(x.shape[2:], w.shape[2:], strict=True)]
-    if any(each % 1 for each in factors) or (scales and list(scales) != factors):
-        raise UnsupportedModelError(
-            f"{w.name}: maps are enlarged by whole factors here, and {list(x.shape[2:])} to {list(shape[2:])} is by "
-            "others; export to ONNX instead"
-        )
-
-    def move(value: Value) -> Value:
-        number, source = w.read(value, CHANNELS_LAST)
-        result = w.output(shape, CHANNELS_LAST, source.grid)
-        w.file.operation("RESIZE_NEAREST_NEIGHBOR", [number, w.integers(shape[2:])], [result.tensor], 2)
-        return result
-
-    return _moved(w, x, shape, move)
+def interleave(w: Writer, x: Tensor, count: int, axis: int | None = None, **_: object) -> Tensor:
+    """Lower ``aten.repeat_interleave``: every value ``count`` times, one after the other."""
+    shape = w.shape
+    if axis is None:
+        w.shape = (math.prod(x.shape),)
+        x, axis = reshape(w, x), 0
+    axis %= len(x.shape)
+    before, behind = x.shape[: axis + 1], x.shape[axis + 1 :]
+    w.shape = (*before, 1, *behind)
+    spread = reshape(w, x)
+    w.shape = (*before, count, *behind)
+    repeated = repeat(w, spread, [count if place == axis + 1 else 1 for place in range(len(w.shape))])
+    w.shape = shape
+    return reshape(w, repeated)
 
 
 def pad(w: Writer, x: Tensor, sides: Sequence[int], mode: str = "constant", value: float | int | None = None) -> Tensor:
@@ -151,7 +161,7 @@ def pad(w: Writer, x: Tensor, sides: Sequence[int], mode: str = "constant", valu
         raise UnsupportedModelError(f"{w.name}: only padding with zeros has a counterpart here; export to ONNX instead")
     pairs = [(int(sides[2 * index]), int(sides[2 * index + 1])) for index in range(len(sides) // 2)]
     around = [(0, 0)] * (len(x.shape) - len(pairs)) + pairs[::-1]
-    return _moved(w, x, w.shape, lambda each: w.surrounded(w.whole(each), around, lowest=value == -math.inf))
+    return moved(w, x, w.shape, lambda each: w.surrounded(w.whole(each), around, lowest=value == -math.inf))
 
 
 def pad_with(w: Writer, x: Tensor, sides: Sequence[int], value: float | int = 0) -> Tensor:

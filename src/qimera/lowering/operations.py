@@ -9,7 +9,7 @@ import torch
 
 from qimera.errors import UnsupportedModelError
 from qimera.graph.nodes import aten, pair
-from qimera.lowering import arithmetic, layers, moves
+from qimera.lowering import arithmetic, layers, moves, resampling
 from qimera.lowering.values import Tensor, Value
 from qimera.lowering.writer import Writer
 from qimera.student.grids import Levels
@@ -29,23 +29,22 @@ def _average(
     padding: Sequence[int] = (0, 0),
     ceil: bool = False,
     counts_padding: bool = True,
-    divisor: int | None = None,
 ) -> Tensor:
     window, stride, padding = pair(window), pair(stride or window), pair(padding)
     whole = [
         (x.shape[2 + axis] + 2 * padding[axis] - window[axis]) // stride[axis] + 1 == w.shape[2 + axis]
         for axis in range(2)
     ]
-    if divisor or not all(whole) or (any(padding) and not counts_padding):
-        raise UnsupportedModelError(
-            f"{w.name}: an average over windows that reach over the edge has no integer kernel in LiteRT; "
-            "export to ONNX instead"
-        )
-    return layers.average(w, x, window, stride, padding)
+    if all(whole) and not (any(padding) and not counts_padding):
+        return layers.average(w, x, window, stride, padding)
+    return resampling.average(w, x, window, stride, padding, ceil=ceil)
 
 
-def _adaptive_average(w: Writer, x: Tensor, _: object) -> Tensor:
-    window = _adaptive_window(w, x, "average")
+def _adaptive_average(w: Writer, x: Tensor, size: Sequence[int]) -> Tensor:
+    sizes = list(zip(x.shape[2:], w.shape[2:], strict=True))
+    if any(before % behind for before, behind in sizes):  # windows overlap
+        return resampling.weighted(aten.adaptive_avg_pool2d.default, w, x, size)
+    window = [before // behind for before, behind in sizes]
     return layers.average(w, x, window, window, (0, 0))
 
 
@@ -59,21 +58,12 @@ def _mean(w: Writer, x: Tensor, axes: Sequence[int], keep: bool = False, **_: ob
     return moves.reshape(w, pooled)
 
 
-def _adaptive_maximum(w: Writer, x: Tensor, _: object) -> tuple[Tensor, ...]:
-    return (layers.largest(w, x, _adaptive_window(w, x, "maximum")),)
-
-
-def _adaptive_window(w: Writer, x: Tensor, kind: str) -> list[int]:
-    sizes = list(zip(x.shape[2:], w.shape[2:], strict=True))
-    if any(size % wanted for size, wanted in sizes):
-        raise UnsupportedModelError(
-            f"{w.name}: windows of an adaptive {kind} that overlap have no counterpart; export to ONNX instead"
-        )
-    return [size // wanted for size, wanted in sizes]
-
-
 def _clip(low: float, high: float, w: Writer, x: Tensor) -> Tensor:
     return w.clipped(x, low, high)
+
+
+def _clamp_max(w: Writer, x: Tensor, high: float | int) -> Tensor:
+    return w.clipped(x, -math.inf, float(high))
 
 
 def _hardtanh(w: Writer, x: Tensor, low: float | int = -1.0, high: float | int = 1.0) -> Tensor:
@@ -107,6 +97,20 @@ def _power(w: Writer, x: Tensor, exponent: float | int) -> Value:
     return arithmetic.unary("SQUARE", w, x)
 
 
+_NEAREST = (
+    aten.upsample_nearest2d.vec,
+    aten.upsample_nearest2d.default,
+    aten._upsample_nearest_exact2d.vec,
+    aten._upsample_nearest_exact2d.default,
+)
+_WEIGHTED = (
+    aten.upsample_bilinear2d.default,
+    aten.upsample_bicubic2d.vec,
+    aten.upsample_bicubic2d.default,
+    aten._upsample_bilinear2d_aa.vec,
+    aten._upsample_bicubic2d_aa.vec,
+)
+
 TABLE: dict[object, Callable[..., Any]] = {
     _integers.quantize_per_tensor.default: _quantize,
     _integers.dequantize_per_tensor.default: _same,
@@ -119,13 +123,13 @@ TABLE: dict[object, Callable[..., Any]] = {
     aten.adaptive_avg_pool2d.default: _adaptive_average,
     aten.mean.dim: _mean,
     aten.max_pool2d.default: layers.largest,
-    aten.adaptive_max_pool2d.default: _adaptive_maximum,
     aten.amax.default: partial(arithmetic.reduced, "REDUCE_MAX"),
     aten.sum.dim_IntList: partial(arithmetic.reduced, "SUM"),
     aten.relu.default: partial(_clip, 0.0, math.inf),
     aten.relu6.default: partial(_clip, 0.0, 6.0),
     aten.hardtanh.default: _hardtanh,
-    aten.clamp.default: _clamp,
+    **dict.fromkeys((aten.clamp.default, aten.clamp_min.default), _clamp),
+    aten.clamp_max.default: _clamp_max,
     aten.add.Tensor: partial(arithmetic.binary, "ADD"),
     aten.sub.Tensor: partial(arithmetic.binary, "SUB"),
     aten.mul.Tensor: partial(arithmetic.binary, "MUL"),
@@ -136,8 +140,10 @@ TABLE: dict[object, Callable[..., Any]] = {
     aten.cat.default: moves.concatenate,
     aten.stack.default: moves.stack,
     aten.softmax.int: arithmetic.softmax,
+    aten.linalg_vector_norm.default: arithmetic.vector_norm,
     aten.layer_norm.default: arithmetic.layer_norm,
     aten.group_norm.default: arithmetic.group_norm,
+    aten.instance_norm.default: arithmetic.instance_norm,
     aten.gelu.default: arithmetic.gelu,
     aten.glu.default: _gated,
     aten.silu.default: arithmetic.silu,
@@ -151,12 +157,15 @@ TABLE: dict[object, Callable[..., Any]] = {
         getattr(aten, name).default: partial(arithmetic.unary, kind)
         for name, kind in {
             "abs": "ABS",
+            "cos": "COS",
             "elu": "ELU",
             "exp": "EXP",
             "hardswish": "HARD_SWISH",
+            "log": "LOG",
             "neg": "NEG",
             "rsqrt": "RSQRT",
             "sigmoid": "LOGISTIC",
+            "sin": "SIN",
             "sqrt": "SQRT",
             "square": "SQUARE",
             "tanh": "TANH",
@@ -185,9 +194,12 @@ TABLE: dict[object, Callable[..., Any]] = {
     aten.split_with_sizes.default: moves.split,
     aten.chunk.default: moves.chunk,
     aten.unbind.int: moves.unbind,
-    aten.expand.default: moves.expand,
+    **dict.fromkeys((aten.expand.default, aten.expand_as.default), moves.expand),
     aten.repeat.default: moves.repeat,
-    **dict.fromkeys((aten.upsample_nearest2d.vec, aten._upsample_nearest_exact2d.vec), moves.enlarge),
+    aten.repeat_interleave.self_int: moves.interleave,
+    **{each: partial(resampling.nearest, each) for each in _NEAREST},
+    aten.upsample_bilinear2d.vec: resampling.bilinear,
+    **{each: partial(resampling.weighted, each) for each in _WEIGHTED},
     aten.pad.default: moves.pad,
     aten.constant_pad_nd.default: moves.pad_with,
     aten.roll.default: moves.roll,
