@@ -32,6 +32,12 @@ def kept_statistics() -> nn.InstanceNorm2d:
     return norm
 
 
+def sines(x: torch.Tensor) -> torch.Tensor:
+    """Encodings of positions, for as many images as there are."""
+    places = torch.zeros(x.shape[0], *x.shape[2:]).bool().logical_not().cumsum(1, dtype=torch.float32)
+    return torch.stack([places.sin(), places.cos()] * 2, 1) + torch.zeros_like(x)
+
+
 OPERATIONS = {
     "prelu": (nn.PReLU(4), {"PRELU"}),
     "one slope": (nn.PReLU(), {"PRELU"}),
@@ -77,6 +83,7 @@ OPERATIONS = {
     "repeat": (Lambda(lambda x: x[:, :2].repeat(1, 2, 1, 2)), {"TILE"}),
     "every second row": (Lambda(lambda x: x[:, :, 1::2, -9:-1]), {"STRIDED_SLICE"}),
     "normalized": (Lambda(lambda x: F.normalize(x).clamp_max(0.9).clamp(min=0.1).log().sin()), {"SQRT", "LOG", "SIN"}),
+    "positions": (Lambda(lambda x: x + sines(x)), {"ADD"}),
     "interleaved": (
         Lambda(lambda x: x[:, :1].repeat_interleave(4, 1).repeat_interleave(2).view(x.shape[0], 4, 28, -1)),
         {"TILE"},

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from qimera.errors import UnsupportedModelError
 from qimera.export.comparison import check_scheme, multiplying
-from qimera.graph.nodes import copied, logits_node, node_at
+from qimera.graph.nodes import aten, copied, logits_node, node_at
 from qimera.lowering.layers import Parameter
 from qimera.lowering.operations import TABLE
 from qimera.lowering.values import CHANNELS_LAST, Constant, Tensor, Value
@@ -26,6 +26,16 @@ PIXELS = Grid(1.0, 0, Levels(1.0, 0, 0, 255))
 """The uint8 input of files that normalise: its integers are the pixels."""
 
 _DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+
+_OF_SHAPES = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+}
+"""Operations that read no more of a tensor than its shape, which is that of one image."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +132,14 @@ def _walk(writer: Writer, module: GraphModule, images: Value, names: dict[str, s
 
 
 def _run_on_zeros(module: GraphModule, shape: tuple[int, ...]) -> tuple[dict[Node, Any], set[Node]]:
-    """Return what every node returns for an image of zeros, and the nodes that depend on the image."""
+    """Return what every node returns for an image of zeros, and the nodes that depend on more than an image's size."""
     run = Interpreter(module, garbage_collect_values=False)
     with torch.no_grad():
         run.run(torch.zeros(shape))
     moving: set[Node] = set()
     for node in module.graph.nodes:
-        if node.op == "placeholder" or any(each in moving for each in node.all_input_nodes):
+        holds_values = isinstance(run.env.get(node), torch.Tensor | tuple | list) and node.target not in _OF_SHAPES
+        if node.op == "placeholder" or (holds_values and any(each in moving for each in node.all_input_nodes)):
             moving.add(node)
     return run.env, moving
 
@@ -155,8 +166,6 @@ def _lowered(writer: Writer, node: Node, value: object, lowered: dict[Node, Any]
     args, kwargs = map_arg((node.args, node.kwargs), lambda each: lowered[each])
     if node.target is operator.getitem:
         return args[0][args[1]]
-    if not isinstance(value, torch.Tensor | tuple | list):
-        return value  # a size
     lowering = TABLE.get(node.target)
     if lowering is None:
         raise UnsupportedModelError(f"{name}: {node.target} has no counterpart in LiteRT; export to ONNX instead")
