@@ -112,6 +112,29 @@ def test_averages_over_many_positions_are_repeated(target: str) -> None:
     assert identical(expected, logits_of(student, target)) == 1
 
 
+class UnevenAverages(nn.Module):
+    """Averages over windows that overlap, and over what of a window lies inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 25, NUM_CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(F.relu(self.stem(x)), 3, 1, 1, count_include_pad=False)
+        return self.head(F.adaptive_avg_pool2d(x, 5).flatten(1))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_averages_over_uneven_windows_are_repeated(target: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = UnevenAverages().eval()
+    student = student_of(Teacher.capture(model, SPEC), "w8a8", target)
+    expected, in_full = (each(images()).detach().numpy() for each in (student, student.reference))
+    assert np.abs(expected - in_full).max() < 0.1 * in_full.std()
+    assert identical(expected, logits_of(student, target)) >= 0.9  # sums of floats in another order
+
+
 def test_targets_round_otherwise_and_train_alike() -> None:
     """What a student learns does not depend on how kernels round; what it evaluates to does."""
     students = [student_of(shared.teacher_of("residual"), "w3a3", target) for target in ("onnxruntime", "tflm")]

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from qimera.graph.nodes import MATRIX_PRODUCTS, WEIGHTED, aten, logits_node, node_at, pair
+from qimera.graph.rewriting import arguments
 from qimera.quantization.scheme import before_moves, is_move
 from qimera.student.exact import (
     ExactLayer,
@@ -104,7 +105,10 @@ def _is_over_windows(average: Node) -> bool:
     """Whether the average is over positions, and whole windows, padding included."""
     if average.target is aten.mean.dim:
         return list(average.args[1]) in ([2, 3], [-2, -1], [-1, -2], [3, 2])  # type: ignore[arg-type]
-    return average.target is aten.adaptive_avg_pool2d.default or not any((*average.args[4:5], *average.args[6:7]))
+    if average.target is aten.adaptive_avg_pool2d.default:
+        return True
+    _, _, _, padding, ceil, counts_zeros, divisor = arguments(average)
+    return not ceil and not divisor and (bool(counts_zeros) or not any(padding))
 
 
 def _rounding(
@@ -250,10 +254,14 @@ class _Average(_Kernel):
 
     def forward(self, x: Float[Tensor, "batch channel height width"], *arguments: object) -> Tensor:
         """Return it, not clipped yet."""
+        leaving = self.leaving.grid()
+        if self.operation is aten.adaptive_avg_pool2d.default and _overlap(x.shape[2:], pair(arguments[0])):
+            means = F.adaptive_avg_pool2d(x, pair(arguments[0]))
+            return self.leaving.values(self.arithmetic.quantize(means, leaving.plain.scale))
         window, stride, padding = self._windows(x, arguments)
         sums = F.avg_pool2d(self.entering.levels(x), window, stride, padding, divisor_override=1)
         size = math.prod(window)
-        entering, leaving = self.entering.grid(), self.leaving.grid()
+        entering = self.entering.grid()
         if size > LARGEST_WINDOW and (window != list(x.shape[2:]) or any(padding)):
             levels = self.arithmetic.quantize(F.avg_pool2d(x, window, stride, padding), leaving.plain.scale)
         elif size > LARGEST_WINDOW:
@@ -278,6 +286,11 @@ class _Average(_Kernel):
         window = list(pair(arguments[0]))
         stride = list(pair(arguments[1])) if len(arguments) > 1 and arguments[1] else window
         return window, stride, list(pair(arguments[2])) if len(arguments) > 2 else [0, 0]
+
+
+def _overlap(before: Sequence[int], behind: Sequence[int]) -> bool:
+    """Whether windows of an adaptive average overlap; their average is no integer kernel's."""
+    return any(size % wanted for size, wanted in zip(before, behind, strict=True))
 
 
 _JOINED = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor}
