@@ -123,7 +123,10 @@ def _walk(writer: Writer, module: GraphModule, images: Value, names: dict[str, s
         if node.op == "placeholder":
             lowered[node] = images
         elif node in moving and node.op == "call_function":
-            lowered[node] = _lowered(writer, node, values[node], lowered, names.get(node.name, node.name))
+            try:
+                lowered[node] = _lowered(writer, node, values[node], lowered, names.get(node.name, node.name))
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(f"{error}{_place_of(node, names, str(error))}") from error
         elif node.op != "output":
             lowered[node] = _constant(node, values)
     result = lowered[logits_node(module)]
@@ -142,6 +145,16 @@ def _run_on_zeros(module: GraphModule, shape: tuple[int, ...]) -> tuple[dict[Nod
         if node.op == "placeholder" or (holds_values and any(each in moving for each in node.all_input_nodes)):
             moving.add(node)
     return run.env, moving
+
+
+def _place_of(node: Node, names: dict[str, str], message: str) -> str:
+    """Say behind which layer a node is that ``message`` is about; nothing where that is a layer itself."""
+    before: Node | None = node
+    while before is not None and before.name not in names:
+        before = next((each for each in before.all_input_nodes if each.op != "get_attr"), None)
+    if before is None or before is node or not message.startswith(f"{node.name}:"):
+        return ""
+    return f" ({node.name} comes behind {names[before.name]})"
 
 
 def _constant(node: Node, values: dict[Node, Any]) -> object:
