@@ -83,6 +83,10 @@ OPERATIONS = {
     "repeat": (Lambda(lambda x: x[:, :2].repeat(1, 2, 1, 2)), {"TILE"}),
     "every second row": (Lambda(lambda x: x[:, :, 1::2, -9:-1]), {"STRIDED_SLICE"}),
     "normalized": (Lambda(lambda x: F.normalize(x).clamp_max(0.9).clamp(min=0.1).log().sin()), {"SQRT", "LOG", "SIN"}),
+    "sum and product": (
+        Lambda(lambda x: torch.addcmul(x.mean(1, keepdim=True), x.tanh(), x[:, :, :1])),
+        {"MUL", "ADD"},
+    ),
     "positions": (Lambda(lambda x: x + sines(x)), {"ADD"}),
     "interleaved": (
         Lambda(lambda x: x[:, :1].repeat_interleave(4, 1).repeat_interleave(2).view(x.shape[0], 4, 28, -1)),

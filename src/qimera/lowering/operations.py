@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from qimera.errors import UnsupportedModelError
@@ -91,6 +92,15 @@ def _reversed_difference(
     return arithmetic.binary("SUB", w, first, x, alpha)
 
 
+def _plus_product(w: Writer, x: Tensor, first: Tensor, second: Tensor, *, value: float | int = 1) -> Tensor:
+    """Lower ``aten.addcmul``."""
+    shape = w.shape
+    w.shape = np.broadcast_shapes(first.shape, second.shape)
+    product = arithmetic.binary("MUL", w, first, second)
+    w.shape = shape
+    return arithmetic.binary("ADD", w, x, product, value)
+
+
 def _power(w: Writer, x: Tensor, exponent: float | int) -> Value:
     if exponent != 2:
         raise UnsupportedModelError(f"{w.name}: a power of {exponent} has no counterpart here; export to ONNX instead")
@@ -133,6 +143,7 @@ TABLE: dict[object, Callable[..., Any]] = {
     aten.add.Tensor: partial(arithmetic.binary, "ADD"),
     aten.sub.Tensor: partial(arithmetic.binary, "SUB"),
     aten.mul.Tensor: partial(arithmetic.binary, "MUL"),
+    aten.addcmul.default: _plus_product,
     aten.div.Tensor: partial(arithmetic.binary, "DIV"),
     **dict.fromkeys((aten.rsub.Scalar, aten.rsub.Tensor), _reversed_difference),
     aten.maximum.default: partial(arithmetic.binary, "MAXIMUM"),
