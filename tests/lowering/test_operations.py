@@ -83,6 +83,8 @@ OPERATIONS = {
     "repeat": (Lambda(lambda x: x[:, :2].repeat(1, 2, 1, 2)), {"TILE"}),
     "every second row": (Lambda(lambda x: x[:, :, 1::2, -9:-1]), {"STRIDED_SLICE"}),
     "normalized": (Lambda(lambda x: F.normalize(x).clamp_max(0.9).clamp(min=0.1).log().sin()), {"SQRT", "LOG", "SIN"}),
+    "largest of channels": (Lambda(lambda x: x - x.max(1, keepdim=True)[0]), {"REDUCE_MAX"}),
+    "shapes of others": (Lambda(lambda x: x.flatten(2).mT.swapaxes(1, 2).reshape_as(x)), {"CONV_2D"}),
     "sum and product": (
         Lambda(lambda x: torch.addcmul(x.mean(1, keepdim=True), x.tanh(), x[:, :, :1])),
         {"MUL", "ADD"},
@@ -131,6 +133,10 @@ REFUSED = {
     "norm": (
         Lambda(lambda x: x / torch.linalg.vector_norm(x, 3, 1, keepdim=True)),
         "linalg_vector_norm: a norm of order 3",
+    ),
+    "places": (
+        Lambda(lambda x: x * x.max(1, keepdim=True)[1].float()),
+        "getitem.*: result 1 of aten.max.dim has no counterpart",
     ),
     "padding": (nn.ReflectionPad2d(1), "pad: only padding with zeros .* \\(pad comes behind 0\\)"),
     "clip": (Lambda(lambda x: F.hardtanh(F.relu(x), 0.1, 0.5)), "^0: LiteRT's kernels clip to ranges that hold zero"),

@@ -178,7 +178,12 @@ def _lowered(writer: Writer, node: Node, value: object, lowered: dict[Node, Any]
     args: Any
     args, kwargs = map_arg((node.args, node.kwargs), lambda each: lowered[each])
     if node.target is operator.getitem:
-        return args[0][args[1]]
+        parts, place = args
+        if place < len(parts):
+            return parts[place]
+        raise UnsupportedModelError(
+            f"{name}: result {place} of {node_at(node, 0).target} has no counterpart in LiteRT; export to ONNX instead"
+        )
     lowering = TABLE.get(node.target)
     if lowering is None:
         raise UnsupportedModelError(f"{name}: {node.target} has no counterpart in LiteRT; export to ONNX instead")

@@ -59,6 +59,11 @@ def _mean(w: Writer, x: Tensor, axes: Sequence[int], keep: bool = False, **_: ob
     return moves.reshape(w, pooled)
 
 
+def _largest_and_place(w: Writer, x: Tensor, axis: int, keep: bool = False) -> tuple[Tensor, ...]:
+    """Lower ``aten.max.dim`` without the places of the largest values."""
+    return (arithmetic.reduced("REDUCE_MAX", w, x, [axis], keep),)
+
+
 def _clip(low: float, high: float, w: Writer, x: Tensor) -> Tensor:
     return w.clipped(x, low, high)
 
@@ -134,6 +139,7 @@ TABLE: dict[object, Callable[..., Any]] = {
     aten.mean.dim: _mean,
     aten.max_pool2d.default: layers.largest,
     aten.amax.default: partial(arithmetic.reduced, "REDUCE_MAX"),
+    aten.max.dim: _largest_and_place,
     aten.sum.dim_IntList: partial(arithmetic.reduced, "SUM"),
     aten.relu.default: partial(_clip, 0.0, math.inf),
     aten.relu6.default: partial(_clip, 0.0, 6.0),
@@ -186,18 +192,21 @@ TABLE: dict[object, Callable[..., Any]] = {
         (
             aten.flatten.using_ints,
             aten.reshape.default,
+            aten.reshape_as.default,
             aten.squeeze.default,
             aten.squeeze.dim,
             aten.squeeze.dims,
             aten.unflatten.int,
             aten.unsqueeze.default,
             aten.view.default,
+            aten.view_as.default,
         ),
         moves.reshape,
     ),
     **dict.fromkeys((aten.clone.default, aten.contiguous.default, aten.dropout.default), _same),
     aten.permute.default: moves.permute,
-    aten.transpose.int: moves.transpose,
+    **dict.fromkeys((aten.transpose.int, aten.swapaxes.default, aten.swapdims.default), moves.transpose),
+    aten.mT.default: partial(moves.transpose, first=-2, second=-1),
     aten.t.default: moves.transpose,
     aten.slice.Tensor: moves.cut,
     aten.select.int: moves.select,
