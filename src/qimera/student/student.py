@@ -182,6 +182,7 @@ class Student(nn.Module):
             converted = convert_pt2e(module)
             for node in [each for each in converted.graph.nodes if each.name in names]:
                 _name_integers_(converted, node, names[node.name])
+            converted.recompile()  # once: for each layer it would take five times as long as all else
             return _lay_out_(converted)
 
     def layer_names(self) -> dict[str, str]:
@@ -337,7 +338,6 @@ def _name_integers_(converted: GraphModule, layer: Node, name: str) -> None:
             owner.register_buffer(kind, value)
             delattr(converted, str(frozen.target))
             frozen.target = f"{name}.{kind}"
-    converted.recompile()
 
 
 def _lay_out_(module: GraphModule) -> GraphModule:
