@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,9 @@ gc.set_threshold(50_000, 20, 50)
 
 # After an export the runtime is timed for half a second, which tells a user something and a test nothing.
 comparison._TIMED_MILLISECONDS = 10.0
+
+# As in a terminal: a shell lets programs in the background ignore Ctrl-C, and those that they start as well.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The walk across a boundary in a report takes more steps than its tests need.
 boundary._MOST_STEPS = 4

@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the clock's own, which a background job would ignore
     warnings.simplefilter("ignore")
     rows = tuple(Row(row.network, row.bits, row.recipe, row.seed, row.variant, options.share) for row in ROWS)
     if options.list:

@@ -1,6 +1,5 @@
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,6 @@ from qimera.machine.checkpoint import Checkpoint, Checkpoints
 @pytest.fixture
 def kept(tmp_path: Path) -> Checkpoint:
     return Checkpoints(tmp_path / "kept", "a teacher", 3).of("student")
-
-
-@pytest.fixture(autouse=True)
-def _python_handles_interruptions() -> Iterator[None]:
-    """As in a terminal; a shell lets programs in the background ignore them."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path, kept: Checkpoint) -> None:
