@@ -123,4 +123,4 @@ def test_bytes_told_are_those_that_the_file_holds(every_kind: Teacher, bits: int
     expected = packed_bytes(every_kind, settings)
     held = sum(len(tensor.raw_data) for tensor in file.graph.initializer)
     assert held == pytest.approx(expected, rel=0.03)  # zero points, steps of activations, and what unpacks weights
-    assert len(file.SerializeToString()) == pytest.approx(expected, rel=0.12)  # and the description of operations
+    assert len(file.SerializeToString()) - held < 15_000  # the description of operations, whatever the bits
