@@ -17,7 +17,7 @@ from qimera.pipeline import synthesize
 from qimera.report.boundary import nearest_three
 from qimera.report.content import Export, Measured, Report, curves
 from qimera.report.page import write_page
-from qimera.report.plane import areas_around, axes_between
+from qimera.report.plane import areas_around, axes_between, view_of
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import carry_out, load_bank, load_student
 from qimera.runs.reporting import collect, report_run
@@ -210,7 +210,9 @@ def rewritten(run: RunDirectory, **changes: object) -> str:
     """Return the page of a run whose report says something else."""
     _, teacher = load_student(run)
     with drawn_figures():
-        return write_page(Report.load(run.report_data_file).replace(**changes), teacher, load_bank(run, teacher))
+        bank = load_bank(run, teacher)
+        view = view_of(teacher, bank.synthetic)
+        return write_page(Report.load(run.report_data_file).replace(**changes), teacher, bank, view)
 
 
 def test_layers_that_cost_nothing_are_not_drawn(run: RunDirectory, page: str) -> None:

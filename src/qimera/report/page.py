@@ -11,7 +11,7 @@ from qimera.assessment.diagnostics import LARGEST_GAP, margins_of
 from qimera.report import figures
 from qimera.report.boundary import nearest_classes, walk_between
 from qimera.report.content import LEAST_COST, MOST_ROWS, Report
-from qimera.report.plane import draw_view, view_of
+from qimera.report.plane import View, draw_view
 from qimera.report.summary import readable_bytes
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.superposition import shows_one_class
@@ -44,19 +44,20 @@ class Pictures:
     walk_classes: tuple[int, int]
 
 
-def write_page(report: Report, teacher: Teacher, bank: SampleBank) -> str:
+def write_page(report: Report, teacher: Teacher, bank: SampleBank, view: View | None) -> str:
     """Return the page.
 
     Args:
         report: What it says.
         teacher: The full-precision model.
         bank: Samples that the student was trained on.
+        view: Of the teacher and these samples, if there is one.
     """
     page, bank = environment.get_template("page.html.j2"), bank.synthetic  # never shows images of the user's
-    return page.render(report=report, summary=report.summary, pictures=_draw(report, teacher, bank))
+    return page.render(report=report, summary=report.summary, pictures=_draw(report, teacher, bank, view))
 
 
-def _draw(report: Report, teacher: Teacher, bank: SampleBank) -> Pictures:
+def _draw(report: Report, teacher: Teacher, bank: SampleBank, view: View | None) -> Pictures:
     margins = margins_of(bank.logits)
     single = shows_one_class(bank.soft_labels)
     grid, classes = _grid(bank, single)
@@ -65,7 +66,7 @@ def _draw(report: Report, teacher: Teacher, bank: SampleBank) -> Pictures:
         {"picture": figures.picture(pixels[None, None]), "share": share, "first": answer[0], "second": answer[1]}
         for pixels, share, answer in zip(walk.pixels, walk.shares.tolist(), walk.probabilities.tolist(), strict=True)
     ]
-    view, real = view_of(teacher, bank), report.measured.places if report.measured else ()
+    real = report.measured.places if report.measured else ()
     gaps = sorted(report.bank.statistics_gap.items(), key=lambda item: -item[1])[:MOST_ROWS]
     in_order = {name: gap for name, gap in report.bank.statistics_gap.items() if name in dict(gaps)}
     return Pictures(

@@ -75,13 +75,14 @@ def report_run(run: RunDirectory, real: Tensor | None = None) -> Report:
     """
     student, teacher = load_student(run)
     bank = load_bank(run, teacher)
-    if real is not None and run.measured and (view := view_of(teacher, bank.synthetic)):
+    view = view_of(teacher, bank.synthetic)
+    if real is not None and run.measured and view:
         _keep(run, run.measured.replace(places=places_of(real, view, teacher)))
     report = collect(run, student, teacher, bank)
     with replacing(run.report_data_file) as temporary:
         report.save(temporary)
     with replacing(run.report_page_file) as temporary:
-        temporary.write_text(write_page(report, teacher, bank), encoding="utf-8")
+        temporary.write_text(write_page(report, teacher, bank, view), encoding="utf-8")
     if report.exports:
         write_model_card(run)
     return report
