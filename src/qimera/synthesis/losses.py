@@ -131,9 +131,8 @@ def _unlikeness_of_heads(scores: Float[Tensor, "batch head query key"]) -> Float
     return (1 - alike.square()).sum((-2, -1)).mean() / (num_heads * (num_heads - 1))
 
 
-def _directions(attended: Tensor) -> Float[Tensor, "image token feature"]:
-    """Return every token as a vector of length 1, heads side by side."""
-    x = attended
+def _directions(x: Tensor) -> Float[Tensor, "image token feature"]:
+    """Return every token that an attention returns as a vector of length 1, heads side by side."""
     tokens = (x.transpose(1, 2) if x.ndim == 4 else x.flatten(0, -3).unsqueeze(2)).flatten(2)
     return F.normalize(at_least_float32(tokens), dim=-1)
 
