@@ -61,7 +61,8 @@ def test_quantize_as_a_user_spells_it_makes_a_run_from_a_file_and_its_weights(
     source = f"{model_file}:build"
     save_file(load_model(source).state_dict(), tmp_path / "toy.safetensors")
     options = (source, "--weights", tmp_path / "toy.safetensors", *INPUT)
-    bank = qimera("synthesize", *options, "--recipe", recipe, "--seed", 1, "--output", tmp_path / "bank")
+    few = ("--set", "synthesis.num_optimized=16", "--set", "direct.num_steps=2")
+    bank = qimera("synthesize", *options, "--recipe", recipe, *few, "--seed", 1, "--output", tmp_path / "bank")
     assert bank.exit_code == 0, bank.stderr
     assert "warning: " in bank.stderr
     assert "warning: " not in bank.stdout
@@ -70,6 +71,7 @@ def test_quantize_as_a_user_spells_it_makes_a_run_from_a_file_and_its_weights(
     assert run.exit_code == 0, run.stderr
     assert "w3a4, except 4=w8a8, scheme hardware, target openvino" in run.stdout
     settings = RunSettings.load(tmp_path / "run" / "settings.json")
+    assert (settings.synthesis.num_optimized, settings.synthesis.direct.num_steps) == (16, 2)
     assert settings.quantization.bits_of("0") == (3, 4)
     assert settings.quantization.bits_of("4") == (8, 8)
     assert settings.quantization.target == "openvino"

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qimera.cli.arguments import ModelOptions, RunOptions
-from qimera.cli.options import resolve
+from qimera.cli.options import capture, resolve, settings_of_bank
 from qimera.config.recipes import recipe
 from qimera.errors import ConfigError
 from qimera.runs.directory import RunDirectory
@@ -153,12 +153,14 @@ def test_a_bank_in_the_place_of_the_working_directory_is_refused() -> None:
     assert ".: exists already; choose another --output" in said(result)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_where_to_make_a_bank_that_is_made_already_is_refused(tmp_path: Path, model_file: Path, device: str) -> None:
-    options = (*INPUT, "--bank", tmp_path / "bank", "--device", device, "--output", tmp_path / "npz")
+@pytest.mark.parametrize("option", [("--device", "cpu"), ("--device", "cuda"), ("--set", "direct.num_steps=2")])
+def test_how_to_make_a_bank_that_is_made_already_is_refused(
+    tmp_path: Path, model_file: Path, option: tuple[str, str]
+) -> None:
+    options = (*INPUT, "--bank", tmp_path / "bank", *option, "--output", tmp_path / "npz")
     result = qimera("synthesize", f"{model_file}:build", *options)
     assert result.exit_code == 2
-    assert "--bank: its samples are made already, so leave out --device" in said(result)
+    assert f"--bank: its samples are made already, so leave out {option[0]}" in said(result)
 
 
 def test_any_setting_can_be_set_by_its_dotted_name(model_file: Path) -> None:
@@ -189,6 +191,19 @@ def test_a_setting_that_cannot_be_set_is_refused(model_file: Path, options: dict
     model = ModelOptions(f"{model_file}:build", None, "1,8,8", "0.5", "0.25")
     with pytest.raises(ConfigError, match=message):
         resolve(model, RunOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("distillation.num_steps=3", "--set: expected NAME=VALUE such as .*, given 'distillation.num_steps=3'"),
+        ("labels.superpositon=false", "no such setting; did you mean superposition"),
+        ("direct.num_steps=-3", "--set: DirectSettings: num_steps: .*given -3"),
+    ],
+)
+def test_a_setting_of_a_bank_that_cannot_be_set_is_refused(change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings_of_bank(capture(ModelOptions("mnist_cnn")), "ptq", [change])
 
 
 def test_several_bits_make_several_runs_of_one_bank(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from qimera import __version__
 from qimera.cli.arguments import (
+    Changes,
     Device,
     Images,
     KeepImages,
@@ -115,6 +116,7 @@ def make_bank(
         Path | None, typer.Option(metavar="BANK", help="Convert a bank that was made earlier to another --format.")
     ] = None,
     recipe: Recipe = None,
+    changes: Changes = None,
     images: Images = None,
     keep_images: KeepImages = None,
     seed: Seed = None,
@@ -128,7 +130,7 @@ def make_bank(
     with speaking(output, f"the same command continues with what is in {unfinished}") as out:
         from qimera.assessment.diagnostics import diagnose, untrained_because
         from qimera.cli.facts import synthesis
-        from qimera.cli.options import capture, images_and_bank, recipe_of_bank
+        from qimera.cli.options import capture, images_and_bank, settings_of_bank
         from qimera.cli.tables import bank_facts
         from qimera.machine.acceleration import find_device
         from qimera.machine.checkpoint import Checkpoints
@@ -138,8 +140,8 @@ def make_bank(
         from qimera.runs.limits import Limits, Result
         from qimera.synthesis.formats import write_bank
 
-        given = {"--recipe": recipe, "--seed": seed, "--device": device}
-        unused = [name for name, value in given.items() if value is not None]
+        given = {"--recipe": recipe, "--set": changes, "--seed": seed, "--device": device}
+        unused = [name for name, value in given.items() if value not in (None, [])]
         if bank is not None and unused:
             raise ConfigError(f"--bank: its samples are made already, so leave out {', '.join(unused)}")
         place = find_device(device or "auto")
@@ -147,7 +149,7 @@ def make_bank(
             raise ConfigError(f"{path}: exists already; choose another --output, or pass it to quantize as --bank")
         teacher = capture(options)
         out.warn(filter(None, [untrained_because(teacher)]))
-        chosen = recipe_of_bank(teacher, recipe).synthesis
+        chosen = settings_of_bank(teacher, recipe, changes)
         pixels, made = images_and_bank(teacher, images, bank, keep_images)
         if made is None:
             if any(unfinished.glob("*")):

@@ -24,6 +24,16 @@ Recipe = Annotated[
         autocompletion=completion.recipes,
     ),
 ]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        rich_help_panel=_QUANTIZATION,
+        help="Change any setting, such as labels.superposition=false. Can be repeated.",
+    ),
+]
+
 Seed = Annotated[
     int | None,
     typer.Option(
@@ -236,15 +246,7 @@ class RunOptions:
             help="Training steps of the student. 0 means no training. Default: the recipe's.",
         ),
     ] = None
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            rich_help_panel=_QUANTIZATION,
-            help="Change any setting, such as labels.superposition=false. Can be repeated.",
-        ),
-    ] = None
+    set_: Changes = None
     bank: Annotated[
         Path | None,
         typer.Option(

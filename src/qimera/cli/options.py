@@ -20,7 +20,7 @@ from qimera.config.input_spec import InputSpec
 from qimera.config.recipe_names import DEFAULT_RECIPE
 from qimera.config.recipes import Recipe, recipe
 from qimera.config.run_settings import RunSettings
-from qimera.config.settings import QuantizationSettings
+from qimera.config.settings import QuantizationSettings, SynthesisSettings
 from qimera.errors import ConfigError
 from qimera.quantization.ends import with_rules_for_ends
 from qimera.synthesis.bank import SampleBank
@@ -174,24 +174,32 @@ def _changed(settings: RunSettings, options: RunOptions) -> RunSettings:
     """
     steps = [] if options.steps is None else [("--steps", f"distillation.num_steps={options.steps}")]
     for option, text in [*steps, *(("--set", text) for text in options.set_ or [])]:
-        name, given, value = text.partition("=")
-        path = name.strip().split(".")
-        path = [_PLACES[path[0]], *path] if path[0] in _PLACES else path
-        if not given or len(path) < 2 or path[0] not in ("synthesis", "quantization", "distillation"):
-            raise ConfigError(
-                "--set: expected NAME=VALUE such as labels.superposition=false or distillation.temperature=2, "
-                f"given {text!r}"
-            )
+        path, value = _path_and_value(text, ("synthesis", "quantization", "distillation"), "distillation.temperature=2")
+        name = text.partition("=")[0]
         if settings.alternatives and path[0] == "distillation":
             raise ConfigError(f"{option}: {name} is for one recipe, given {settings.recipe}; choose one of them")
         try:
-            changed = _with_value(settings, path, _value_of(value))
+            changed = _with_value(settings, path, value)
         except ConfigError as error:
             raise ConfigError(f"{option}: {error}") from None
         if options.bank is not None and changed.synthesis != settings.synthesis:
             raise ConfigError(f"--set: {name} differs from the bank; leave out --bank, or leave {name} out")
         settings = changed
     return settings
+
+
+def _path_and_value(text: str, groups: tuple[str, ...], example: str) -> tuple[list[str], object]:
+    """``"labels.superposition=false"`` -> (["synthesis", "labels", "superposition"], False).
+
+    Raises:
+        ConfigError: there is no value, or the setting is in none of the ``groups``.
+    """
+    name, given, value = text.partition("=")
+    path = name.strip().split(".")
+    path = [_PLACES[path[0]], *path] if path[0] in _PLACES else path
+    if not given or len(path) < 2 or path[0] not in groups:
+        raise ConfigError(f"--set: expected NAME=VALUE such as labels.superposition=false or {example}, given {text!r}")
+    return path, _value_of(value)
 
 
 def _value_of(text: str) -> object:
@@ -252,11 +260,11 @@ def recipes_for(teacher: Teacher, names: str | None) -> list[Recipe]:
     return [recipe(name, teacher.input_spec, teacher.num_classes) for name in chosen]
 
 
-def recipe_of_bank(teacher: Teacher, names: str | None) -> Recipe:
-    """Return the recipe called ``names``, or the default one, by which a bank is made.
+def settings_of_bank(teacher: Teacher, names: str | None, changes: list[str] | None) -> SynthesisSettings:
+    """Return the settings of the recipe called ``names``, or the default one, with what ``--set`` says.
 
     Raises:
-        ConfigError: there is no such recipe, or there are several.
+        ConfigError: there is no such recipe, there are several, or a change is wrong.
     """
     first, *others = recipes_for(teacher, names)
     if others:
@@ -264,7 +272,14 @@ def recipe_of_bank(teacher: Teacher, names: str | None) -> Recipe:
             f"--recipe: a bank is made by one recipe, given {names}; give {first.name}, which makes the bank when "
             "`qimera quantize` is given these"
         )
-    return first
+    settings = first.synthesis
+    for text in changes or []:
+        path, value = _path_and_value(text, ("synthesis",), "synthesis.num_optimized=512")
+        try:
+            settings = _with_value(settings, path[1:], value)
+        except ConfigError as error:
+            raise ConfigError(f"--set: {error}") from None
+    return settings
 
 
 def shape_of(text: str) -> tuple[int, int, int]:
