@@ -236,6 +236,14 @@ def test_a_bank_made_earlier_remembers_or_holds_images(tmp_path: Path, images: P
 
 @pytest.mark.parametrize(("holds", "where"), [(False, "of which it holds the hash alone"), (True, "which it holds")])
 def test_a_bank_says_what_became_of_the_images(holds: bool, where: str) -> None:
-    facts = {"bank": "bank", "format": "bank", "model": "m", "teacher": "ab", "num_samples": 3, "num_held_out": 0}
+    facts = {
+        "bank": "bank",
+        "format": "bank",
+        "model": "m",
+        "teacher": "ab",
+        "num_samples": 3,
+        "num_held_out": 0,
+        "hash": "cd",
+    }
     assert f"with 1 image of yours, {where}\n" in bank_facts(Synthesis(**facts, num_images=1, holds_images=holds))
     assert "yours" not in bank_facts(Synthesis(**facts, num_images=0, holds_images=False))

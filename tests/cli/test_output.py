@@ -55,6 +55,7 @@ def test_synthesize_prints_the_bank(tmp_path: Path, finished_run: Path) -> None:
     values = printed("synthesize", SMALL, *options)
     assert (values["bank"], values["format"]) == (str(tmp_path / "bank.npz"), "npz")
     assert values["num_samples"] == 16
+    assert values["hash"] == RunDirectory.open(finished_run).summary().bank_hash
 
 
 def test_quantize_prints_a_summary_for_each_of_several_bits(tmp_path: Path) -> None:

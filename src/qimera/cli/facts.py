@@ -55,6 +55,7 @@ def synthesis(path: Path, form: str, model: str, bank: SampleBank, warnings: tup
         num_images=bank.num_images,
         holds_images=bank.images is not None and bank.images.kept,
         num_held_out=bank.settings.num_held_out,
+        hash=bank.hash,
         warnings=warnings,
     )
 

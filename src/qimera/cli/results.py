@@ -141,6 +141,9 @@ class Synthesis(Found):
     num_held_out: int
     """Samples that no student learns from."""
 
+    hash: str
+    """Hash of everything in the bank, by which summaries of runs and model cards name it."""
+
     warnings: tuple[str, ...] = ()
     """Why the samples may be of little use; empty for a good bank."""
 

@@ -74,7 +74,8 @@ def _facts(summary: Summary, settings: RunSettings) -> dict[str, str]:
 
 
 def _made_from(summary: Summary, settings: RunSettings) -> str:
-    samples = f"{summary.num_samples:,} samples that were synthesised from it"
+    bank = f" (hash of the bank `{summary.bank_hash}`)" if summary.bank_hash else ""
+    samples = f"{summary.num_samples:,} samples that were synthesised from it{bank}"
     if not summary.num_images:
         return f"The full-precision model alone, and {samples}. No images and no labels were used."
     hash_of = f" (SHA-256 of their pixels `{settings.images.sha256}`)" if settings.images else ""

@@ -71,6 +71,9 @@ class Summary(Settings):
     num_images: int = 0
     """Unlabelled images of the user's that the student was made from beside the samples, or alone."""
 
+    bank_hash: str = ""
+    """Hash of the whole bank: pixels and soft labels of samples, held-out ones and images. Empty in old runs."""
+
     num_steps: int
     """Training steps of the student."""
 
@@ -165,6 +168,7 @@ class Summary(Settings):
             num_samples=bank.num_training - bank.num_images,
             num_images=bank.num_images,
             num_held_out=bank.settings.num_held_out,
+            bank_hash=bank.hash,
             num_steps=settings.distillation.num_steps,
             estimate=estimate,
             teacher_bytes=float_bytes(teacher),
