@@ -74,6 +74,7 @@ def test_a_recipe_by_its_name_is_its_settings(teacher: Teacher, bank: SampleBank
         ({"bits": "four"}, "expected the form w4a4"),
         ({"scheme": "mixed"}, "scheme: .*'hardware' or 'paper'"),
         ({"layer_bits": "fc"}, "layer_bits: expected PATTERN=BITS"),
+        ({"layer_bits": "fc=9"}, "layer_bits: fc: weight bits must be 2 to 8, given 9"),
     ],
 )
 def test_wrong_arguments_are_refused(

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import threading
 import traceback
@@ -103,7 +104,7 @@ def speaking(options: OutputOptions, if_interrupted: str = "") -> Iterator[Outpu
     except QimeraError as error:
         if error.is_told:
             raise typer.Exit(error.exit_code) from None
-        _fail(output, type(error).__name__, str(error), error.exit_code, debug)
+        _fail(output, type(error).__name__, _naming_option(str(error)), error.exit_code, debug)
     except OSError as error:
         message = ": ".join(filter(None, (str(error.filename or ""), error.strerror or str(error))))
         advice = "; make room, then give the same command again" if error.errno in _NO_ROOM else ""
@@ -140,6 +141,14 @@ def without_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _naming_option(message: str) -> str:
+    """Call the setting that an error begins with as the command line calls it, where it is an option of its own."""
+    return _OPTION.sub(lambda found: "--" + found[1].replace("_", "-"), message)
+
+
+_OPTION = re.compile(r"^(?:QuantizationSettings: )?(bits|layer_bits|first_last_bits|budget|recipe)(?=: )")
 
 
 def _fail(output: Output, kind: str, message: str, exit_code: int, debug: bool) -> NoReturn:

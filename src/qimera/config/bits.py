@@ -38,7 +38,10 @@ def parse_layer_bits(text: str) -> tuple[LayerBits, ...]:
         pattern, separator, bits = part.rpartition("=")
         if not separator or not pattern:
             raise ConfigError(f"layer_bits: expected PATTERN=BITS such as conv1=8 or *fc*=w8a4, given {part!r}")
-        weight_bits, activation_bits = parse_bits(f"w{bits}a{bits}" if bits.isdigit() else bits)
+        try:
+            weight_bits, activation_bits = parse_bits(f"w{bits}a{bits}" if bits.isdigit() else bits)
+        except ConfigError as error:
+            raise ConfigError(f"layer_bits: {pattern}: {str(error).removeprefix('bits: ')}") from None
         rules.append(LayerBits(pattern=pattern, weight_bits=weight_bits, activation_bits=activation_bits))
     return tuple(rules)
 
