@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.zoo import load_subject
 from qimera import LabelledImages, Teacher, evaluate
+from qimera.machine.allocator import reuse_freed_memory
 
 BANKS = Path(__file__).parent / ".banks"
 """Where banks are kept between benchmarks."""
@@ -31,6 +32,7 @@ def prepare(options: argparse.Namespace) -> tuple[Teacher, LabelledImages, float
     From here on torch has ``options.threads`` threads, and libraries keep their warnings to themselves.
     """
     torch.set_num_threads(options.threads)
+    reuse_freed_memory()  # as the command line does
     warnings.simplefilter("ignore")
     teacher, images = load_subject(options.network)
     return teacher, images, _full_precision(options.network, teacher, images)

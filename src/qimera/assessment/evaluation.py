@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qimera.assessment.data import LabelledImages
 from qimera.config.input_spec import InputSpec
 from qimera.errors import ConfigError, DivergenceError, UnsupportedModelError
+from qimera.machine.allocator import reusing_freed_memory
 
 AnyClassifier = nn.Module | Callable[[Tensor], Tensor]
 """Normalised images (batch, channel, height, width) -> logits (batch, num_classes)."""
@@ -82,6 +83,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
+@reusing_freed_memory()
 def evaluate(
     model: AnyClassifier,
     data: LabelledImages,
