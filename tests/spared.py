@@ -6,15 +6,20 @@ import io
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import TextIO
 
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch._ops import OperatorBase
 from torch.export import decomp_utils, exported_program
 from torch.fx import GraphModule, proxy
+from torch.fx.traceback import NodeSource
+from torch.onnx._internal.exporter import _decomp
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from qimera.config.input_spec import InputSpec
@@ -60,8 +65,11 @@ def spare(patch: pytest.MonkeyPatch) -> None:
     """Keep tables and models that are made again and again, and leave out figures and where nodes were made."""
     patch.setattr(Figure, "savefig", _leave_empty)
     _keep_translations(patch)
-    _keep_full_precision(patch)
+    _keep_onnx_graphs(patch)
     _keep_composite_operations(patch)
+    _keep_decompositions(patch)
+    _register_kernels_quickly(patch)
+    _share_origins(patch)
     _keep_graphs(patch)
     _keep_sizes(patch)
     patch.setattr(proxy, "CapturedTraceback", _NoTraceback)
@@ -81,18 +89,24 @@ def _keep_translations(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
 
 
-def _keep_full_precision(patch: pytest.MonkeyPatch) -> None:
-    """Keep the full-precision models that exported files are timed beside, which are those of few networks."""
-    translate, kept = onnx_model.float_model, {}
+def _keep_onnx_graphs(patch: pytest.MonkeyPatch) -> None:
+    """Keep what PyTorch makes of every graph as ONNX; many tests export the same student, all time it beside its teacher.
 
-    def once(student: Student, *, include_preprocessing: bool = False) -> ir.Model:
-        values = b"".join(each.numpy().tobytes() for each in student.reference.state_dict().values())
-        key = student.teacher_hash, hashlib.sha256(values).digest(), include_preprocessing
+    Graphs that PyTorch notes more of have a key of their own.
+    """
+    translate, kept = onnx_model._translate, {}
+
+    def once(module: GraphModule, student: Student) -> ir.Model:
+        read = [(node.target, attrgetter(node.target)(module)) for node in module.graph.find_nodes(op="get_attr")]
+        tensors = [*read, *module.named_parameters(), *module.named_buffers()]
+        values = [(name, str(each.dtype), each.detach().numpy().tobytes()) for name, each in tensors]
+        contents = hashlib.sha256(pickle.dumps((module.code, student.input_spec.shape, values))).digest()
+        key = contents, proxy.CapturedTraceback
         if key not in kept:
-            kept[key] = translate(student, include_preprocessing=include_preprocessing)
-        return kept[key]
+            kept[key] = ir.to_proto(translate(module, student)).SerializeToString()
+        return ir.from_proto(onnx.load_from_string(kept[key]))
 
-    patch.setattr(onnx_model, "float_model", once)
+    patch.setattr(onnx_model, "_translate", once)
 
 
 def _keep_composite_operations(patch: pytest.MonkeyPatch) -> None:
@@ -107,6 +121,54 @@ def _keep_composite_operations(patch: pytest.MonkeyPatch) -> None:
 
     for module in (decomp_utils, exported_program):
         patch.setattr(module, "_collect_all_valid_cia_ops", kept)
+
+
+def _keep_decompositions(patch: pytest.MonkeyPatch) -> None:
+    """Keep the table of what takes operations apart, and its division in two; both are made anew for every file."""
+    make, divide = (
+        _decomp.create_onnx_friendly_decomposition_table,
+        exported_program._split_decomp_table_to_cia_and_python_decomp,
+    )
+    tables: dict[object, dict[OperatorBase, Callable[..., object]]] = {}
+    divided: dict[object, tuple[dict[OperatorBase, Callable[..., object]], ...]] = {}
+
+    def table_of(kept: set[OperatorBase]) -> dict[OperatorBase, Callable[..., object]]:
+        key = frozenset(kept), len(torch.ops._dir)
+        if key not in tables:
+            tables[key] = make(kept)
+        return dict(tables[key])
+
+    def halves_of(table: dict[OperatorBase, Callable[..., object]]) -> tuple[dict[OperatorBase, object], ...]:
+        key = tuple(table.items()), len(torch.ops._dir)
+        if key not in divided:
+            divided[key] = divide(table)
+        return tuple(dict(each) for each in divided[key])
+
+    patch.setattr(_decomp, "create_onnx_friendly_decomposition_table", table_of)
+    patch.setattr(exported_program, "_split_decomp_table_to_cia_and_python_decomp", halves_of)
+
+
+def _register_kernels_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Register kernels without writing annotations out each time: every export registers six thousand and drops them."""
+    register = OperatorBase.py_impl
+
+    def py_impl(self: OperatorBase, key: object) -> Callable[[Callable[..., object]], Callable[..., object]]:
+        if not isinstance(key, torch._C.DispatchKey) or key in self.py_kernels or key == torch._C.DispatchKey.Python:
+            return register(self, key)
+        return lambda kernel: _registered(self, key, kernel)
+
+    patch.setattr(OperatorBase, "py_impl", py_impl)
+
+
+def _registered(operation: OperatorBase, key: object, kernel: Callable[..., object]) -> Callable[..., object]:
+    operation.py_kernels[key] = kernel
+    operation._dispatch_cache.clear()
+    return kernel
+
+
+def _share_origins(patch: pytest.MonkeyPatch) -> None:
+    """Share the notes of where nodes come from among the copies of a graph; nothing changes them."""
+    patch.setattr(NodeSource, "__deepcopy__", lambda self, memo: self, raising=False)
 
 
 class _Contents(pickle.Pickler):
