@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._traceback import CapturedTraceback
 
-from qimera.config.bits import parse_bits
+from qimera.config.bits import parse_bits, parse_layer_bits
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError, UnsupportedModelError, VerificationError
 from qimera.export.onnx import export_onnx
@@ -136,21 +136,34 @@ def test_relu6_and_relu_are_left_to_the_integer_grids(tmp_path: Path, teacher: T
             assert types[node.input[1]] == onnx.TensorProto.UINT8
 
 
-@pytest.mark.parametrize("limit", [0.5, 6.0, 100.0])
+LIMITS = (0.5, 6.0, 100.0)
+
+
+class Clipped(nn.Module):
+    """Branches that are clipped at 0.5, at 6 and at 100; a layer behind each clip reads a grid of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)) for _ in LIMITS)
+        self.second, self.head = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in LIMITS), Head(4 * len(LIMITS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = zip(LIMITS, self.first, self.second, strict=True)
+        clipped = [second(F.hardtanh(first(x), -limit / 2, limit)) for limit, first, second in branches]
+        return self.head(torch.cat(clipped, 1))
+
+
+@pytest.fixture(scope="module")
+def clipped() -> Teacher:
+    return Teacher.capture(Clipped(), SPEC)
+
+
 @pytest.mark.parametrize("bits", ["w8a8", "w4a3"])
 @pytest.mark.parametrize("growth", [1.0, 1.8])
 def test_a_clip_inside_or_outside_of_the_grid_is_absorbed_exactly(
-    tmp_path: Path, limit: float, bits: str, growth: float
+    tmp_path: Path, clipped: Teacher, bits: str, growth: float
 ) -> None:
-    class Clipped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Head(4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(F.hardtanh(self.bn(self.conv(x)), -limit / 2, limit))
-
-    student = student_of(Teacher.capture(Clipped(), SPEC), bits)
+    student = student_of(clipped, bits)
     for quantizer in student.module.modules():
         if isinstance(quantizer, LearnedStepFakeQuantize) and quantizer.log_scale.numel() == 1:
             quantizer.log_scale.data += math.log(growth)  # as training does: the grid reaches beyond the clip
@@ -161,26 +174,42 @@ def test_a_clip_inside_or_outside_of_the_grid_is_absorbed_exactly(
     assert_same(logits_of(tmp_path / "model.onnx", images.numpy()), expected)
 
 
-@pytest.mark.parametrize(("bits", "stored"), [("w4a4", "int4"), ("w3a4", "int3"), ("w2a4", "int2"), ("w6a4", "int6")])
-def test_weights_take_the_bits_that_they_have(tmp_path: Path, bits: str, stored: str) -> None:
-    class Wide(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn, self.head = nn.Conv2d(3, 129, 3), nn.BatchNorm2d(129), Head(129)
-            self.second = nn.Conv2d(129, 129, 3, bias=False)
+class Wide(nn.Module):
+    """A layer of 129 inputs and outputs for each of the numbers of bits."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(F.relu(self.second(F.relu(self.bn(self.conv(x))))))
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 129, 3), nn.BatchNorm2d(129), Head(129)
+        self.of2, self.of3, self.of4, self.of6 = (nn.Conv2d(129, 129, 3, padding=1, bias=False) for _ in range(4))
 
-    student = student_of(Teacher.capture(Wide(), SPEC), bits)
-    export_onnx(student, tmp_path / "model.onnx")
-    packed = {each.name: each for each in onnx.load(tmp_path / "model.onnx").graph.initializer}
-    weight = packed[f"second.weight.{stored}"]
-    assert len(weight.raw_data) == -(-129 * 129 * 9 // 8) * int(stored[3:]) - (stored == "int4") * 3
-    integers = dict(student.converted().named_buffers())["second.weight"]
-    model = onnx.load(tmp_path / "model.onnx")
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x)))
+        for layer in (self.of2, self.of3, self.of4, self.of6):
+            x = F.relu(layer(x))
+        return self.head(x)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Student, Path]:
+    """A student with layers of several bits, and its file."""
+    rules = parse_layer_bits("of2=w2a4,of3=w3a4,of4=w4a4,of6=w6a4")
+    student = Student(Teacher.capture(Wide(), SPEC), QuantizationSettings(layer_bits=rules))
+    student.initialize_ranges_([shared.noise()])
+    path = tmp_path_factory.mktemp("wide") / "model.onnx"
+    export_onnx(student, path)
+    return student, path
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_weights_take_the_bits_that_they_have(wide: tuple[Student, Path], bits: int) -> None:
+    student, path = wide
+    model, name = onnx.load(path), f"of{bits}"
+    packed = {each.name: each for each in model.graph.initializer}
+    weight = packed[f"{name}.weight.int{bits}"]
+    assert len(weight.raw_data) == -(-129 * 129 * 9 // 8) * bits - (bits == 4) * 3
+    integers = dict(student.converted().named_buffers())[f"{name}.weight"]
     # the name of the expanded tensor is what the DequantizeLinear in front of the layer reads
-    layer = next(node for node in model.graph.node if node.name == "second")
+    layer = next(node for node in model.graph.node if node.name == name)
     dequantize = next(node for node in model.graph.node if node.output[0] == layer.input[1])
     model.graph.output.append(onnx.ValueInfoProto(name=dequantize.input[0]))
     session = onnxruntime.InferenceSession(model.SerializeToString())
@@ -241,16 +270,21 @@ def test_with_preprocessing_a_file_reads_camera_bytes(tmp_path: Path, teacher: T
     assert_same(logits_of(tmp_path / "model.onnx", nhwc), expected)
 
 
-@pytest.mark.parametrize("name", ["v1", "input", "logits", "pixels"])
-def test_a_parameter_may_have_a_name_that_the_file_uses_itself(name: str) -> None:
+def test_parameters_may_have_names_that_the_file_uses_itself() -> None:
+    names = ("v1", "input", "logits", "pixels")
+
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv, self.head = nn.Conv2d(3, 4, 3), Head(4)
-            self.register_parameter(name, nn.Parameter(torch.ones(4, 1, 1)))
+            for factor, name in enumerate(names, 1):
+                self.register_parameter(name, nn.Parameter(torch.full((4, 1, 1), 1 / factor)))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.sigmoid(self.conv(x)) * self.get_parameter(name))
+            x = torch.sigmoid(self.conv(x))
+            for name in names:
+                x = x * self.get_parameter(name)
+            return self.head(x)
 
     student = student_of(Teacher.capture(Scaled().eval(), SPEC))
     onnx_model(student, include_preprocessing=True)  # which the checker of onnx has seen
