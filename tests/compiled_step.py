@@ -4,8 +4,8 @@
 
 with a backend of ``torch.compile``: inductor writes C++ and has it compiled, which takes half a minute; with
 aot_eager_decomp_partition the same graphs, traced, differentiated and split as for inductor, are run by PyTorch.
-The gradients of a generator's network are by inductor in any case, which takes seconds. A program of its own because
-the type checks of the test run cannot be compiled.
+The gradients of a generator's network are by inductor in any case, which takes seconds. Forked by test_acceleration.py,
+for the type checks of the test run cannot be compiled.
 """
 
 import json
@@ -27,11 +27,11 @@ from tests.device_steps import generator_with_gradients
 from tests.networks import NUM_CLASSES, SPEC, toy_pixels, trained_tiny_net
 
 
-def main(backend: str) -> None:
+def main(arguments: list[str]) -> None:
     """Print what became of both."""
     torch.set_num_threads(1)
     found: dict[str, object] = {"image": image_distances()}
-    torch.compile = partial(torch.compile, backend=backend)
+    torch.compile = partial(torch.compile, backend=arguments[0])
     teacher = Teacher.capture(trained_tiny_net(), SPEC)
     found |= {"student": student_step(teacher), "generator": generator_steps(teacher)}
     print(json.dumps(found))  # noqa: T201
@@ -97,4 +97,4 @@ def loss_and_gradients(teacher: Teacher, mode: Compile) -> tuple[float, dict[str
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

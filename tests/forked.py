@@ -45,3 +45,10 @@ class Forked:
         """Return the exit code, and what was said."""
         assert self._starter.stdout is not None
         return int(self._starter.stdout.readline()), self._errors.read_text()
+
+
+def said_by(starter: Starter, folder: Path, function: str, arguments: list[str], processes: int = 1) -> str:
+    """Return what processes print that must not fail."""
+    code, said = Forked(starter, folder, function, arguments, processes).end()
+    assert code == 0, said
+    return said

@@ -7,9 +7,11 @@ reads a line of JSON for each start: the ``function`` that every process calls, 
 ``errors``. It answers with the numbers of the processes, and once all have ended with the largest exit code.
 """
 
+import contextlib
 import importlib
 import json
 import os
+import runpy
 import socket
 import sys
 import traceback
@@ -17,6 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed import run
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qimera.teacher.sources import load_model
 from qimera.teacher.teacher import Teacher
@@ -64,6 +68,35 @@ def command(arguments: list[str]) -> None:
     """Run the command line as ``python -m qimera`` does."""
     sys.argv = ["qimera", *arguments]
     importlib.import_module("qimera.cli.app").main()
+
+
+def program(arguments: list[str]) -> None:
+    """Run a module as ``python -m`` does."""
+    sys.argv = arguments
+    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+def script(arguments: list[str]) -> None:
+    """Run code as ``python -c`` does."""
+    sys.argv = ["-c", *arguments[1:]]
+    exec(arguments[0], {"__name__": "__main__"})
+
+
+def torchrun(arguments: list[str]) -> None:
+    """Run the command line as ``torchrun`` does with these arguments, in forked processes instead of new ones."""
+
+    def forking(config: LaunchConfig, entrypoint: str) -> Callable[..., object]:
+        config.start_method, config.monitor_interval = "fork", 0.01
+        return lambda *words: elastic_launch(config, _without_exit)(*words[words.index("qimera") + 1 :])
+
+    run.elastic_launch = forking
+    run.main(arguments)
+
+
+def _without_exit(*arguments: str) -> None:
+    """Run the command line; the launcher would wait for what a process returns that exits."""
+    with contextlib.suppress(SystemExit):
+        command(list(arguments))
 
 
 def _exit_code(function: Callable[[list[str]], object], arguments: list[str]) -> int:

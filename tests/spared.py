@@ -90,7 +90,7 @@ def _keep_translations(patch: pytest.MonkeyPatch) -> None:
 
 
 def _keep_onnx_graphs(patch: pytest.MonkeyPatch) -> None:
-    """Keep what PyTorch makes of every graph as ONNX; many tests export the same student, all time it beside its teacher.
+    """Keep what PyTorch makes of every graph as ONNX: many tests export the same student, or time the same teacher.
 
     Graphs that PyTorch notes more of have a key of their own.
     """
@@ -149,7 +149,7 @@ def _keep_decompositions(patch: pytest.MonkeyPatch) -> None:
 
 
 def _register_kernels_quickly(patch: pytest.MonkeyPatch) -> None:
-    """Register kernels without writing annotations out each time: every export registers six thousand and drops them."""
+    """Register kernels without evaluating annotations: every export registers six thousand, and drops them again."""
     register = OperatorBase.py_impl
 
     def py_impl(self: OperatorBase, key: object) -> Callable[[Callable[..., object]], Callable[..., object]]:

@@ -1,3 +1,4 @@
+import json
 import logging
 from typing import Any
 
@@ -19,15 +20,16 @@ from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from qimera.training.distillation import Lesson
-from tests.program_result import result_of
+from tests.forked import Starter, said_by
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module", params=["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
-def steps(request: pytest.FixtureRequest) -> dict[str, Any]:
+def steps(request: pytest.FixtureRequest, starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What became of compiled steps, with and without C++."""
-    return result_of("tests.compiled_step", request.param)
+    said = said_by(starter, tmp_path_factory.mktemp("steps"), "tests.compiled_step:main", [request.param])
+    return dict(json.loads(said.splitlines()[-1]))
 
 
 def test_a_compiled_step_is_one_graph_with_the_losses_and_gradients_of_the_plain_one(steps: dict[str, Any]) -> None:
