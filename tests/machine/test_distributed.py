@@ -17,9 +17,10 @@ from qimera.config.run_settings import RunSettings
 from qimera.config.settings import DirectSettings, DistillationSettings, SynthesisSettings
 from qimera.runs.directory import RunDirectory
 from tests.command_line import tiny_settings
-from tests.forked import ENVIRONMENT, Forked, Starter
+from tests.forked import ENVIRONMENT, Forked, Starter, said_by
 
-TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TWO = ["--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *TWO]
 QIMERA = [*TORCHRUN, "-m", "qimera"]
 STARTS = ["forked", pytest.param("torchrun", marks=pytest.mark.slow)]
 """Starts of the command line: processes that are forked when all is loaded cost a tenth."""
@@ -60,8 +61,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, starter: Starter) -> tuple
     """What one process comes to, and each of two."""
     folders = [tmp_path_factory.mktemp(name) for name in ("alone", "together")]
     for folder, count in zip(folders, (1, 2), strict=True):
-        code, said = Forked(starter, folder, "tests.two_processes:write_into", [str(folder)], count).end()
-        assert code == 0, said
+        said_by(starter, folder, "tests.two_processes:write_into", [str(folder)], count)
     files = (folders[0] / "0.pt", folders[1] / "0.pt", folders[1] / "1.pt")
     one, two, three = (torch.load(file, weights_only=True) for file in files)
     return one, two, three
@@ -95,8 +95,7 @@ def test_a_student_learns_from_two_halves_what_it_learns_from_the_whole(
 def starts(tmp_path_factory: pytest.TempPathFactory, starter: Starter) -> tuple[Results, Results]:
     """What each of two processes makes of samples of its own."""
     folder = tmp_path_factory.mktemp("starts")
-    code, said = Forked(starter, folder, "tests.two_processes:write_starts_into", [str(folder)]).end()
-    assert code == 0, said
+    said_by(starter, folder, "tests.two_processes:write_starts_into", [str(folder)], 2)
     main, other = (torch.load(folder / f"{number}.pt", weights_only=True) for number in range(2))
     return main, other
 
@@ -130,11 +129,16 @@ def settings(num_steps: int, **changes: object) -> RunSettings:
 QUANTIZE = ["quantize", "--settings", "settings.json", "--output", "run"]
 
 
-def test_the_command_makes_one_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", STARTS)
+def test_the_command_makes_one_run(tmp_path: Path, starter: Starter, way: str) -> None:
+    """By default the launcher of torchrun forks its processes."""
     settings(6).save(tmp_path / "settings.json")
-    command = [*QIMERA, *QUANTIZE]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert done.stdout.count("estimate ") == 1
+    if way == "torchrun":
+        command = [*QIMERA, *QUANTIZE]
+        said = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
+    else:
+        said = said_by(starter, tmp_path, "tests.side_by_side:torchrun", [*TWO, "-m", "qimera", *QUANTIZE])
+    assert said.count("estimate ") == 1
     run = RunDirectory.open(tmp_path / "run")
     assert run.summary().num_steps == 6
     steps = [(line["stage"], line["step"]) for line in run.metrics.lines()]
