@@ -1,8 +1,7 @@
 """Nothing that is read may run: hostile files are refused with a message, or turn out to be harmless."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,24 +14,29 @@ from qimera.teacher.exported_programs import read_program
 from qimera.teacher.libraries import _import
 from qimera.teacher.teacher import Teacher
 from tests.command_line import qimera, said, tiny_settings
+from tests.forked import Starter, said_by
 from tests.hostile.audit_sources import strange_code
 from tests.networks import NETWORKS, SPEC, random_network
 from tests.runs.test_directory import summary
 
-ROOT = Path(__file__).parents[2]
+Outcomes = Callable[..., list[dict[str, object]]]
 AMOUNTS = ["default", pytest.param("slow", marks=pytest.mark.slow)]
 
 
-def outcomes(*arguments: object) -> list[dict[str, object]]:
-    """Return what a program that reads hostile files found, one kind of file after another."""
-    command = [sys.executable, "-W", "ignore", "-m", *map(str, arguments)]
-    environment = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.fixture(scope="module")
+def outcomes(starter: Starter, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """What a program that reads hostile files finds, one kind of file after another."""
+
+    def outcomes(*arguments: object) -> list[dict[str, object]]:
+        words = list(map(str, arguments))
+        said = said_by(starter, tmp_path_factory.mktemp("hostile"), "tests.side_by_side:program", words)
+        return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+
+    return outcomes
 
 
 @pytest.fixture(scope="module")
-def few() -> list[dict[str, object]]:
+def few(outcomes: Outcomes) -> list[dict[str, object]]:
     """What became of some archives, and of some teachers."""
     return outcomes("tests.hostile.reading", "archives", 11, 0, 60, "teachers", 6, 0, 60)
 
@@ -43,7 +47,7 @@ def check(found: dict[str, object]) -> None:
 
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_nothing_in_an_archive_runs(request: pytest.FixtureRequest, amount: str) -> None:
+def test_nothing_in_an_archive_runs(request: pytest.FixtureRequest, outcomes: Outcomes, amount: str) -> None:
     whole = ("tests.hostile.reading", "archives", 1, 1000, 10_000)
     found = request.getfixturevalue("few")[0] if amount == "default" else outcomes(*whole)[0]
     check(found)
@@ -52,14 +56,14 @@ def test_nothing_in_an_archive_runs(request: pytest.FixtureRequest, amount: str)
 
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_nothing_in_a_saved_teacher_runs(request: pytest.FixtureRequest, amount: str) -> None:
+def test_nothing_in_a_saved_teacher_runs(request: pytest.FixtureRequest, outcomes: Outcomes, amount: str) -> None:
     whole = ("tests.hostile.reading", "teachers", 1, 1000, 10_000)
     found = request.getfixturevalue("few")[1] if amount == "default" else outcomes(*whole)[0]
     check(found)
     assert found["refused"] > found["read"] > 5
 
 
-def test_nothing_in_other_files_runs() -> None:
+def test_nothing_in_other_files_runs(outcomes: Outcomes) -> None:
     check(outcomes("tests.hostile.others")[-1])
 
 

@@ -1,8 +1,6 @@
 """What is written is on the disk before what it was made from is removed."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +16,7 @@ from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.formats import write_bank
 from qimera.teacher.teacher import Teacher
+from tests.forked import Starter, said_by
 
 
 class Journal:
@@ -172,6 +171,7 @@ def test_checkpoints_that_cannot_be_kept_are_refused_before_the_first_step(tmp_p
 WITHOUT_ONNX = """
 import sys
 for name in ("onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino", "executorch", "coremltools", "ai_edge_litert"):
+    assert name not in sys.modules
     sys.modules[name] = None
 import torch
 from qimera import *
@@ -192,12 +192,8 @@ except ConfigError as error:
 """
 
 
-def test_every_format_needs_its_own_packages_alone(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}"}
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_ONNX, str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert "PyTorch" in ran.stdout
-    assert "format onnx needs onnx, onnxruntime, onnxscript; pip install 'qimera[onnx]'" in ran.stdout
-    assert "needs ai-edge-litert; pip install 'qimera[litert]'" in ran.stdout
+def test_every_format_needs_its_own_packages_alone(tmp_path: Path, starter: Starter) -> None:
+    said = said_by(starter, tmp_path, "tests.side_by_side:script", [WITHOUT_ONNX, str(tmp_path)])
+    assert "PyTorch" in said
+    assert "format onnx needs onnx, onnxruntime, onnxscript; pip install 'qimera[onnx]'" in said
+    assert "needs ai-edge-litert; pip install 'qimera[litert]'" in said
