@@ -19,6 +19,7 @@ from tests.command_line import tiny_settings
 
 GOOD = DistillationSettings(num_steps=0, start="compensated")
 BAD = DistillationSettings(num_steps=4, batch_size=8, weight_learning_rate=5.0)
+WAYS = {"good": GOOD, "bad": BAD}
 
 
 def with_bank(bank: Path, **changes: object) -> RunSettings:
@@ -34,22 +35,37 @@ def finished(path: Path, teacher: Teacher, settings: RunSettings) -> RunDirector
     return run
 
 
+@pytest.fixture(scope="module")
+def alone(
+    tmp_path_factory: pytest.TempPathFactory, digits_teacher: Teacher, digits_bank: Path
+) -> dict[str, RunDirectory]:
+    """Runs with a recipe each, the good and the bad."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {
+        name: finished(folder / name, digits_teacher, with_bank(digits_bank, distillation=settings))
+        for name, settings in WAYS.items()
+    }
+
+
 @pytest.mark.parametrize("ways", [("good", "bad"), ("bad", "good")])
 def test_of_several_recipes_the_student_with_the_lowest_estimated_drop_is_kept(
-    tmp_path: Path, digits_teacher: Teacher, digits_bank: Path, ways: tuple[str, str]
+    tmp_path: Path, digits_teacher: Teacher, digits_bank: Path, alone: dict[str, RunDirectory], ways: tuple[str, str]
 ) -> None:
-    first, second = ({"good": GOOD, "bad": BAD}[way] for way in ways)
+    first, second = (WAYS[way] for way in ways)
     settings = with_bank(digits_bank, recipe=",".join(ways), distillation=first, alternatives=(second,))
     both = finished(tmp_path / "both", digits_teacher, settings)
-    alone = finished(tmp_path / "alone", digits_teacher, with_bank(digits_bank, distillation=GOOD))
     assert both.summary().recipe == "good"
     assert both.summary().num_steps == 0
-    kept, expected = (load_student(run)[0].module.state_dict() for run in (both, alone))
+    kept, expected = (load_student(run)[0].module.state_dict() for run in (both, alone["good"]))
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
+
+
+def test_the_good_recipe_is_the_one_of_the_lower_estimated_drop(
+    digits_teacher: Teacher, digits_bank: Path, alone: dict[str, RunDirectory]
+) -> None:
     bank = SampleBank.load(digits_bank, digits_teacher)
-    other = finished(tmp_path / "other", digits_teacher, with_bank(digits_bank, distillation=BAD))
-    drops = [estimate_drop(load_student(run)[0], digits_teacher, bank).drop for run in (both, other)]
-    assert drops[0] < drops[1]
+    good, bad = (estimate_drop(load_student(alone[name])[0], digits_teacher, bank).drop for name in ("good", "bad"))
+    assert good < bad
 
 
 def test_a_start_that_the_scheme_has_not_is_refused_before_anything_is_made(digits_teacher: Teacher) -> None:
@@ -97,11 +113,8 @@ def test_the_training_of_a_generator_that_is_not_there_is_refused_before_the_run
         check_run(settings, small_teacher, None)
 
 
-def test_the_summary_states_the_estimate_of_the_student_that_was_kept(
-    tmp_path: Path, digits_teacher: Teacher, digits_bank: Path
-) -> None:
-    run = finished(tmp_path / "run", digits_teacher, with_bank(digits_bank, distillation=GOOD))
-    summary = run.summary()
+def test_the_summary_states_the_estimate_of_the_student_that_was_kept(alone: dict[str, RunDirectory]) -> None:
+    summary = alone["good"].summary()
     assert (summary.num_samples, summary.num_held_out) == (48, 16)
     estimate = summary.estimate
     assert estimate is not None
