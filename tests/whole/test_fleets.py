@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from qimera.cli.app import app
 from qimera.cli.schemas import schema_of
+from tests.command_line import INPUT, SMALL
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "fleets.md").read_text().partition("## Results for programs")[2]
@@ -19,13 +20,13 @@ PAGE = (ROOT / "docs" / "fleets.md").read_text().partition("## Results for progr
 def test_the_commands_of_the_page_print_what_its_python_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On samples so few that there is no estimate, which the gate refuses."""
+    """On a network of three layers, and samples so few that there is no estimate, which the gate refuses."""
     monkeypatch.chdir(tmp_path)
     (commands,) = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
-    few = ("--set", "synthesis.num_optimized=16", "--set", "direct.num_steps=2")
+    few = (*INPUT, "--set", "synthesis.num_optimized=16", "--set", "direct.num_steps=2")
     for line in commands.splitlines():
         typed, _, file = line.partition(" > ")
-        words = shlex.split(typed)[1:]
+        words = [SMALL if word == "mnist_cnn" else word for word in shlex.split(typed)[1:]]
         result = CliRunner().invoke(app, [*words, *(few if words[0] == "quantize" else ())])
         Path(file).write_text(result.stdout)
         if words[0] != "schema":

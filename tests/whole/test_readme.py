@@ -15,6 +15,7 @@ from qimera.config.settings import DirectSettings, DistillationSettings, Synthes
 from qimera.export.comparison import Verification
 from qimera.student.student import Student
 from qimera.teacher.libraries import build
+from tests.command_line import INPUT, SMALL
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -128,7 +129,7 @@ def test_the_readme_is_short() -> None:
 @pytest.mark.parametrize(
     "model",
     [
-        "mnist_cnn",
+        " ".join((SMALL, *INPUT)),
         pytest.param(
             "torchvision:resnet18 --weights resnet18.pth", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]
         ),
@@ -138,15 +139,16 @@ def test_the_readme_is_short() -> None:
 def test_the_commands_for_a_torchvision_network_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    """By default on the embedded network and few samples, else with random weights, of which a run warns."""
+    """By default on a network of three layers and few samples, else with random weights, of which a run warns."""
     monkeypatch.chdir(tmp_path)
     typed = block("sh", "torchvision:resnet18").replace("torchvision:resnet18 --weights resnet18.pth", model)
-    side, channels, classes = (28, 1, 10) if model == "mnist_cnn" else (224, 3, 1000)
-    if model != "mnist_cnn":
+    is_small = model.startswith(SMALL)
+    side, channels, classes = (8, 1, 10) if is_small else (224, 3, 1000)
+    if not is_small:
         torch.save(build("torchvision", "resnet18", None).state_dict(), "resnet18.pth")
     images = np.random.default_rng(0).integers(0, 256, (20, side, side, channels), dtype=np.uint8)
     np.savez("val.npz", images=images, labels=np.arange(20) % classes)
-    few = FEW if model == "mnist_cnn" else ()
+    few = FEW if is_small else ()
     for line in typed_in(typed):
         result = CliRunner().invoke(app, [*line[1:], *(few if line[1] == "quantize" else ())])
         assert result.exit_code == 0, (line, result.output)
