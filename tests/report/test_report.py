@@ -46,6 +46,16 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits_bank: Path) -> RunDirec
 
 
 @pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A finished run of three layers, for what is said of files and images rather than of samples."""
+    folder = tmp_path_factory.mktemp("small")
+    tiny_settings().save(folder / "settings.json")
+    done = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
+    assert done.exit_code == 0, done.stderr
+    return RunDirectory.open(folder / "run")
+
+
+@pytest.fixture(scope="module")
 def page(run: RunDirectory) -> str:
     return run.report_page_file.read_text()
 
@@ -233,11 +243,13 @@ def test_only_the_costliest_of_many_layers_are_drawn(run: RunDirectory) -> None:
     assert ">block19 " not in found
 
 
-def test_a_measurement_on_images_that_the_teacher_does_not_know_is_no_drop(run: RunDirectory, tmp_path: Path) -> None:
+def test_a_measurement_on_images_that_the_teacher_does_not_know_is_no_drop(
+    small_run: RunDirectory, tmp_path: Path
+) -> None:
     generator = np.random.default_rng(0)
-    images, labels = generator.integers(0, 256, (40, 28, 28, 1), np.uint8), generator.integers(0, 10, 40)
+    images, labels = generator.integers(0, 256, (40, 8, 8, 1), np.uint8), generator.integers(0, 10, 40)
     np.savez(tmp_path / "test.npz", images=images, labels=labels)
-    copied = shutil.copytree(run.path, tmp_path / "run")
+    copied = shutil.copytree(small_run.path, tmp_path / "run")
     done = qimera("evaluate", copied, "--data", tmp_path / "test.npz", "--json")
     assert done.exit_code == 0, done.stderr
     assert "warning: data: the full-precision model gets" in done.stderr
@@ -338,8 +350,8 @@ def test_a_bad_bank_is_warned_of_on_the_page_and_first_in_the_summary(tmp_path: 
     assert "warning: " in ranked.stdout
 
 
-def test_an_exported_file_is_listed(run: RunDirectory, tmp_path: Path) -> None:
-    copied = shutil.copytree(run.path, tmp_path / "run")
+def test_an_exported_file_is_listed(small_run: RunDirectory, tmp_path: Path) -> None:
+    copied = shutil.copytree(small_run.path, tmp_path / "run")
     done = qimera("export", copied)
     assert done.exit_code == 0, done.stderr
     (listed,) = Report.load(copied / "report.json").exports
@@ -352,8 +364,8 @@ def test_an_exported_file_is_listed(run: RunDirectory, tmp_path: Path) -> None:
     assert page.count(f"{listed.comparisons[0]['float_latency_ms']:.3g} ms") >= 2  # in the first lines and the table
 
 
-def test_the_report_is_written_anew_when_asked_for(run: RunDirectory, tmp_path: Path) -> None:
-    copied = shutil.copytree(run.path, tmp_path / "run")
+def test_the_report_is_written_anew_when_asked_for(small_run: RunDirectory, tmp_path: Path) -> None:
+    copied = shutil.copytree(small_run.path, tmp_path / "run")
     (copied / "report.html").unlink()
     assert qimera("report", copied).exit_code == 0
     assert (copied / "report.html").exists()
