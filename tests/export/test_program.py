@@ -59,11 +59,17 @@ def test_the_form_for_integer_kernels_changes_no_logits(name: str, bits: str) ->
         assert torch.equal(integer_program(student).module()(images), expected)
 
 
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory, teacher: Teacher) -> Path:
+    """The file of a W4A4 student."""
+    path = tmp_path_factory.mktemp("exported") / "model.pt2"
+    export_pt2(student_of(teacher), path)
+    return path
+
+
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_the_batch_is_dynamic(tmp_path: Path, teacher: Teacher, toy_images: Tensor, batch: int) -> None:
-    student = student_of(teacher)
-    export_pt2(student, tmp_path / "model.pt2")
-    program = torch.export.load(tmp_path / "model.pt2").module()
+def test_the_batch_is_dynamic(file: Path, teacher: Teacher, toy_images: Tensor, batch: int) -> None:
+    program, student = torch.export.load(file).module(), student_of(teacher)
     with torch.no_grad():
         assert share_of_equal_classes(program(toy_images[:batch]), student(toy_images[:batch])) >= 0.98
 
