@@ -62,8 +62,7 @@ def mobilenet_v3() -> nn.Module:
     """As torchvision's mobilenet_v3_small."""
     block = partial(mobilenetv3.InvertedResidualConfig, dilation=1, width_mult=1.0)
     blocks = [
-        block(16, 3, 16, 16, True, "RE", 2),
+        block(16, 3, 16, 16, True, "RE", 1),
         block(16, 5, 48, 24, True, "HS", 2),
-        block(24, 5, 64, 24, True, "HS", 1),
     ]
     return mobilenetv3.MobileNetV3(blocks, 64, NUM_CLASSES)

@@ -52,8 +52,8 @@ class WideResNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.blocks = nn.Sequential(WideBlock(8, 16, 1), WideBlock(16, 16, 1), WideBlock(16, 32, 2))
-        self.bn, self.fc = nn.BatchNorm2d(32), nn.Linear(32, 4)
+        self.blocks = nn.Sequential(WideBlock(8, 16, 2), WideBlock(16, 16, 1))
+        self.bn, self.fc = nn.BatchNorm2d(16), nn.Linear(16, 4)
 
     def forward(self, x):
         return self.fc(F.avg_pool2d(F.relu(self.bn(self.blocks(self.conv(x)))), 4).flatten(1))
