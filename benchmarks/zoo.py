@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy as np
 from torch import nn
 
+from benchmarks.teachers.networks import BUILDERS, INPUT_SPEC, load_network
 from qimera import InputSpec, LabelledImages, Teacher
 from qimera.teacher.sources import EMBEDDED_MODELS, load_model
 
@@ -40,6 +41,8 @@ def load_subject(name: str) -> tuple[Teacher, LabelledImages]:
         from benchmarks.mnist import load_mnist_split  # beside this file, which tests import from elsewhere
 
         return Teacher.capture(model, EMBEDDED_MODELS[name].input_spec), load_mnist_split().held_out
+    if name in BUILDERS:
+        return Teacher.capture(model, INPUT_SPEC), load_labelled("cifar10_test")
     zoo = _zoo()
     entry = zoo.TEACHERS[name]
     images, labels = zoo.load_images(entry.image_set)
@@ -50,8 +53,15 @@ def load_subject(name: str) -> tuple[Teacher, LabelledImages]:
 
 def load_model_of(name: str) -> nn.Module:
     """Return the network called ``name``, of the zoo or embedded in the package."""
+    if name in BUILDERS:
+        return load_network(name)
     model: nn.Module = load_model(name) if name in EMBEDDED_MODELS else _zoo().load_teacher(name)
     return model
+
+
+def load_labelled(image_set: str) -> LabelledImages:
+    """Return the zoo's images of that name, with their labels."""
+    return LabelledImages(*_zoo().load_images(image_set))
 
 
 def _zoo() -> ModuleType:
@@ -65,7 +75,7 @@ def load_training_images(name: str) -> np.ndarray:
     """Return the images that the network called ``name`` was trained on, (n, height, width, 3), for ceilings alone."""
     zoo = load_zoo()
     assert zoo is not None
-    training_set = zoo.TEACHERS[name].image_set.partition("_")[0] + "_train"
+    training_set = "cifar10_train" if name in BUILDERS else zoo.TEACHERS[name].image_set.partition("_")[0] + "_train"
     try:
         images: np.ndarray = zoo.load_images(training_set)[0]
     except FileNotFoundError:

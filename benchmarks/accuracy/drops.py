@@ -81,7 +81,7 @@ def _run_seed(
                 teacher, bank, quantization, distillation, seed=seed, device=options.device, progress=progress
             )
             student_seconds = time.perf_counter() - start
-            told = _told(student, bank) if bank.settings.num_held_out else {}
+            told = _told(student, bank) if bank.settings.num_held_out and teacher.batch_norms else {}
             result = evaluate(student, images, teacher.input_spec, teacher=teacher)
             _write(options, bits, seed, full, result, told, bank, (bank_seconds, student_seconds))
 
