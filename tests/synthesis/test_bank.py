@@ -12,8 +12,9 @@ from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qimera.config.settings import SynthesisSettings
+from qimera.config.settings import GeneratorSettings, SynthesisSettings
 from qimera.errors import ConfigError
+from qimera.pipeline import synthesize
 from qimera.synthesis import bank as bank_module
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
@@ -138,6 +139,21 @@ def test_a_bank_comes_back_as_it_was_saved(teacher: Teacher, bank: SampleBank, s
     drawn = bank.synthesizer.draw(8, seeded(0))
     with torch.no_grad():
         assert torch.equal(loaded.synthesizer(drawn)[0], bank.synthesizer(drawn)[0])
+
+
+def test_random_embeddings_come_back_with_the_noise_that_they_were_trained_with(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    generator = GeneratorSettings(extracted_embeddings=False, embedding_dim=4, num_steps=0)
+    settings = SynthesisSettings(num_generated=4, num_optimized=0, generator=generator)
+    bank = synthesize(teacher, settings=settings, seed=3)
+    bank.save(tmp_path / "bank")
+    made, loaded = bank.synthesizer, SampleBank.load(tmp_path / "bank", teacher).synthesizer
+    assert made is not None
+    assert loaded is not None
+    drawn = made.draw(4, seeded(0))
+    with torch.no_grad():
+        assert torch.equal(loaded(drawn)[0], made(drawn)[0])
 
 
 def test_a_bank_of_several_shards_comes_back_in_order(

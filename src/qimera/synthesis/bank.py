@@ -22,6 +22,7 @@ from qimera.config.input_spec import InputSpec
 from qimera.config.settings import SynthesisSettings
 from qimera.errors import ConfigError
 from qimera.machine.files import check_types, make_folder, naming, save_tensors, sync_directory, sync_tree
+from qimera.machine.seeds import Stream, generator_for
 from qimera.synthesis.samples import Batches, Samples
 from qimera.synthesis.synthesizer import Synthesizer
 from qimera.teacher.teacher import Teacher, as_teacher
@@ -222,7 +223,7 @@ class SampleBank:
         try:
             manifest = json.loads((directory / "manifest.json").read_text())
             version, owner, seed = manifest["format_version"], manifest["teacher"], manifest["seed"]
-            if type(seed) is not int:
+            if type(seed) is not int or seed < 0:
                 raise TypeError(f"seed is {seed!r:.50}")
             if version != FORMAT_VERSION:
                 raise ConfigError(f"bank {directory}: format version {version}, this qimera reads {FORMAT_VERSION}")
@@ -256,7 +257,7 @@ class SampleBank:
                 + (f", and {num_images} are images of yours" if num_images else "")
                 + "); synthesise it again"
             )
-        synthesizer = _load_synthesizer(directory / "generator.safetensors", teacher, settings)
+        synthesizer = _load_synthesizer(directory / "generator.safetensors", teacher, settings, seed)
         spec = teacher.input_spec
         return cls(parts[0], parts[1], parts[2], spec, settings, seed, owner, synthesizer, images, num_images)
 
@@ -299,10 +300,11 @@ def _check_shapes(directory: Path, parts: list[Tensor], teacher: Teacher) -> Non
         raise ConfigError(f"bank {directory}: expected shapes {expected}, found {found}")
 
 
-def _load_synthesizer(path: Path, teacher: Teacher, settings: SynthesisSettings) -> Synthesizer | None:
+def _load_synthesizer(path: Path, teacher: Teacher, settings: SynthesisSettings, seed: int) -> Synthesizer | None:
     if not path.exists():
         return None
-    synthesizer = Synthesizer(teacher, settings, torch.Generator().manual_seed(0))
+    # as it began its training, for the scale of its noise is that of its first embeddings
+    synthesizer = Synthesizer(teacher, settings, generator_for(seed, Stream.GENERATOR))
     try:
         tensors = load_file(path)
         check_types(path, tensors, {name: value.dtype for name, value in synthesizer.state_dict().items()})
