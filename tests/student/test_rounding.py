@@ -69,6 +69,26 @@ def test_at_eight_bits_it_does_no_harm(mixed: Teacher) -> None:
     assert error_of(mixed, 8, rounding=True) < 1.05 * error_of(mixed, 8, rounding=False)
 
 
+class CallsTwice(nn.Module):
+    """A convolution that is called twice, each time before a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.linear = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 2 * F.relu(self.shared(F.relu(self.first(x))))
+        x = 2 * F.relu(self.shared(x))
+        return self.linear(x.mean((2, 3)))
+
+
+def test_a_weight_that_is_read_twice_is_rounded_for_its_first_call() -> None:
+    torch.manual_seed(0)
+    teacher = Teacher.capture(CallsTwice().eval(), SPEC)
+    assert error_of(teacher, 4, rounding=True) < 0.1 * error_of(teacher, 4, rounding=False)
+
+
 def test_every_rounded_weight_is_a_multiple_of_its_step(mixed: Teacher) -> None:
     student = Student(mixed, QuantizationSettings(weight_bits=3, activation_bits=4))
     student.initialize_layers_(images_of(0), torch.Generator().manual_seed(0))

@@ -53,7 +53,8 @@ def round_layers_(
     Rounding to nearest adds up errors that inputs share; instead each weight that is rounded hands its error on to
     those that are still to come, by the second moments of their inputs (GPTQ, Frantar et al. 2023). Before rounding,
     the weights make up for what quantized predecessors lost. After it, the bias makes up for the mean of the remaining
-    error (as in bias correction, Nagel et al. 2019).
+    error (as in bias correction, Nagel et al. 2019). A weight that several calls read is rounded for the first of them;
+    at the others the bias alone makes up for what is left.
 
     Args:
         student: Prepared graph; its quantizers may be searching their ranges in the same pass.
@@ -69,6 +70,7 @@ def round_layers_(
     scales: dict[str, Tensor] = {}
     mine, theirs = SteppedRun(student, images), SteppedRun(reference, images)
     quantizers = {node: found for node in student.graph.nodes if (found := weight_quantizer(student, node)) is not None}
+    rounded: set[LearnedStepFakeQuantize] = set()
     report(0, len(quantizers))
     for done, (node, quantizer) in enumerate(quantizers.items(), 1):
         if theirs.advance_to(node.name):
@@ -78,7 +80,12 @@ def round_layers_(
                 if scale is not None:
                     scales[node.name] = scale
             mine.advance_before(node.name)
-            _round_layer_(student, node, quantizer, _seen(student, node, mine, theirs, rng))
+            seen = _seen(student, node, mine, theirs, rng)
+            if quantizer in rounded:
+                _shift_bias_(student, node, seen)
+            else:
+                _round_layer_(student, node, quantizer, seen)
+            rounded.add(quantizer)
             mine.repeat(node.all_input_nodes[1:])
             mine.advance_to(node.name)
         report(done, len(quantizers))
@@ -199,6 +206,12 @@ def _round_layer_(module: GraphModule, node: Node, quantizer: LearnedStepFakeQua
     quantizer.searching = None
 
 
+def _shift_bias_(module: GraphModule, node: Node, seen: "Compensation") -> None:
+    shifted = seen.bias_of(tensor_of(module, parameter_of(node, 1)))
+    if shifted is not None:
+        tensor_of(module, parameter_of(node, 2)).copy_(shifted)
+
+
 class Compensation:
     """What a layer sees and what its weights should make of it, from which weight and bias on any grid follow."""
 
@@ -227,7 +240,13 @@ class Compensation:
         self, quantizer: LearnedStepFakeQuantize
     ) -> tuple[Float[Tensor, "..."], Float[Tensor, " channel"] | None]:
         """Return the weight on the grid of ``quantizer``, and the bias that goes with it."""
-        return self._with_bias(_round_rows(self._rows, quantizer, self._moments, len(self._rows)))
+        weight = _round_rows(self._rows, quantizer, self._moments, len(self._rows)).view(self._shape)
+        return weight, self.bias_of(weight)
+
+    def bias_of(self, weight: Float[Tensor, "..."]) -> Float[Tensor, " channel"] | None:
+        """Return the bias that makes up for the mean of what ``weight`` leaves of the target."""
+        left = self._left(weight.reshape(self._rows.shape)).mean(1).flatten()
+        return None if self._bias is None else self._bias + left
 
     def error(self, weight: Float[Tensor, "..."]) -> Float[Tensor, ""]:
         """Return the mean square of what ``weight`` and a bias that suits it leave of the target."""
@@ -236,10 +255,6 @@ class Compensation:
 
     def _left(self, rows: Float[Tensor, "group output input"]) -> Float[Tensor, "group position output"]:
         return self._target - self._inputs @ rows.mT
-
-    def _with_bias(self, rows: Float[Tensor, "group output input"]) -> tuple[Tensor, Tensor | None]:
-        bias = None if self._bias is None else self._bias + self._left(rows).mean(1).flatten()
-        return rows.view(self._shape), bias
 
 
 def adapted(
