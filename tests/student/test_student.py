@@ -17,7 +17,7 @@ from qimera.quantization.losses import block_outputs
 from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
-from tests.networks import NETWORKS, NUM_CLASSES, SPEC, Lambda
+from tests.networks import NETWORKS, NUM_CLASSES, SPEC, Lambda, behind_stem
 
 SCHEMES = ["hardware", "paper"]
 
@@ -223,6 +223,12 @@ def test_each_quantized_weight_comes_with_the_step_of_its_channels(
         assert step.shape == (len(weight), *(1 for _ in weight.shape[1:]))
         levels = weight / step
         assert float(levels.detach().abs().max()) < 20  # of 8; the search cuts outliers off
+
+
+def test_a_fixed_matrix_that_multiplies_activations_is_quantized_and_not_trained() -> None:
+    mixing = Lambda(lambda x, weight: torch.matmul(weight, x), torch.randn(16, 16), fixed=True)
+    student = Student(Teacher.capture(behind_stem(mixing), SPEC), settings_of("w4a4", "hardware"))
+    assert {tuple(weight.shape) for weight, _ in student.weight_steps()} == {(8, 3, 3, 3), (NUM_CLASSES, 8)}
 
 
 def test_a_student_shares_no_memory_with_its_teacher(teacher: Teacher) -> None:

@@ -225,13 +225,12 @@ class Student(nn.Module):
         return [each for each in self.module.parameters() if id(each) not in steps]
 
     def weight_steps(self) -> list[tuple[nn.Parameter, Float[Tensor, "..."]]]:
-        """Return each quantized weight with its quantizer's present step, shaped to multiply it."""
-        found = []
-        for weight, quantizer in _weight_quantizers(self.module):
-            if isinstance(quantizer, LearnedStepFakeQuantize | MinMaxFakeQuantize):
-                assert isinstance(weight, nn.Parameter)
-                found.append((weight, quantizer.scale.detach().clone()))
-        return found
+        """Return each quantized parameter with its quantizer's present step, shaped to multiply it."""
+        return [
+            (weight, quantizer.scale.detach().clone())
+            for weight, quantizer in _weight_quantizers(self.module)  # buffers among them, which are not trained
+            if isinstance(weight, nn.Parameter) and isinstance(quantizer, LearnedStepFakeQuantize | MinMaxFakeQuantize)
+        ]
 
     @torch.no_grad()
     def initialize_ranges_(self, batches: Iterable[Float[Tensor, "batch channel height width"]]) -> None:
