@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qimera.config.settings import DirectSettings, DistillationSettings, SynthesisSettings
+from qimera.config.settings import DirectSettings, DistillationSettings, QuantizationSettings, SynthesisSettings
 from qimera.errors import QimeraError, UnsupportedModelError
 from qimera.pipeline import quantize, synthesize
+from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests.networks import SPEC, TinyNet, toy_pixels
 
@@ -40,6 +41,33 @@ def test_broken_numbers_are_refused_with_the_tensors_name(name: str, value: floa
     model = TinyNet()
     nan_in(name, value)(model)
     with pytest.raises(UnsupportedModelError, match=message):
+        Teacher.capture(model, SPEC)
+
+
+class MaskedTokens(nn.Module):
+    """Attention in which a stored mask of minus infinities hides later tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.fc = nn.Linear(48, 24), nn.Linear(8, 5)
+        self.register_buffer("mask", torch.full((16, 16), -torch.inf).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x.permute(0, 2, 1, 3).flatten(2)).chunk(3, -1)
+        weights = (query @ key.transpose(1, 2) + self.mask).softmax(-1)
+        return self.fc((weights @ value).mean(1))
+
+
+def test_a_stored_mask_may_hold_minus_infinity() -> None:
+    torch.manual_seed(0)
+    model, images = MaskedTokens().eval(), torch.randn(8, *SPEC.shape)
+    teacher = Teacher.capture(model, SPEC)
+    student = Student(teacher, QuantizationSettings(weight_bits=8, activation_bits=8))
+    student.initialize_ranges_([images])
+    logits = model(images).detach()
+    assert float((student(images) - logits).abs().max()) < 0.1 * float(logits.abs().max())
+    model.mask[0, 0] = torch.nan
+    with pytest.raises(UnsupportedModelError, match="mask: 1 of 256 values are NaN or infinite"):
         Teacher.capture(model, SPEC)
 
 

@@ -157,12 +157,18 @@ def _refuse_unusual_names(model: nn.Module) -> None:
 
 
 def _refuse_broken_numbers(model: nn.Module) -> None:
-    """Raise UnsupportedModelError for values that no trained network has."""
+    """Raise UnsupportedModelError for values that no trained network has.
+
+    Buffers may hold minus infinity, as masks of attention do; statistics may not.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):  # extra state may be anything
             continue
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            count = int((~value.isfinite()).sum())
+        may_hide = name not in parameters and not name.endswith(("running_mean", "running_var"))
+        is_broken = ~value.isfinite() & ~(may_hide & value.isneginf()) if value.is_floating_point() else None
+        if is_broken is not None and bool(is_broken.any()):
+            count = int(is_broken.sum())
             raise UnsupportedModelError(
                 f"{name}: {count} of {value.numel()} values are NaN or infinite; the training diverged, or the file is "
                 "damaged: bring an earlier checkpoint"
