@@ -13,7 +13,7 @@ from qimera.config.input_spec import InputSpec
 from qimera.errors import ConfigError, UnsupportedModelError
 from qimera.teacher.teacher import Teacher
 from tests import shared
-from tests.networks import NUM_CLASSES, SPEC, TinyNet, random_network
+from tests.networks import NUM_CLASSES, SPEC, Lambda, TinyNet, behind_stem, random_network
 
 
 def images(count: int = 4) -> Tensor:
@@ -305,6 +305,20 @@ def test_layer_norms_and_attention_are_tapped() -> None:
     assert [tuple(each.shape) for each in taps.layer_norms] == [(3, 17, 8)] * 3
     assert [tuple(each.shape) for each in taps.attentions] == [(3, 2, 17, 4)]
     assert [tuple(each.shape) for each in taps.scores] == [(3, 2, 17, 17)]
+
+
+def test_attention_is_found_behind_a_mask_that_is_spread_over_the_batch() -> None:
+    def attend(x: Tensor, bias: Tensor) -> Tensor:
+        tokens = x.flatten(2)
+        scores = tokens @ tokens.transpose(1, 2)
+        masked = torch.where(bias.expand(x.shape[0], 8, 8) > 0, bias.expand(x.shape[0], 8, 8) + scores, -100.0)
+        return (masked.softmax(-1) @ tokens).unflatten(2, x.shape[2:])
+
+    teacher = Teacher.capture(behind_stem(Lambda(attend, torch.eye(8) + torch.ones(8, 8).tril(-1))), SPEC)
+    with torch.no_grad():
+        _, taps = teacher.forward_with_taps(images(3))
+    assert [tuple(each.shape) for each in taps.scores] == [(3, 8, 8)]
+    assert [tuple(each.shape) for each in taps.attentions] == [(3, 8, 256)]
 
 
 def test_a_product_behind_a_softmax_of_something_else_is_no_attention() -> None:

@@ -5,7 +5,9 @@ from torch.fx import GraphModule, Node
 from qimera.graph.nodes import MATRIX_PRODUCTS, aten
 
 _BETWEEN = {
-    *(aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.add_.Tensor, aten.masked_fill.Scalar, aten.where.self),
+    *(aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.add_.Tensor),
+    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor),
+    *(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf),
     *(aten.softmax.int, aten.dropout.default, aten.reshape.default, aten.view.default, aten.unsqueeze.default),
     *(aten.squeeze.dim, aten.clone.default, aten.contiguous.default, aten.expand.default),
 }
@@ -20,12 +22,17 @@ def attentions(module: GraphModule) -> list[tuple[Node, Node]]:
 
 
 def _scores(weights: Node) -> Node | None:
-    """Return the product of two activations that ``weights`` are the softmax of, if they are one."""
-    has_softmax = False
-    while weights.target in _BETWEEN:
-        has_softmax |= weights.target is aten.softmax.int
-        before = [each for each in weights.all_input_nodes if each.op == "call_function"]
-        if not before:
-            return None
-        weights = before[0]
-    return weights if has_softmax and weights.target in MATRIX_PRODUCTS else None
+    """Return the product of two activations that ``weights`` are the softmax of, if they are one.
+
+    Masks and biases of positions may stand before or behind it in a sum or a choice.
+    """
+    waiting, seen = [(weights, False)], set()
+    while waiting:
+        node, has_softmax = state = waiting.pop()
+        if has_softmax and node.target in MATRIX_PRODUCTS:
+            return node
+        if node.target in _BETWEEN and state not in seen:
+            seen.add(state)
+            has_softmax |= node.target is aten.softmax.int
+            waiting += [(each, has_softmax) for each in reversed(node.all_input_nodes)]
+    return None
