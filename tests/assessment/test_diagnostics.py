@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qimera.assessment.diagnostics import Diagnosis, diagnose, margins_of
+from qimera.assessment.diagnostics import Diagnosis, diagnose, features_of, margins_of
 from qimera.config.input_spec import InputSpec
 from qimera.config.settings import DirectSettings, LabelSettings, SynthesisSettings
 from qimera.pipeline import synthesize
@@ -118,6 +118,26 @@ def test_a_norm_that_is_called_twice_is_judged_by_both_of_its_inputs() -> None:
     mean, var = torch.stack(means).mean(0), torch.stack(variances).mean(0)
     gap = ((mean - tap.mean).square() + (var.sqrt() - tap.var.sqrt()).square()) / (var + tap.var)
     assert diagnose(bank, teacher).statistics_gap == {"norm": pytest.approx(float(gap.mean()), rel=1e-3)}
+
+
+class ScoresTokens(nn.Module):
+    """The classifier reads every row of an image, and its scores are averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.fc = nn.Linear(48, 6), nn.Linear(6, 4)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return self.hidden(x.transpose(1, 2).flatten(2)).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.tokens(x)).mean(1)
+
+
+def test_features_of_a_classifier_of_tokens_are_averages_over_tokens() -> None:
+    model, images = ScoresTokens().eval(), torch.randn(3, *SPEC.shape)
+    expected = model.tokens(images).mean(1)
+    torch.testing.assert_close(features_of(images, Teacher.capture(model, SPEC)), expected.detach())
 
 
 def test_counts_are_those_of_the_labels(good: tuple[SampleBank, Teacher], diagnosis: Diagnosis) -> None:

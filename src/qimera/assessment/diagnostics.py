@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
+from torch.fx import Node
 
 from qimera.config.base import Settings
-from qimera.graph.nodes import classifier_node, node_at, with_outputs
+from qimera.graph.nodes import aten, classifier_node, node_at, with_outputs
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.losses import channel_moments, safe_sqrt
 from qimera.synthesis.superposition import shows_one_class
@@ -258,7 +259,7 @@ def _look_at(images: Tensor, teacher: Teacher) -> tuple[dict[str, float], Tensor
     features, moments = [], []
     for part in images.split(_BATCH):
         _, (*entering, feature) = watched(part.to(teacher.device))
-        features.append((feature.flatten(2).mean(2) if feature.ndim > 2 else feature).cpu())
+        features.append(_averaged(feature, classifier).cpu())
         found = [channel_moments(x) for x in entering]
         moments.append([(len(part) * mean, len(part) * (var + mean.square())) for mean, var in found])
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -267,6 +268,13 @@ def _look_at(images: Tensor, teacher: Teacher) -> tuple[dict[str, float], Tensor
         var = torch.stack([part[index][1] for part in moments]).sum(0) / len(images) - mean.square()
         calls.setdefault(tap.name, []).append((mean, var))
     return {tap.name: _gap(calls[tap.name], tap) for tap in teacher.batch_norms}, torch.cat(features)
+
+
+def _averaged(feature: Tensor, classifier: Node) -> Tensor:
+    """Return the means over positions of what ``classifier`` reads: features are the last axis of a linear layer."""
+    if feature.ndim == 2:
+        return feature
+    return feature.flatten(1, -2).mean(1) if classifier.target is aten.linear.default else feature.flatten(2).mean(2)
 
 
 def _gap(calls: list[tuple[Tensor, Tensor]], tap: BatchNormTap) -> float:
