@@ -75,6 +75,7 @@ def test_batches_hold_every_image_once_and_in_order(num_images: int, batch_size:
         (np.zeros((2, 8, 8), np.uint8), np.zeros(2, np.int64), r"given uint8 of shape \(2, 8, 8\)"),
         (np.zeros((2, 8, 8, 1), np.uint8), [0, 1], r"labels: expected a NumPy array of whole numbers .* given list"),
         (np.zeros((2, 8, 8, 1), np.uint8), np.zeros(1, np.int64), "labels: 1 for 2 images; give one for each"),
+        (np.zeros((2, 8, 8, 1), np.uint8), np.array([0, -1]), "labels: must not be negative, given -1; leave out"),
     ],
 )
 def test_arrays_that_would_be_scored_wrongly_are_refused(images: np.ndarray, labels: object, message: str) -> None:

@@ -77,6 +77,13 @@ def test_shares_are_what_counting_image_by_image_gives(seed: int, num_classes: i
     assert result.agreement == pytest.approx(100 * (logits.argmax(1) == teacher_logits.argmax(1)).mean())
 
 
+@pytest.mark.parametrize("kind", ["int8", "uint16", "uint64"])
+def test_labels_may_be_whole_numbers_of_any_width(kind: str) -> None:
+    data = LabelledImages(numbered_images([0, 1, 2]).images, np.array([0, 1, 0]).astype(kind))
+    model = Answers(one_hot([0, 1, 2], 3))
+    assert evaluate(model, data, SPEC, teacher=model).top1 == pytest.approx(200 / 3)
+
+
 def test_a_model_agrees_with_itself() -> None:
     model = Classifier(10).eval()
     result = evaluate(model, numbered_images([0, 1, 2]), SPEC, teacher=model)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64, Integer, UInt8
+from jaxtyping import Integer, UInt8
 from numpy.lib import format as npy
 from PIL import Image
 
@@ -52,20 +52,22 @@ class LabelledImages:
     images: UInt8[np.ndarray, "batch height width channel"] | ImageFiles
     """Pixels, 0 darkest and 255 brightest."""
 
-    labels: Int64[np.ndarray, " batch"]
+    labels: Integer[np.ndarray, " batch"]
     """Class indices."""
 
     def __post_init__(self) -> None:
         """Refuse arrays that would be scored wrongly.
 
         Raises:
-            ConfigError: pixels that are not uint8, labels that are not whole numbers, or another number of them.
+            ConfigError: pixels that are not uint8, labels that are not whole numbers from 0, or another number of them.
         """
         if not isinstance(self.images, ImageFiles):
             _check_array("images", self.images, "uint8", "a NumPy array of uint8 (n, height, width, channel)", 4)
         _check_array("labels", self.labels, r"u?int\d+", "a NumPy array of whole numbers (n,)", 1)
         if len(self.images) != len(self.labels):
             raise ConfigError(f"labels: {len(self.labels)} for {len(self.images)} images; give one for each")
+        if len(self.labels) and self.labels.min() < 0:
+            raise ConfigError(f"labels: must not be negative, given {self.labels.min()}; leave out unlabelled images")
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -73,7 +75,7 @@ class LabelledImages:
 
     def batches(
         self, batch_size: int
-    ) -> Iterator[tuple[UInt8[np.ndarray, "batch height width channel"], Int64[np.ndarray, " batch"]]]:
+    ) -> Iterator[tuple[UInt8[np.ndarray, "batch height width channel"], Integer[np.ndarray, " batch"]]]:
         """Yield images and labels in order, ``batch_size`` at a time; the last batch may be smaller.
 
         Raises:

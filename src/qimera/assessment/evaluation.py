@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
@@ -138,7 +139,7 @@ def evaluate(
         if progress is not None:
             progress(done, len(data))
     ranked = {role: torch.cat(parts) for role, parts in rankings.items()}
-    return _compare(ranked["model"], ranked.get("teacher"), torch.tensor(data.labels), num_classes)
+    return _compare(ranked["model"], ranked.get("teacher"), torch.tensor(data.labels.astype(np.int64)), num_classes)
 
 
 def _check_eval_mode(role: str, classifier: AnyClassifier) -> None:
