@@ -25,8 +25,9 @@ LONGEST = (
     "machine/test_distributed.py",
     "whole/test_interruption.py",
     "whole/test_pipeline.py",
+    "runs/test_execution.py",
     "machine/test_acceleration.py",
-    "whole/test_readme.py",
+    "training/test_memory.py",
 )
 """Files of more than ten seconds. They come first, so that the processes end at nearly the same time."""
 
