@@ -41,5 +41,6 @@ def test_a_file_of_settings_with_a_rule_for_no_layer_starts_no_run(tmp_path: Pat
     tiny_settings("mnist_cnn", input=digits, quantization=MISSPELT).save(tmp_path / "settings.json")
     result = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
     assert result.exit_code == 2
-    assert re.search(r"layer_bits: 'cnov1' fits none of the \d+ layers \(nearest: ", said(result))
+    message = r"qimera: --settings: .*settings.json: layer_bits: 'cnov1' fits none of the \d+ layers \(nearest: "
+    assert re.search(message, said(result))
     assert not (tmp_path / "run").exists()

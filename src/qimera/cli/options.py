@@ -245,7 +245,10 @@ def read_settings(path: Path, model_options: ModelOptions, options: RunOptions) 
     if given and not (settings.images and settings.images.sha256 == given.sha256):
         remembered = settings.images.text() if settings.images else "none"
         raise ConfigError(f"--images: {path} remembers {remembered}, given {given.text()}")
-    return Resolved(_with_every_rule(settings, teacher), teacher, bank, images)
+    try:
+        return Resolved(_with_every_rule(settings, teacher), teacher, bank, images)
+    except ConfigError as error:
+        raise ConfigError(f"--settings: {path}: {error}") from None
 
 
 def recipes_for(teacher: Teacher, names: str | None) -> list[Recipe]:
