@@ -72,7 +72,7 @@ def test_files_of_the_run_are_not_replaced_by_an_exported_one(finished_run: Path
     before = (finished_run / name).read_bytes()
     result = qimera("export", finished_run, "--format", "pt2", "--output", finished_run / name)
     assert result.exit_code == 2
-    assert "is called like a file that qimera writes itself; give another name, such as student.pt2" in said(result)
+    assert "has the name of a file that qimera writes itself; give another name, such as student.pt2" in said(result)
     assert (finished_run / name).read_bytes() == before
 
 
@@ -93,7 +93,7 @@ def test_files_of_another_run_are_not_replaced_by_an_exported_one(
 def test_the_place_of_the_model_card_is_not_taken(tmp_path: Path, finished_run: Path) -> None:
     result = qimera("export", finished_run, "--format", "pt2", "--output", tmp_path / "MODEL_CARD.md")
     assert result.exit_code == 2
-    assert "is called like a file that qimera writes itself" in said(result)
+    assert "has the name of a file that qimera writes itself" in said(result)
 
 
 def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path: Path, finished_run: Path) -> None:

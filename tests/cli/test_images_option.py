@@ -164,10 +164,10 @@ def test_recipe_images_makes_a_student_from_images_alone(tmp_path: Path, images:
     page = re.sub(r"\s+", " ", (path / "report.html").read_text())
     assert "They joined the synthetic samples" not in page
     if held_out:
-        assert "The student was made from them alone; synthetic samples only judge it." in page
+        assert "The student was made only from them; synthetic samples judge it." in page
     else:
         assert "no synthetic samples" in summary.text()
-        assert "the model was made from images of yours alone" in page
+        assert "the model was made only from images of yours" in page
         assert "No samples were synthesised" in page
         assert "There are no samples to look at the layers with" in page
     exported = qimera("export", path, "--format", "pt2", "--json")
@@ -196,7 +196,7 @@ def test_recipe_images_is_refused_where_there_are_samples_too(tmp_path: Path, ru
     for how in (("--recipe", "images", "--bank", run / "bank"), ("--recipe", "ptq,images")):
         result = qimera("quantize", SMALL, *INPUT, *how, "--output", tmp_path / "run")
         assert result.exit_code == 2, how
-        assert "--recipe: images makes a student from your images alone, but there are" in said(result)
+        assert "--recipe: images makes a student only from your images, but there are" in said(result)
         assert not (tmp_path / "run").exists()
 
 
@@ -234,7 +234,7 @@ def test_a_bank_made_earlier_remembers_or_holds_images(tmp_path: Path, images: P
         assert "is made already; leave it out, or give qimera synthesize --bank" in said(refused)
 
 
-@pytest.mark.parametrize(("holds", "where"), [(False, "of which it holds the hash alone"), (True, "which it holds")])
+@pytest.mark.parametrize(("holds", "where"), [(False, "of which it holds only the hash"), (True, "which it holds")])
 def test_a_bank_says_what_became_of_the_images(holds: bool, where: str) -> None:
     facts = {
         "bank": "bank",

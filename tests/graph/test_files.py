@@ -125,8 +125,11 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "too many arguments": (call("aten.relu.default", IMAGE, 1, 2), r"calls aten\.relu\.default with 3 arguments"),
     "an unknown argument": (call("aten.relu.default", IMAGE, out=IMAGE), r"with 1 arguments and \['out'\]"),
     "a word that is code": (call("aten.gelu.default", IMAGE, approximate="__import__('os')"), "which is no plain word"),
-    "another device": (call("aten.to.device", IMAGE, {"device": "cuda"}, {"dtype": "torch.float32"}), "which is none"),
-    "an object": (call("aten.relu.default", {"object": "os.system"}), "which is none"),
+    "another device": (
+        call("aten.to.device", IMAGE, {"device": "cuda"}, {"dtype": "torch.float32"}),
+        "which is not one",
+    ),
+    "an object": (call("aten.relu.default", {"object": "os.system"}), "which is not one"),
     "deep nesting": (call("aten.relu.default", [[[[[[[[[[[]]]]]]]]]]]), "nests arguments too deeply"),
 }
 

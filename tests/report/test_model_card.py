@@ -78,7 +78,7 @@ def test_a_card_says_what_the_model_is_and_from_which_teacher() -> None:
 
 
 def test_a_card_says_that_no_data_was_used() -> None:
-    assert "The full-precision model alone, and 128 samples that were synthesised from it. No images and" in card()
+    assert "Only the full-precision model, and 128 samples that were synthesised from it. No images and" in card()
     assert "synthesised from it (hash of the bank `cd00`). No images and" in card(bank_hash="cd00")
 
 

@@ -47,7 +47,7 @@ def test_a_program_for_images_of_any_size_is_refused_with_the_way_out(tmp_path: 
     torch.export.save(
         torch.export.export(model, (torch.zeros(2, *SPEC.shape),), dynamic_shapes=shapes), tmp_path / "sizes.pt2"
     )
-    with pytest.raises(ConfigError, match=r"takes images of more than one size; export it so that its batches alone"):
+    with pytest.raises(ConfigError, match=r"takes images of more than one size; export it so that only its batches"):
         load_model(str(tmp_path / "sizes.pt2"))
 
 

@@ -93,7 +93,7 @@ class OtherWhenExported(nn.Module):
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dropout in evaluation": (DropsAlways, r"dropout of Sequential drops values at random .*training=self\.training"),
     "noise": (Noisy, r"calls aten\.randn_like\.default, which qimera does not know"),
-    "fake quantizers": (Quantized, r"3\.fake \(FakeQuantize\) quantizes already; bring the network in floating point"),
+    "fake quantizers": (Quantized, r"3\.fake \(FakeQuantize\) quantizes already; give the network in floating point"),
     "a counter": (Counts, "answers differently when it is asked again"),
     "training mode": (
         lambda: AlwaysTraining(8),
@@ -119,7 +119,7 @@ def test_what_would_go_silently_wrong_is_refused_by_name(case: str) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_torchscript_program_is_refused_by_name() -> None:
     script = torch.jit.trace(behind_stem(), noise(4))  # type: ignore[no-untyped-call]
-    with pytest.raises(UnsupportedModelError, match=r"a TorchScript program.*bring the nn\.Module"):
+    with pytest.raises(UnsupportedModelError, match=r"a TorchScript program.*give the nn\.Module"):
         Teacher.capture(script, SPEC)
 
 

@@ -160,7 +160,7 @@ def _logits(
         given = tuple(logits.shape) if isinstance(logits, Tensor) else f"an object of type {type(logits).__name__}"
         raise UnsupportedModelError(
             f"{role}: must return logits of shape ({len(inputs)}, num_classes) for {len(inputs)} images, but returned "
-            f"{given}; wrap it in a module that returns the class logits alone"
+            f"{given}; wrap it in a module that returns only the class logits"
         )
     if logits.isnan().any():
         raise DivergenceError(f"{role}: a logit is NaN; look for NaN in its weights, and at mean and std of the input")

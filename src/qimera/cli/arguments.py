@@ -20,7 +20,8 @@ Recipe = Annotated[
     typer.Option(
         metavar="NAMES",
         rich_help_panel=_QUANTIZATION,
-        help="Recipe, see `qimera recipes`. Of several, such as ptq,fast, the best result is kept. Default: fast.",
+        help="Recipe, see `qimera recipes`. `quantize` takes several, such as ptq,fast, and keeps the better student. "
+        "Default: fast.",
         autocompletion=completion.recipes,
     ),
 ]
@@ -57,7 +58,7 @@ KeepImages = Annotated[
     typer.Option(
         "--keep-images",
         rich_help_panel=_QUANTIZATION,
-        help="Keep your images in the bank on disk. Without it, the bank remembers their hash alone.",
+        help="Keep your images in the bank on disk. Without it, the bank remembers only their hash.",
     ),
 ]
 Run = Annotated[
@@ -208,7 +209,7 @@ class RunOptions:
         typer.Option(
             metavar="N",
             rich_help_panel=_QUANTIZATION,
-            help="Bits of the first layer, its output and the last layer (often 8). Default: those of all others.",
+            help="Bits of the first layer, its output and the last layer (often 8). Default: as all other layers.",
         ),
     ] = None
     budget: Annotated[

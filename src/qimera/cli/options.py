@@ -112,7 +112,7 @@ def resolve(model_options: ModelOptions, options: RunOptions) -> Resolved:
     images, bank = images_and_bank(teacher, options.images, options.bank, options.keep_images)
     if "images" in (row.name, *(each.name for each in others)) and (count := _num_samples(row, bank)):
         raise ConfigError(
-            f"--recipe: images makes a student from your images alone, but there are {count} samples of "
+            f"--recipe: images makes a student only from your images, but there are {count} samples of "
             f"{options.bank or row.name} too; give ptq, which learns from both"
         )
     own = None if images is None else GivenImages.of(images, kept=bool(options.keep_images))

@@ -112,11 +112,14 @@ def export(
     ] = None,
     include_preprocessing: Annotated[
         bool,
-        typer.Option("--include-preprocessing", help="Make the file take uint8 NHWC pixels and normalise them itself."),
+        typer.Option(
+            "--include-preprocessing",
+            help="onnx, litert, tflm: make the file take uint8 NHWC pixels and normalise them itself.",
+        ),
     ] = False,
     labels: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Names of the classes, one per line, for the file's metadata."),
+        typer.Option(metavar="FILE", help="onnx, litert: names of the classes, one per line, for the file's metadata."),
     ] = None,
     integer_logits: Annotated[
         bool,

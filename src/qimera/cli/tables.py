@@ -39,8 +39,8 @@ def teacher_facts(found: Inspection) -> str:
 def _batch_norms(found: Inspection) -> str:
     if not found.num_batch_norms:
         return (
-            "none: samples follow from the classes alone, and runs give no estimate; if they were folded into layers, "
-            "bring the network from before that"
+            "none: nothing records what training images were like, so runs give no estimate; if batch norms were "
+            "folded into layers, give the network from before that"
         )
     num_folded = found.num_batch_norms - found.num_exact_batch_norms
     return (
@@ -72,7 +72,7 @@ def bank_facts(found: Synthesis) -> str:
     """Return what a bank is."""
     held_out = f" and {found.num_held_out} held out" if found.num_held_out else ""
     images = "1 image" if found.num_images == 1 else f"{found.num_images:,} images"
-    where = "which it holds" if found.holds_images else "of which it holds the hash alone"
+    where = "which it holds" if found.holds_images else "of which it holds only the hash"
     of_yours = f"with {images} of yours, {where}\n" if found.num_images else ""
     return (
         f"{found.bank}: {found.num_samples} synthetic samples{held_out} of {found.model} "

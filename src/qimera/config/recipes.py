@@ -63,7 +63,7 @@ def _images(large: bool, num_classes: int) -> Recipe:
     """What ptq makes of images of the user's; samples are only held out, to judge the student by."""
     return Recipe(
         "images",
-        "a minute: as ptq, but from images of yours alone (--images); samples only judge the student",
+        "a minute: as ptq, but only from images of yours (--images); samples just judge the student",
         _ptq(large, num_classes).synthesis.replace(num_optimized=0),
         _distilled(large, num_classes, 0).replace(reconstructed_blocks=0),
     )

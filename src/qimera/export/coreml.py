@@ -24,7 +24,7 @@ from qimera.graph.nodes import aten, node_at, tensor_of
 from qimera.machine.files import check_folder, make_folder, replace_directory, sync_tree
 from qimera.student.student import Student
 
-NOT_RUN = "Core ML runs on Apple's machines alone, so the file was not run; compare it with the student on one of them"
+NOT_RUN = "Core ML runs only on Apple's machines, so the file was not run; compare it with the student on one of them"
 
 _RESCALING = "common::distributive_quantized_binary_op_scale_normalization"
 """A pass that divides the steps of additions by one of them."""
@@ -138,7 +138,7 @@ def _check_integers(module: GraphModule, package: Path) -> None:
     found, expected = _grids_in_package(operations), _grids_of(module)
     required = {grid for grid, is_of_constant in expected.items() if not is_of_constant}
     for step, zero_point in (found - expected.keys()) | (required - found):
-        where = "the package's alone" if (step, zero_point) in found else "the student's alone"
+        where = "only the package's" if (step, zero_point) in found else "only the student's"
         raise VerificationError(
             f"Core ML: step {step:.9g} with zero point {zero_point} is {where}; no file was written"
         )

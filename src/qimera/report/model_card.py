@@ -77,7 +77,7 @@ def _made_from(summary: Summary, settings: RunSettings) -> str:
     bank = f" (hash of the bank `{summary.bank_hash}`)" if summary.bank_hash else ""
     samples = f"{summary.num_samples:,} samples that were synthesised from it{bank}"
     if not summary.num_images:
-        return f"The full-precision model alone, and {samples}. No images and no labels were used."
+        return f"Only the full-precision model, and {samples}. No images and no labels were used."
     hash_of = f" (SHA-256 of their pixels `{settings.images.sha256}`)" if settings.images else ""
     beside = f", {samples}" if summary.num_samples else ""
     given = f"{summary.counted_images}{hash_of}"

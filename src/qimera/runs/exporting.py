@@ -106,7 +106,7 @@ def _check_place(run: RunDirectory, path: Path, form: ExportFormat) -> None:
     if path.name == CARD or is_taken:
         free_name = f"{run.path.resolve().name}{Path(usual_name).suffix}" if is_in_another else usual_name
         raise ConfigError(
-            f"--output: {path} is called like a file that qimera writes itself; give another name, such as {free_name}"
+            f"--output: {path} has the name of a file that qimera writes itself; give another name, such as {free_name}"
         )
 
 

@@ -95,13 +95,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
             break
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(
-            "the model is a TorchScript program, whose operations cannot be captured; bring the nn.Module that it was "
+            "the model is a TorchScript program, whose operations cannot be captured; give the nn.Module that it was "
             "made from, with its weights"
         )
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantizeBase | ObserverBase) or _is_of_quantization(type(module)):
             raise UnsupportedModelError(
-                f"{name or type(model).__name__} ({type(module).__name__}) quantizes already; bring the network in "
+                f"{name or type(model).__name__} ({type(module).__name__}) quantizes already; give the network in "
                 "floating point, as it was before quantization-aware training or conversion"
             )
     return model
@@ -171,12 +171,12 @@ def _refuse_broken_numbers(model: nn.Module) -> None:
             count = int(is_broken.sum())
             raise UnsupportedModelError(
                 f"{name}: {count} of {value.numel()} values are NaN or infinite; the training diverged, or the file is "
-                "damaged: bring an earlier checkpoint"
+                "damaged: give an earlier checkpoint"
             )
         if name.endswith("running_var") and bool((value < 0).any()):
             raise UnsupportedModelError(
                 f"{name}: {int((value < 0).sum())} of {value.numel()} variances are negative; the file is damaged, or "
-                "the values are of something else: bring the weights again"
+                "the values are of something else: save the weights again"
             )
 
 

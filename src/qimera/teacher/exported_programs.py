@@ -185,7 +185,7 @@ def _add_inputs(builder: GraphBuilder, graph: Mapping[str, Any], specs: list[Map
         else:
             raise ConfigError(f"takes an input of the kind {kind!r:.50}")
     if len(images) != 1 or images[0] is None:
-        raise ConfigError(f"takes {len(images)} inputs; export a classifier that takes images alone")
+        raise ConfigError(f"takes {len(images)} inputs; export a classifier that takes only images")
     batch, *shape = graph["tensor_values"][images[0]]["sizes"]
     if "as_int" in batch:
         raise ConfigError(
@@ -193,7 +193,7 @@ def _add_inputs(builder: GraphBuilder, graph: Mapping[str, Any], specs: list[Map
             "export it with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)"
         )
     if any("as_int" not in size for size in shape):
-        raise ConfigError("takes images of more than one size; export it so that its batches alone are of any size")
+        raise ConfigError("takes images of more than one size; export it so that only its batches are of any size")
     builder.add_images(images[0])
     return tuple(_whole(size["as_int"]) for size in shape)
 
@@ -315,5 +315,5 @@ def _number(value: object) -> int | float | bool:
     if type(value) is int:
         return _whole(value)
     if not isinstance(value, float | bool):
-        raise ConfigError(f"has the number {value!r:.50}, which is none")
+        raise ConfigError(f"has the number {value!r:.50}, which is not one")
     return value

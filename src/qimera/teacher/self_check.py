@@ -42,7 +42,7 @@ def check_answers(model: nn.Module, input_spec: InputSpec, name: str) -> Answers
     images = torch.cat([rough, F.interpolate(coarse, input_spec.shape[1:], mode="bilinear")])
     logits = model(images.clone())  # some networks normalise images in place
     if not bool(logits.isfinite().all()):
-        raise UnsupportedModelError(f"{name} returns NaN or infinite logits for random images; bring trained weights")
+        raise UnsupportedModelError(f"{name} returns NaN or infinite logits for random images; give trained weights")
     if not _agree(model(images.clone()), logits):
         raise UnsupportedModelError(
             f"{name} answers differently when it is asked again for the same images; remove what is random in "
