@@ -60,7 +60,7 @@ def test_every_failed_check_has_a_warning_and_no_other(good: tuple[SampleBank, T
 )
 def test_wrong_mean_and_std_are_detected(mean: float, std: float, pixel_range: tuple[float, float]) -> None:
     wrong = InputSpec(shape=RIGHT.shape, mean=(mean,), std=(std,), pixel_range=pixel_range)
-    warnings = diagnose(*digits(wrong, 32)).warnings
+    warnings = diagnose(*digits(wrong, 16)).warnings
     assert any("a wrong mean, std or pixel range is the most common reason" in warning for warning in warnings)
 
 
