@@ -124,7 +124,8 @@ def taken(limit):
     os.wait()
     return float(os.read(reader, 100))
 print(taken(6.0))
-print(next((each for each in map(taken, [0.25, 0.25]) if each < 0.3), 0.3))
+limited = taken(0.25)
+print(limited if limited < 0.3 else taken(0.25))
 """
 
 
