@@ -43,12 +43,11 @@ def load_subject(name: str) -> tuple[Teacher, LabelledImages]:
         return Teacher.capture(model, EMBEDDED_MODELS[name].input_spec), load_mnist_split().held_out
     if name in BUILDERS:
         return Teacher.capture(model, INPUT_SPEC), load_labelled("cifar10_test")
-    zoo = _zoo()
-    entry = zoo.TEACHERS[name]
-    images, labels = zoo.load_images(entry.image_set)
-    side = images.shape[1]
+    entry = _zoo().TEACHERS[name]
+    labelled = load_labelled(entry.image_set)
+    side = labelled.images.shape[1]
     spec = InputSpec(shape=(3, side, side), mean=entry.mean, std=entry.std)
-    return Teacher.capture(model, spec), LabelledImages(images, labels)
+    return Teacher.capture(model, spec), labelled
 
 
 def load_model_of(name: str) -> nn.Module:

@@ -8,12 +8,10 @@ DeiT, Touvron et al. 2021), without which a transformer needs far more epochs on
 sees half of the patches of an image (PatchDropout, Liu et al. 2022), which halves the time.
 """
 
-import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -22,9 +20,9 @@ from torch import Tensor, nn
 
 from benchmarks.teachers.networks import BUILDERS, INPUT_SPEC, CifarVit, weights_of
 from benchmarks.zoo import load_labelled, load_model_of
-from qimera import LabelledImages
+from qimera import LabelledImages, evaluate
 from qimera.synthesis.augmentation import flip_at_random, shift_each
-from scripts.train_embedded_model import Recipe, make_optimizer
+from scripts.train_embedded_model import Recipe, make_optimizer, read_options, to_inputs
 
 SEED = 0
 BATCH_SIZE = 128
@@ -65,11 +63,7 @@ RECIPES = {
 
 def main() -> None:
     """Train, report and save."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("network", choices=RECIPES)
-    arguments.add_argument("--epochs", type=int, help="default: those of the network's recipe")
-    arguments.add_argument("--output", type=Path, help="default: the file beside the benchmarks")
-    options = arguments.parse_args()
+    options = read_options(__doc__, RECIPES, "the file beside the benchmarks")
     recipe, output = RECIPES[options.network], options.output or weights_of(options.network)
 
     torch.manual_seed(SEED)
@@ -77,10 +71,11 @@ def main() -> None:
     state = output.with_suffix(".state.pt")
     course = Course(network, recipe, options.epochs or recipe.num_epochs, load_labelled("cifar10_train"))
     course.run(state)
-    print(f"test images: {accuracy(network.eval(), load_labelled('cifar10_test')):.2f} %")
+    test = load_labelled("cifar10_test")
+    print(f"test images: {evaluate(network.eval(), test, INPUT_SPEC).top1:.2f} %")
     save_file({name: each.half() for name, each in network.state_dict().items()}, output)
     network.load_state_dict(load_file(output))
-    print(f"after rounding to 16 bits: {accuracy(network, load_labelled('cifar10_test')):.2f} %")
+    print(f"after rounding to 16 bits: {evaluate(network, test, INPUT_SPEC).top1:.2f} %")
     print(f"wrote {output} ({output.stat().st_size} bytes)")
     state.unlink(missing_ok=True)
 
@@ -91,14 +86,9 @@ class Course:
     def __init__(self, network: nn.Module, recipe: CifarRecipe, num_epochs: int, data: LabelledImages) -> None:
         self.network, self.recipe, self.num_epochs = network, recipe, num_epochs
         self.rng = torch.Generator().manual_seed(SEED)
-        self.images, self.labels = to_inputs(data.images), torch.from_numpy(data.labels)
-        self.optimizer = make_optimizer(network.parameters(), recipe)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            recipe.peak_learning_rate,
-            total_steps=num_epochs * (len(self.labels) // BATCH_SIZE),
-            pct_start=0.2,
-        )
+        self.images, self.labels = to_inputs(data, INPUT_SPEC), torch.from_numpy(data.labels)
+        num_steps = num_epochs * (len(self.labels) // BATCH_SIZE)
+        self.optimizer, self.schedule = make_optimizer(network.parameters(), recipe, num_steps)
         self.teacher = load_model_of(recipe.teacher).eval() if recipe.teacher else None
         self.loss = torch.compile(self._loss)
 
@@ -151,24 +141,12 @@ class Course:
         return int(state["num_epochs"])
 
 
-def to_inputs(images: np.ndarray) -> Float[Tensor, "batch 3 32 32"]:
-    """Return all images, normalised as the networks expect."""
-    return INPUT_SPEC.normalize(torch.from_numpy(images).permute(0, 3, 1, 2))
-
-
 def augmented(images: Float[Tensor, "batch 3 32 32"], rng: torch.Generator) -> Float[Tensor, "batch 3 32 32"]:
     """Return each image shifted and mirrored at random, and without one square of random place."""
     images = shift_each(flip_at_random(images, rng), MAX_SHIFT, rng)
     corner = torch.randint(32 + CUT_OUT, (2, len(images), 1), generator=rng) - CUT_OUT
     inside = (torch.arange(32) >= corner) & (torch.arange(32) < corner + CUT_OUT)  # (axis, batch, pixel)
     return images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0.0)
-
-
-@torch.inference_mode()
-def accuracy(network: nn.Module, data: LabelledImages) -> float:
-    """Return the share of rightly classified images, in percent."""
-    guesses = torch.cat([network(batch).argmax(1) for batch in to_inputs(data.images).split(500)])
-    return 100 * (guesses == torch.from_numpy(data.labels)).float().mean().item()
 
 
 if __name__ == "__main__":

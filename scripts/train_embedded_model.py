@@ -18,12 +18,12 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.mnist import load_mnist_split
-from qimera.assessment.data import LabelledImages
+from qimera import InputSpec, LabelledImages, evaluate
 from qimera.teacher.sources import EMBEDDED_MODELS
 
 SEED = 0
@@ -56,11 +56,7 @@ RECIPES = {
 
 def main() -> None:
     """Train, report and save."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("network", choices=EMBEDDED_MODELS)
-    arguments.add_argument("--epochs", type=int, help="default: those of the network's recipe")
-    arguments.add_argument("--output", type=Path, help="default: the file inside the package")
-    options = arguments.parse_args()
+    options = read_options(__doc__, EMBEDDED_MODELS, "the file inside the package")
     embedded, recipe = EMBEDDED_MODELS[options.network], RECIPES[options.network]
     output = options.output or Path("src/qimera/teacher/weights") / embedded.weights_file
 
@@ -69,20 +65,27 @@ def main() -> None:
     model = train(embedded.build(), split.train, recipe, options.epochs or recipe.num_epochs)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{num_parameters} parameters")
-    print(f"training images: {accuracy(model, split.train):.2f} %, held-out: {accuracy(model, split.held_out):.2f} %")
+    trained, held_out = (evaluate(model, each, INPUT_SPEC).top1 for each in (split.train, split.held_out))
+    print(f"training images: {trained:.2f} %, held-out: {held_out:.2f} %")
     save_file(model.state_dict(), output)
     print(f"wrote {output} ({output.stat().st_size} bytes)")
+
+
+def read_options(description: str | None, networks: Iterable[str], place: str) -> argparse.Namespace:
+    """Return the network, the number of epochs and the output that the command line names."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("network", choices=list(networks))
+    arguments.add_argument("--epochs", type=int, help="default: those of the network's recipe")
+    arguments.add_argument("--output", type=Path, help=f"default: {place}")
+    return arguments.parse_args()
 
 
 def train(model: nn.Module, data: LabelledImages, recipe: Recipe, num_epochs: int) -> nn.Module:
     """Return the network after its last epoch; no step is picked by looking at held-out images."""
     rng = torch.Generator().manual_seed(SEED)
     num_steps = num_epochs * len(data) // BATCH_SIZE
-    optimizer = make_optimizer(model.parameters(), recipe)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.peak_learning_rate, total_steps=num_steps, pct_start=0.2
-    )
-    inputs, labels = to_inputs(data), torch.from_numpy(data.labels)
+    optimizer, schedule = make_optimizer(model.parameters(), recipe, num_steps)
+    inputs, labels = to_inputs(data, INPUT_SPEC), torch.from_numpy(data.labels)
     for epoch in range(num_epochs):
         start, total_loss = time.perf_counter(), 0.0
         for chosen in torch.randperm(len(data), generator=rng).split(BATCH_SIZE):
@@ -96,17 +99,23 @@ def train(model: nn.Module, data: LabelledImages, recipe: Recipe, num_epochs: in
     return model.eval()
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the optimizer of ``recipe``; the schedule sets its learning rate."""
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay)
-    return torch.optim.AdamW(parameters, lr=0.0, weight_decay=recipe.weight_decay)
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], recipe: Recipe, num_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Return the optimizer of ``recipe`` and the schedule that sets its learning rate."""
+    decay = recipe.weight_decay
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.SGD(parameters, lr=0.0, momentum=0.9, nesterov=True, weight_decay=decay)
+        if recipe.optimizer == "sgd"
+        else torch.optim.AdamW(parameters, lr=0.0, weight_decay=decay)
+    )
+    peak = recipe.peak_learning_rate
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=num_steps, pct_start=0.2)
 
 
-def to_inputs(data: LabelledImages) -> Float[Tensor, "batch 1 28 28"]:
+def to_inputs(data: LabelledImages, input_spec: InputSpec) -> Float[Tensor, "batch channel height width"]:
     """Return all images, normalised as the model expects."""
-    pixels = torch.from_numpy(np.asarray(data.images[:])).permute(0, 3, 1, 2)
-    return INPUT_SPEC.normalize(pixels)
+    return input_spec.normalize(torch.from_numpy(np.asarray(data.images[:])).permute(0, 3, 1, 2))
 
 
 def augment(images: Float[Tensor, "batch 1 28 28"], rng: torch.Generator) -> Float[Tensor, "batch 1 28 28"]:
@@ -123,13 +132,6 @@ def augment(images: Float[Tensor, "batch 1 28 28"], rng: torch.Generator) -> Flo
     background = INPUT_SPEC.low
     # grid_sample fills with zeros, so the background is moved to zero and back.
     return F.grid_sample(images - background, grid, align_corners=False) + background
-
-
-@torch.inference_mode()
-def accuracy(model: nn.Module, data: LabelledImages) -> float:
-    """Return the share of rightly classified images, in percent."""
-    predicted: Int[Tensor, " batch"] = torch.cat([model(batch).argmax(1) for batch in to_inputs(data).split(500)])
-    return 100 * (predicted == torch.from_numpy(data.labels)).float().mean().item()
 
 
 if __name__ == "__main__":
