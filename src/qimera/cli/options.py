@@ -174,22 +174,18 @@ def _changed(settings: RunSettings, options: RunOptions) -> RunSettings:
     """
     steps = [] if options.steps is None else [("--steps", f"distillation.num_steps={options.steps}")]
     for option, text in [*steps, *(("--set", text) for text in options.set_ or [])]:
-        path, value = _path_and_value(text, ("synthesis", "quantization", "distillation"), "distillation.temperature=2")
-        name = text.partition("=")[0]
+        name, path, value = _parsed(text, ("synthesis", "quantization", "distillation"), "distillation.temperature=2")
         if settings.alternatives and path[0] == "distillation":
             raise ConfigError(f"{option}: {name} is for one recipe, given {settings.recipe}; choose one of them")
-        try:
-            changed = _with_value(settings, path, value)
-        except ConfigError as error:
-            raise ConfigError(f"{option}: {error}") from None
+        changed = _with_change(settings, option, path, value)
         if options.bank is not None and changed.synthesis != settings.synthesis:
             raise ConfigError(f"--set: {name} differs from the bank; leave out --bank, or leave {name} out")
         settings = changed
     return settings
 
 
-def _path_and_value(text: str, groups: tuple[str, ...], example: str) -> tuple[list[str], object]:
-    """``"labels.superposition=false"`` -> (["synthesis", "labels", "superposition"], False).
+def _parsed(text: str, groups: tuple[str, ...], example: str) -> tuple[str, list[str], object]:
+    """``"labels.superposition=false"`` -> (its name, ["synthesis", "labels", "superposition"], False).
 
     Raises:
         ConfigError: there is no value, or the setting is in none of the ``groups``.
@@ -199,7 +195,7 @@ def _path_and_value(text: str, groups: tuple[str, ...], example: str) -> tuple[l
     path = [_PLACES[path[0]], *path] if path[0] in _PLACES else path
     if not given or len(path) < 2 or path[0] not in groups:
         raise ConfigError(f"--set: expected NAME=VALUE such as labels.superposition=false or {example}, given {text!r}")
-    return path, _value_of(value)
+    return name, path, _value_of(value)
 
 
 def _value_of(text: str) -> object:
@@ -208,6 +204,13 @@ def _value_of(text: str) -> object:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def _with_change(settings: _S, option: str, path: list[str], value: object) -> _S:
+    try:
+        return _with_value(settings, path, value)
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}") from None
 
 
 def _with_value(settings: _S, path: list[str], value: object) -> _S:
@@ -277,11 +280,8 @@ def settings_of_bank(teacher: Teacher, names: str | None, changes: list[str] | N
         )
     settings = first.synthesis
     for text in changes or []:
-        path, value = _path_and_value(text, ("synthesis",), "synthesis.num_optimized=512")
-        try:
-            settings = _with_value(settings, path[1:], value)
-        except ConfigError as error:
-            raise ConfigError(f"--set: {error}") from None
+        _, path, value = _parsed(text, ("synthesis",), "synthesis.num_optimized=512")
+        settings = _with_change(settings, "--set", path[1:], value)
     return settings
 
 
