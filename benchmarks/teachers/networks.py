@@ -5,16 +5,15 @@
 
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qimera import InputSpec
-from qimera.teacher.mnist_networks import ChannelNorm, ConvNextBlock, TransformerBlock
+from qimera.teacher.mnist_networks import ChannelNorm, ConvNextBlock, VisionTransformer
 
 
-class CifarVit(nn.Module):
+class CifarVit(VisionTransformer):
     """A plain vision transformer of six blocks with 459,658 parameters.
 
     A class token and 64 patches of 4x4 pixels have 96 channels and learned position embeddings.
@@ -22,28 +21,7 @@ class CifarVit(nn.Module):
 
     def __init__(self) -> None:
         """Make the network with random weights."""
-        super().__init__()
-        dim = 96
-        self.patch_embed = nn.Conv2d(3, dim, kernel_size=4, stride=4)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.pos_embed = nn.Parameter(torch.randn(1, 65, dim) * 0.02)
-        self.blocks = nn.Sequential(*(TransformerBlock(dim, num_heads=4, hidden_dim=2 * dim) for _ in range(6)))
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, 10)
-
-    def forward(self, images: Float[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch 10"]:
-        """Return the logits of the ten classes."""
-        return self.classify(self.embed(images))
-
-    def embed(self, images: Float[Tensor, "batch 3 32 32"]) -> Float[Tensor, "batch 65 96"]:
-        """Return the class token and the patches, with their position embeddings."""
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (batch, token, channel)
-        return torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1) + self.pos_embed
-
-    def classify(self, tokens: Float[Tensor, "batch token 96"]) -> Float[Tensor, "batch 10"]:
-        """Return the logits of the ten classes, from the class token and any number of patches."""
-        logits: Tensor = self.head(self.norm(self.blocks(tokens))[:, 0])
-        return logits
+        super().__init__(in_channels=3, num_patches=64, dim=96, hidden_dim=192, num_blocks=6)
 
 
 class CifarConvNext(nn.Module):

@@ -87,7 +87,37 @@ class TransformerBlock(nn.Module):
         return tokens + residual
 
 
-class MnistVit(nn.Module):
+class VisionTransformer(nn.Module):
+    """A plain vision transformer of square patches and a class token, whose position embeddings are learned."""
+
+    def __init__(self, in_channels: int, num_patches: int, dim: int, hidden_dim: int, num_blocks: int) -> None:
+        """Make patches of 4x4 pixels, blocks of four heads and ten classes, with random weights."""
+        super().__init__()
+        self.patch_embed = nn.Conv2d(in_channels, dim, kernel_size=4, stride=4)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + num_patches, dim) * 0.02)
+        self.blocks = nn.Sequential(
+            *(TransformerBlock(dim, num_heads=4, hidden_dim=hidden_dim) for _ in range(num_blocks))
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, 10)
+
+    def forward(self, images: Float[Tensor, "batch in_channel height width"]) -> Float[Tensor, "batch 10"]:
+        """Return the logits of the ten classes."""
+        return self.classify(self.embed(images))
+
+    def embed(self, images: Float[Tensor, "batch in_channel height width"]) -> Float[Tensor, "batch token channel"]:
+        """Return the class token and the patches, with their position embeddings."""
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (batch, token, channel)
+        return torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1) + self.pos_embed
+
+    def classify(self, tokens: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch 10"]:
+        """Return the logits of the ten classes, from the class token and any number of patches."""
+        logits: Tensor = self.head(self.norm(self.blocks(tokens))[:, 0])
+        return logits
+
+
+class MnistVit(VisionTransformer):
     """A vision transformer of three blocks with 70,042 parameters for 28x28 images of handwritten digits.
 
     Its 49 patches of 4x4 pixels and a class token have 48 channels and position embeddings that are learned.
@@ -95,21 +125,7 @@ class MnistVit(nn.Module):
 
     def __init__(self) -> None:
         """Make the network with random weights."""
-        super().__init__()
-        dim = 48
-        self.patch_embed = nn.Conv2d(1, dim, kernel_size=4, stride=4)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.pos_embed = nn.Parameter(torch.randn(1, 50, dim) * 0.02)
-        self.blocks = nn.Sequential(*(TransformerBlock(dim, num_heads=4, hidden_dim=128) for _ in range(3)))
-        self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, 10)
-
-    def forward(self, images: Float[Tensor, "batch 1 28 28"]) -> Float[Tensor, "batch 10"]:
-        """Return the logits of the ten digits."""
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (batch, token, channel)
-        tokens = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1) + self.pos_embed
-        logits: Tensor = self.head(self.norm(self.blocks(tokens))[:, 0])
-        return logits
+        super().__init__(in_channels=1, num_patches=49, dim=48, hidden_dim=128, num_blocks=3)
 
 
 class ChannelNorm(nn.LayerNorm):
