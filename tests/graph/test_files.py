@@ -127,9 +127,9 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "a word that is code": (call("aten.gelu.default", IMAGE, approximate="__import__('os')"), "which is no plain word"),
     "another device": (
         call("aten.to.device", IMAGE, {"device": "cuda"}, {"dtype": "torch.float32"}),
-        "which is not one",
+        "where an argument belongs",
     ),
-    "an object": (call("aten.relu.default", {"object": "os.system"}), "which is not one"),
+    "an object": (call("aten.relu.default", {"object": "os.system"}), "where an argument belongs"),
     "deep nesting": (call("aten.relu.default", [[[[[[[[[[[]]]]]]]]]]]), "nests arguments too deeply"),
 }
 

@@ -263,7 +263,7 @@ def _decoded(value: object, builder: GraphBuilder, depth: int = 0) -> Any:
             return float(name)
         if kind in CONSTANTS and isinstance(name, str) and name in CONSTANTS[kind]:
             return CONSTANTS[kind][name]
-    raise ConfigError(f"has the argument {value!r:.100}, which is not one")
+    raise ConfigError(f"has {value!r:.100} where an argument belongs")
 
 
 def tensors_of(module: GraphModule) -> dict[str, Tensor]:

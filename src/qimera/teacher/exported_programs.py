@@ -315,5 +315,5 @@ def _number(value: object) -> int | float | bool:
     if type(value) is int:
         return _whole(value)
     if not isinstance(value, float | bool):
-        raise ConfigError(f"has the number {value!r:.50}, which is not one")
+        raise ConfigError(f"has {value!r:.50} where a number belongs")
     return value
