@@ -221,7 +221,8 @@ def test_a_layer_norm_with_a_still_channel_costs_more() -> None:
     assert float(layer_norm_loss([loud])) > 2 * float(layer_norm_loss([x]))
 
 
-def test_the_spread_loss_is_the_spread_of_similarities() -> None:
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-3)])
+def test_the_spread_loss_is_the_spread_of_similarities(dtype: torch.dtype, error: float) -> None:
     """Of heads whose features stand side by side, and of windows that stand alone."""
     heads, windows = torch.randn(2, 3, 5, 4, generator=seeded(0)), torch.randn(6, 5, 4, generator=seeded(1))
     expected = []
@@ -231,7 +232,7 @@ def test_the_spread_loss_is_the_spread_of_similarities() -> None:
             directions = [token / np.sqrt((token**2).sum()) for token in tokens]
             spreads.append(np.std([first @ second for first in directions for second in directions]))
         expected.append(-np.mean(spreads))
-    assert float(spread_loss([heads, windows])) == pytest.approx(np.mean(expected), rel=1e-4)  # float32
+    assert float(spread_loss([heads.to(dtype), windows.to(dtype)])) == pytest.approx(np.mean(expected), rel=error)
 
 
 def test_tokens_that_are_all_alike_have_a_gradient() -> None:

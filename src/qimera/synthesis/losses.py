@@ -69,8 +69,8 @@ def spread_loss(attended: Sequence[Tensor]) -> Float[Tensor, ""]:
             feature); at least one.
     """
     losses = []
-    for directions in map(_directions, attended):
-        mean, mean_square = _similarity_moments(directions)
+    for tokens in attended:
+        mean, mean_square = _similarity_moments(_directions(tokens), tokens.dtype)
         losses.append(-safe_sqrt((mean_square - mean.square()).clamp(min=0)).mean())
     return torch.stack(losses).mean()
 
@@ -138,18 +138,20 @@ def _directions(x: Tensor) -> Float[Tensor, "image token feature"]:
 
 
 def _similarity_moments(
-    directions: Float[Tensor, "batch token feature"],
+    directions: Float[Tensor, "batch token feature"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
     """Return the mean and the mean square of the products of all pairs of an image's tokens.
 
     The squares of token by token products have the same sum as those of feature by feature products, which are fewer
-    where there are more tokens than features.
+    where there are more tokens than features. They are multiplied as ``dtype``, that of the network's own products.
     """
     _, num_tokens, num_features = directions.shape
-    narrow = directions.mT if num_tokens > num_features else directions
-    products = narrow @ narrow.mT
+    rounded = directions.to(dtype)
+    narrow = rounded.mT if num_tokens > num_features else rounded
+    products = at_least_float32(narrow @ narrow.mT)
     num_pairs = num_tokens**2
-    return directions.sum(1).square().sum(1) / num_pairs, products.square().sum((1, 2)) / num_pairs
+    mean = at_least_float32(rounded).sum(1).square().sum(1) / num_pairs
+    return mean, products.square().sum((1, 2)) / num_pairs
 
 
 Terms = dict[str, tuple[float, Tensor]]
