@@ -100,6 +100,16 @@ def test_every_layer_of_any_network_runs_in_an_integer_kernel(tmp_path: Path, na
     assert verification.comparisons[0].identical >= 98
 
 
+def test_the_kernel_of_a_product_scales_it(tmp_path: Path) -> None:
+    """Attention divides its products by the square root of their width, which no operation is left to do."""
+    student = shared.student_of("transformer")
+    assert torch.ops.aten.mul.Tensor in {node.target for node in student.module.graph.nodes}
+    path = tmp_path / "model.onnx"
+    export_onnx(student, path)
+    assert "Softmax" in operations(path)
+    assert "Mul" not in operations(path)
+
+
 @pytest.mark.parametrize("name", WITHOUT_KERNEL)
 def test_layers_without_integer_kernel_are_named(tmp_path: Path, name: str) -> None:
     student = shared.student_of(name)

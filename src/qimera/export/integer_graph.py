@@ -21,10 +21,14 @@ _MOVES = {
 
 
 def deploy_(graph: ir.Graph) -> None:
-    """Bring ``graph`` into the form that reaches integer kernels; what it computes stays the same, bit for bit."""
+    """Bring ``graph`` into the form that reaches integer kernels.
+
+    What it computes stays the same: bit for bit, but for the last bits of products that are scaled.
+    """
     name_layers_(graph)
     absorb_clips_(graph)
     requantize_moves_(graph)
+    absorb_factors_(graph)
     pack_(graph)
     strip_(graph)
 
@@ -142,6 +146,32 @@ def _requantize_(graph: ir.Graph, node: ir.Node, moved: ir.Value, parameters: Se
     graph.insert_after(node, [levels, back])
 
 
+def absorb_factors_(graph: ir.Graph) -> None:
+    """Let the step of one factor of a product scale the result, as that of queries and keys is scaled.
+
+    The kernel multiplies its sums of integers by both steps anyway; an operation of its own reads and writes every
+    score once more, a tenth of CCT-4's time at batch 64.
+    """
+    for node in list(graph):
+        factor = _scalar(node.inputs[1]) if node.op_type == "Mul" else None
+        scaled = _dequantizer_behind(node) if factor is not None and factor > 0 else None
+        if factor is not None and scaled is not None and not node.outputs[0].is_graph_output():
+            step = np.float32(_scalar(scaled.inputs[1])) * np.float32(factor)
+            scaled.replace_input_with(1, shared_constant(graph, f"val_step_{step}", np.array(step)))
+            node.outputs[0].replace_all_uses_with(_first(node))
+            graph.remove(node, safe=True)
+
+
+def _dequantizer_behind(factor: ir.Node) -> ir.Node | None:
+    """Return where the left side of a product of two activations comes from, if ``factor`` alone reads the product."""
+    product = _first(factor).producer()
+    source = _first(product).producer() if product is not None and product.op_type == "MatMul" else None
+    if product is None or source is None or source.op_type != "DequantizeLinear" or _weight_of(product) is not None:
+        return None
+    read_once = all(len(list(each.outputs[0].uses())) == 1 for each in (product, source))
+    return source if read_once and not _is_per_channel(source) else None
+
+
 def strip_(graph: ir.Graph) -> None:
     """Drop what the exporter noted for itself, names and shapes of tensors inside, and zero points that say 0."""
     graph.metadata_props.clear()
@@ -187,7 +217,9 @@ def _is_zero(value: ir.Value | None) -> bool:
 
 
 def _scalar(value: ir.Value | None) -> float | None:
-    return None if value is None or value.const_value is None else float(value.const_value.numpy())
+    """Return the one number that ``value`` always is, if so."""
+    constant = None if value is None else value.const_value
+    return None if constant is None or constant.size != 1 else float(constant.numpy().item())
 
 
 def _weight_of(node: ir.Node) -> ir.Value | None:
