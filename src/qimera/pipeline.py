@@ -1,6 +1,7 @@
 """The whole method in the paper's order: teacher -> samples -> bank -> student -> distillation."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -83,7 +84,7 @@ def synthesize(
         raise ConfigError(
             f"input_spec: the teacher takes images of {teacher.input_spec}, given {input_spec}; leave it out"
         )
-    settings = settings or _recipe_for(teacher, recipe).synthesis
+    settings = settings or recipe_for(teacher, recipe).synthesis
     if images is None and not settings.num_generated + settings.num_optimized:
         raise ConfigError(NOTHING_TO_LEARN_FROM)
     found = load_images(images, teacher.input_spec) if isinstance(images, Path | str) else images
@@ -160,7 +161,7 @@ def quantize(
         check_bank(bank, teacher)
         allocation = allocate(teacher, bank, quantization, seed=seed, progress=progress)
         quantization = quantization.replace(layer_bits=allocation.all_rules)
-    settings = settings or _recipe_for(teacher, recipe).distillation
+    settings = settings or recipe_for(teacher, recipe).distillation
     return quantize_with(
         teacher, bank, quantization, settings, seed=seed, device=device, checkpoints=checkpoints, progress=progress
     )
@@ -243,8 +244,22 @@ def _refuse_both(settings: object, recipe: str | None) -> None:
         raise ConfigError(f"recipe: {recipe} has settings of its own; leave out recipe or settings")
 
 
-def _recipe_for(teacher: Teacher, name: str | None) -> Recipe:
-    return recipe_called(name or DEFAULT_RECIPE, teacher.input_spec, teacher.num_classes)
+def recipe_for(teacher: Teacher, name: str | None, *, is_alone: bool = True) -> Recipe:
+    """Return the recipe called ``name``, or the default one, for this teacher.
+
+    Held-out samples are for estimates, of which there is none without batch norms, and for blocks that are
+    reconstructed, of which there is none with layer norms. Without either, none are held out, unless the recipe makes
+    no others, or is not ``is_alone``: of several recipes' students, one is chosen by them.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    made = recipe_called(name or DEFAULT_RECIPE, teacher.input_spec, teacher.num_classes)
+    has_blocks = made.distillation.reconstructed_blocks > 0 and not teacher.layer_norms
+    has_others = made.synthesis.num_optimized + made.synthesis.num_generated > 0
+    if teacher.batch_norms or has_blocks or not has_others or not is_alone:
+        return made
+    return replace(made, synthesis=made.synthesis.replace(num_held_out=0))
 
 
 NUM_RANGE_BATCHES = 4

@@ -21,11 +21,12 @@ from qimera.config.settings import (
 )
 from qimera.machine.progress import COMPILING, Progress
 from qimera.mixed_precision.sensitivity import measure_sensitivity
-from qimera.pipeline import quantize, synthesize
+from qimera.pipeline import quantize, recipe_for, synthesize
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.synthesis.parts import parts_of
 from qimera.teacher.teacher import Teacher
+from tests import shared
 from tests.networks import NUM_CLASSES, SPEC, TinyNet
 
 SHORT = DistillationSettings(num_steps=4, batch_size=16)
@@ -317,3 +318,20 @@ def test_who_waits_for_a_compiler_is_told(teacher: Teacher, bank: SampleBank, mo
     first = {each.stage: each.note for each in reports if each.step == 0 and each.stage != "ranges"}
     assert first == {"direct": note, "distillation": note}
     assert all(not each.note for each in reports if each.step)
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "is_alone", "held_out"),
+    [
+        ("residual", "ptq", True, 128),
+        ("transformer", "ptq", True, 0),
+        ("transformer", None, True, 0),
+        ("transformer", "ptq", False, 128),  # one of several, which are judged by them
+        ("transformer", "images", True, 128),  # it has no others
+    ],
+)
+def test_samples_are_held_out_where_there_is_an_estimate(
+    network: str, name: str | None, is_alone: bool, held_out: int
+) -> None:
+    made = recipe_for(shared.teacher_of(network), name, is_alone=is_alone)
+    assert made.synthesis.num_held_out == held_out

@@ -18,10 +18,11 @@ from qimera.config.bits import parse_bits, parse_layer_bits
 from qimera.config.given_images import GivenImages
 from qimera.config.input_spec import InputSpec
 from qimera.config.recipe_names import DEFAULT_RECIPE
-from qimera.config.recipes import Recipe, recipe
+from qimera.config.recipes import Recipe
 from qimera.config.run_settings import RunSettings
 from qimera.config.settings import QuantizationSettings, SynthesisSettings
 from qimera.errors import ConfigError
+from qimera.pipeline import recipe_for
 from qimera.quantization.ends import with_rules_for_ends
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import absolute_source, known_input, load_model
@@ -263,7 +264,7 @@ def recipes_for(teacher: Teacher, names: str | None) -> list[Recipe]:
     chosen = [name.strip() for name in (DEFAULT_RECIPE if names is None else names).split(",")]
     if len(set(chosen)) < len(chosen):
         raise ConfigError(f"--recipe: each can be named once, given {names}")
-    return [recipe(name, teacher.input_spec, teacher.num_classes) for name in chosen]
+    return [recipe_for(teacher, name, is_alone=len(chosen) == 1) for name in chosen]
 
 
 def settings_of_bank(teacher: Teacher, names: str | None, changes: list[str] | None) -> SynthesisSettings:

@@ -99,10 +99,10 @@ class Teacher(nn.Module):
         self.batch_norms = _batch_norms(self.module)
         self.classifier = _classifier(self.module)
         self.num_classes = self.classifier.weight.shape[0]
-        self._layer_norms = [node_at(node, 0).name for node in _layer_norms(self.module)]
+        self.layer_norms = [node_at(node, 0).name for node in _layer_norms(self.module)]
         self._attentions = [(scores.name, output.name) for scores, output in attentions(self.module)]
         of_attentions = [*(output for _, output in self._attentions), *(scores for scores, _ in self._attentions)]
-        names = [*(tap.node for tap in self.batch_norms), *self._layer_norms, *of_attentions]
+        names = [*(tap.node for tap in self.batch_norms), *self.layer_norms, *of_attentions]
         self._tapped = with_outputs(self.module, names)
         if self.input_spec.has_large_images:  # small ones would gain little, and keep the digits that they had
             quick_gradients_(self._tapped)
@@ -176,7 +176,7 @@ class Teacher(nn.Module):
     ) -> tuple[Float[Tensor, "batch num_classes"], Taps]:
         """Return the logits, and what samples are judged by beside them."""
         logits, found = self._tapped(images)
-        counts = (len(self.batch_norms), len(self._layer_norms), len(self._attentions), len(self._attentions))
+        counts = (len(self.batch_norms), len(self.layer_norms), len(self._attentions), len(self._attentions))
         rest = iter(found)
         return logits, Taps(*(list(islice(rest, count)) for count in counts))
 
