@@ -13,7 +13,7 @@ from qimera.config.settings import LayerBits, QuantizationSettings
 from qimera.errors import ConfigError
 from qimera.mixed_precision.budget import (
     Budget,
-    _shares_between,
+    shares_between,
     bit_operations,
     check_budget,
     fixed_cost,
@@ -156,7 +156,7 @@ def test_shares_that_are_named_lie_where_they_should(data: st.DataObject) -> Non
     full = data.draw(st.integers(1, 10**12))
     lowest = data.draw(st.integers(1, full))
     highest = data.draw(st.integers(lowest, min(full, lowest + 10**6)))
-    for share in _shares_between(lowest, highest, full).split(" to "):
+    for share in shares_between(lowest, highest, full).split(" to "):
         assert lowest <= math.floor(float(share) * full) <= highest
 
 

@@ -1,12 +1,17 @@
+import math
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera.config.settings import SynthesisSettings
+from qimera.errors import ConfigError, DivergenceError
 from qimera.graph.folding import fold_batch_norms
 from qimera.graph.nodes import with_outputs
 from qimera.machine.progress import Progress
+from qimera.mixed_precision.allocation import allocate_bits
 from qimera.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
 from qimera.quantization.losses import kl_loss
 from qimera.synthesis.bank import SampleBank
@@ -120,3 +125,56 @@ def test_an_error_that_the_next_layer_can_undo_costs_less(monkeypatch: pytest.Mo
     # Not all of it: the second layer stays near what it was (damping in rounding.py).
     assert max(undone.weights["first"]) < 0.75 * max(alone.weights["first"])
     assert undone.weights["head"] == alone.weights["head"]
+
+
+class Fragile(nn.Module):
+    """A convolution whose outputs are all positive, by very little, and their roots, which another layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+        with torch.no_grad():
+            self.first.bias.copy_(0.005 + self.first.weight.abs().sum((1, 2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.second(self.first(x.clamp(-1, 1)).sqrt()).mean((2, 3)))
+        return out
+
+
+@pytest.fixture(scope="module")
+def fragile() -> tuple[Teacher, SampleBank, Sensitivity]:
+    torch.manual_seed(0)
+    teacher = Teacher.capture(Fragile(), SPEC)
+    images = torch.randn(32, *SPEC.shape, generator=torch.Generator().manual_seed(0)).clamp(SPEC.low, SPEC.high)
+    bank = SampleBank.from_images(images, torch.full((32, 4), 0.25), teacher, SynthesisSettings(), 0)
+    return teacher, bank, measure_sensitivity(teacher, bank)
+
+
+def test_bits_at_which_the_answers_are_no_numbers_cost_without_limit(
+    fragile: tuple[Teacher, SampleBank, Sensitivity],
+) -> None:
+    measured = fragile[2]
+    assert set(measured.weights["first"]) == {math.inf}
+    entering = measured.activations["first"]
+    assert entering[:4] == (math.inf,) * 4
+    assert max(entering[4:]) < 1e-3
+    assert max(*measured.weights["second"], *measured.weights["head"]) < 1e-3
+    assert Sensitivity.model_validate_json(measured.model_dump_json()) == measured
+
+
+def test_a_budget_takes_no_bits_at_which_the_answers_are_no_numbers(
+    fragile: tuple[Teacher, SampleBank, Sensitivity],
+) -> None:
+    teacher, bank, measured = fragile
+    with pytest.raises(DivergenceError, match="become NaN or infinite when first is quantized, at all of 2 to 8 bits"):
+        allocate_bits(teacher, bank, "bops=0.02", sensitivity=measured)
+    only_at_6 = (math.inf,) * 4 + (1e-7, 1e-8, 1e-9)
+    better = measured.replace(weights={**measured.weights, "first": only_at_6})
+    with pytest.raises(
+        ConfigError, match=r"bops=0\.008 cannot be met: .* some bits of first, .*; give bops=0\."
+    ) as given:
+        allocate_bits(teacher, bank, "bops=0.008", sensitivity=better)
+    reachable = re.findall(r"give (bops=[\d.]+) to", str(given.value))[0]
+    found = {each.name: each for each in allocate_bits(teacher, bank, reachable, sensitivity=better).layers}
+    assert min(found["first"].weight_bits, found["first"].activation_bits) == 6
+    assert math.isfinite(sum(each.loss for each in found.values()))

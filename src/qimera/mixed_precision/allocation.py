@@ -1,6 +1,7 @@
 """A budget, and how sensitive each layer is -> the bits of each layer."""
 
 import glob
+import math
 import textwrap
 
 from torch import nn
@@ -8,9 +9,17 @@ from torch import nn
 from qimera.config.base import Settings
 from qimera.config.bits import parse_bits, parse_layer_bits, spell_layer_bits
 from qimera.config.settings import LayerBits, QuantizationSettings
-from qimera.errors import ConfigError
+from qimera.errors import ConfigError, DivergenceError, enumerate_names
 from qimera.machine.progress import ProgressCallback, silent
-from qimera.mixed_precision.budget import Budget, LayerChoice, check_budget, fixed_cost, layer_choices
+from qimera.mixed_precision.budget import (
+    Bits,
+    Budget,
+    LayerChoice,
+    check_budget,
+    fixed_cost,
+    layer_choices,
+    shares_between,
+)
 from qimera.mixed_precision.knapsack import Option, solve_knapsack
 from qimera.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
 from qimera.quantization.ends import with_rules_for_ends
@@ -117,6 +126,7 @@ def allocate_bits(
     Raises:
         ConfigError: a budget that no bits can meet, or all can, wrong bits, a bank of another teacher, or a sensitivity
             that lacks a layer.
+        DivergenceError: the answers become NaN or infinite at all bits of a layer.
     """
     weight_bits, activation_bits = parse_bits(bits)
     quantization = QuantizationSettings(
@@ -152,18 +162,16 @@ def allocate(
         sensitivity = measure_sensitivity(teacher, bank, activations=activations, seed=seed, progress=progress)
     options = [_options(choice, sensitivity, budget) for choice in choices]
     limit, fixed = budget.limit(teacher), fixed_cost(teacher, quantization, budget)
-    chosen = solve_knapsack(options, limit - fixed)
+    _check_limit(options, choices, limit - fixed, fixed, budget, budget.full(teacher))
+    chosen = solve_knapsack([list(each.values()) for each in options], limit - fixed)
     layers, cost = [], fixed
     for choice, layer_options, index in zip(choices, options, chosen, strict=True):
-        weight_bits, activation_bits = list(choice.costs)[index]
-        cost += layer_options[index].cost
+        (weight_bits, activation_bits), option = list(layer_options.items())[index]
+        cost += option.cost
         if not choice.is_fixed:
             layers.append(
                 LayerAllocation(
-                    name=choice.name,
-                    weight_bits=weight_bits,
-                    activation_bits=activation_bits,
-                    loss=layer_options[index].loss,
+                    name=choice.name, weight_bits=weight_bits, activation_bits=activation_bits, loss=option.loss
                 )
             )
     return Allocation(
@@ -177,17 +185,39 @@ def allocate(
     )
 
 
-def _options(choice: LayerChoice, sensitivity: Sensitivity, budget: Budget) -> list[Option]:
-    """Return cost and loss of each pair of bits; what is not open to choice has no loss here."""
+def _options(choice: LayerChoice, sensitivity: Sensitivity, budget: Budget) -> dict[Bits, Option]:
+    """Return cost and loss of each pair of bits at which the answers stay finite.
+
+    What is not open to choice has no loss here.
+    """
     if choice.is_fixed:
-        return [Option(cost, 0.0) for cost in choice.costs.values()]
+        return {bits: Option(cost, 0.0) for bits, cost in choice.costs.items()}
     by_budget = len({activation_bits for _, activation_bits in choice.costs}) > 1
     if choice.name not in sensitivity.weights or (by_budget and choice.name not in sensitivity.activations):
         raise ConfigError(
             f"sensitivity: does not hold what budget {budget} needs of {choice.name}; leave it out, or give what "
             "measure_sensitivity returns for this model"
         )
-    return [
-        Option(cost, sensitivity.loss(choice.name, weight_bits, activation_bits if by_budget else None))
-        for (weight_bits, activation_bits), cost in choice.costs.items()
-    ]
+    losses = {bits: sensitivity.loss(choice.name, bits[0], bits[1] if by_budget else None) for bits in choice.costs}
+    options = {bits: Option(choice.costs[bits], loss) for bits, loss in losses.items() if math.isfinite(loss)}
+    if not options:
+        raise DivergenceError(
+            f"budget: the model's answers become NaN or infinite when {choice.name} is quantized, at all of 2 to 8 "
+            "bits; check the layers behind it, such as logarithms, roots and divisions"
+        )
+    return options
+
+
+def _check_limit(
+    options: list[dict[Bits, Option]], choices: list[LayerChoice], limit: int, fixed: int, budget: Budget, full: int
+) -> None:
+    """Refuse a limit that is met only by bits at which the answers become NaN or infinite."""
+    lowest, highest = (sum(pick(each.cost for each in some.values()) for some in options) for pick in (min, max))
+    if lowest <= limit:
+        return
+    broken = [choice.name for choice, some in zip(choices, options, strict=True) if len(some) < len(choice.costs)]
+    raise ConfigError(
+        f"budget: {budget} cannot be met: the model's answers become NaN or infinite at some bits of "
+        f"{enumerate_names(broken)}, and other bits take {(fixed + lowest) / full:.4f} of full precision; give "
+        f"{budget.measure}={shares_between(fixed + lowest, fixed + highest, full)}"
+    )

@@ -144,7 +144,7 @@ def check_budget(teacher: Teacher, quantization: QuantizationSettings) -> None:
     full = budget.full(teacher)
     fixed = fixed_cost(teacher, quantization, budget)
     lowest, highest = (fixed + sum(pick(choice.costs.values()) for choice in choices) for pick in (min, max))
-    reachable = f"{budget.measure}={_shares_between(lowest, highest, full)}"
+    reachable = f"{budget.measure}={shares_between(lowest, highest, full)}"
     num_fixed = sum(choice.is_fixed for choice in choices)
     given = "first_last_bits and layer_bits" if quantization.first_last_bits else "layer_bits"
     beside = f" beside those of {given}" if num_fixed else ""
@@ -164,7 +164,7 @@ def check_budget(teacher: Teacher, quantization: QuantizationSettings) -> None:
         )
 
 
-def _shares_between(lowest: int, highest: int, full: int) -> str:
+def shares_between(lowest: int, highest: int, full: int) -> str:
     """Return which shares of ``full`` lie between the two, rounded inwards, so that what is named can be given.
 
     They have four decimals, or as many more as it takes for one to lie there.

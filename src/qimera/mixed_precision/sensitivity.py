@@ -39,7 +39,7 @@ class Sensitivity(Settings):
     """The divergence of the teacher's answers from its own when one layer is quantized and nothing else."""
 
     weights: dict[str, tuple[float, ...]]
-    """By layer, at 2 to 8 weight bits."""
+    """By layer, at 2 to 8 weight bits; infinite where the answers become NaN or infinite."""
 
     activations: dict[str, tuple[float, ...]]
     """By layer, at 2 to 8 bits of its input; empty where it was not asked for."""
@@ -87,26 +87,34 @@ def measure_sensitivity(
         trial = _Trial(fold_batch_norms(teacher.module), fit_on, judge_on, seed)
         for number, node in enumerate(trial.layers, 1):
             trial.advance_before(node)
-            _add(found[0], layer_name(node), _losses(trial, trial.with_weight))
+            _add(found[0], layer_name(node), _losses(trial, trial.with_weight, trial.with_weight))
             if activations and layer_name(node) not in at_input:
-                _add(found[1], layer_name(node), _losses(trial, trial.with_input))
+                _add(found[1], layer_name(node), _losses(trial, trial.with_input_and_adapted_weight, trial.with_input))
             progress(Progress("sensitivity", number, len(trial.layers)))
     weights, inputs = ({name: tuple(losses) for name, losses in each.items()} for each in found)
     return Sensitivity(weights=weights, activations=inputs)
 
 
-def _losses(trial: "_Trial", quantize: Callable[[int, bool], "_Outputs"]) -> list[float]:
+def _losses(
+    trial: "_Trial", adapted_to: Callable[[int], "_Outputs"], alone: Callable[[int], "_Outputs"]
+) -> list[float]:
     """Return the loss at each width, of 2 to 8 bits.
 
     Up to 4 bits the layers that follow make up for what they can. Above, the loss is that of the layer alone, measured
     at 6 bits, times the share that the layers behind leave of it at 4 bits. Each bit more divides it by 4, as it does
     the squared error of any rounding.
+
+    Args:
+        trial: Halted before the layer.
+        adapted_to: Returns the outputs of the layer at so many bits, once its own weight makes up for what it can.
+        alone: Returns those without that.
     """
-    losses = [trial.loss(quantize(bits, True), _NUM_FOLLOWERS) for bits in (2, 3, 4)]
-    alone_at_4, alone_at_6 = (trial.loss(quantize(bits, False), 0) for bits in (4, 6))
-    share = min(1.0, losses[2] / alone_at_4) if alone_at_4 > 0 else 1.0
-    at_4, at_6 = share * alone_at_4, share * alone_at_6
-    return [*losses[:2], at_4, math.sqrt(at_4 * at_6), at_6, at_6 / 4, at_6 / 16]
+    losses = [trial.loss(adapted_to(bits), _NUM_FOLLOWERS) for bits in (2, 3, 4)]
+    alone_at_4, alone_at_6 = (trial.loss(alone(bits), 0) for bits in (4, 6))
+    at_4 = min(losses[2], alone_at_4)
+    at_6 = alone_at_6 * at_4 / alone_at_4 if 0 < alone_at_4 < math.inf else alone_at_6
+    at_5 = math.sqrt(at_4 * at_6) if max(at_4, at_6) < math.inf else math.inf
+    return [*losses[:2], at_4, at_5, at_6, at_6 / 4, at_6 / 16]
 
 
 def _add(found: dict[str, list[float]], name: str, losses: list[float]) -> None:
@@ -147,7 +155,10 @@ class _Trial:
             self._own = Compensation(weight, bias, *seen, self._dampings.get(self._position))
 
     def loss(self, outputs: _Outputs, num_followers: int) -> float:
-        """Return the divergence if the layer returned ``outputs``, and so many that follow made up for it."""
+        """Return the divergence if the layer returned ``outputs``, and so many that follow made up for it.
+
+        It is infinite where anything on the way becomes NaN or too large to compute with.
+        """
         fitting, judging = (run.branch() for run in self._runs)
         fitting.put(outputs[0])
         judging.put(outputs[1])
@@ -156,6 +167,8 @@ class _Trial:
             layer = self.layers[position]
             fitting.advance_before(layer.name)
             entering = fitting.value(node_at(layer, 0).name)
+            if not math.isfinite(entering.norm()):  # the layer cannot be fitted to it
+                return math.inf
             parameters = self._adapted(position, entering)
             if parameters is not None:
                 judging.advance_before(layer.name)
@@ -164,10 +177,11 @@ class _Trial:
         ended = judging.finish()
         assert isinstance(ended, tuple)
         # float64: at 8 bits the divergence is smaller than the rounding errors of its terms in float32.
-        return max(0.0, float(kl_loss(ended[0].double(), self._target.double(), 1.0)))
+        divergence = float(kl_loss(ended[0].double(), self._target.double(), 1.0))
+        return max(0.0, divergence) if math.isfinite(divergence) else math.inf
 
-    def with_weight(self, bits: int, _compensated: bool) -> _Outputs:
-        """Return what the layer returns with its weight at ``bits``, rounded as that of a student in either case."""
+    def with_weight(self, bits: int) -> _Outputs:
+        """Return what the layer returns with its weight at ``bits``, rounded as that of a student."""
         layer = self.layers[self._position]
         weight, bias = self._parameters(layer)
         low, high = weight_range(bits)
@@ -181,19 +195,30 @@ class _Trial:
         )
         quantizer.to(weight.device).fit_(weight, "mse")
         new = (quantizer(weight), bias) if self._own is None else self._own.rounded(quantizer)
-        return _call(layer, self._entering[0], *new), _call(layer, self._entering[1], *new)
+        return self._called(self._entering, new)
 
-    def with_input(self, bits: int, compensated: bool) -> _Outputs:
-        """Return what the layer returns for inputs at ``bits``, to which its weight is adapted or not."""
-        layer = self.layers[self._position]
+    def with_input(self, bits: int) -> _Outputs:
+        """Return what the layer returns for inputs at ``bits``."""
+        return self._called(self._quantized_inputs(bits), self._parameters(self.layers[self._position]))
+
+    def with_input_and_adapted_weight(self, bits: int) -> _Outputs:
+        """Return what the layer returns for inputs at ``bits`` once its weight is adapted to them, where it can be."""
+        inputs = self._quantized_inputs(bits)
+        adapted_ones = self._adapted(self._position, inputs[0])
+        return self._called(inputs, adapted_ones or self._parameters(self.layers[self._position]))
+
+    def _quantized_inputs(self, bits: int) -> tuple[Tensor, Tensor]:
         low, high = integer_range(bits, signed=False)
         quantizer = LearnedStepFakeQuantize(
             dtype=torch.uint8, quant_min=low, quant_max=high, qscheme=torch.per_tensor_affine
         )
         quantizer.to(self._entering[0].device).fit_(self._entering[0], "mse")
         fit_on, judge_on = (quantizer(each) for each in self._entering)
-        new = (self._adapted(self._position, fit_on) if compensated else None) or self._parameters(layer)
-        return _call(layer, fit_on, *new), _call(layer, judge_on, *new)
+        return fit_on, judge_on
+
+    def _called(self, inputs: tuple[Tensor, Tensor], parameters: tuple[Tensor, Tensor | None]) -> _Outputs:
+        layer = self.layers[self._position]
+        return _call(layer, inputs[0], *parameters), _call(layer, inputs[1], *parameters)
 
     def _parameters(self, layer: Node) -> tuple[Tensor, Tensor | None]:
         bias = tensor_of(self._module, node_at(layer, 2)) if has_bias(layer) else None
