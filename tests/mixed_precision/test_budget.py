@@ -13,11 +13,11 @@ from qimera.config.settings import LayerBits, QuantizationSettings
 from qimera.errors import ConfigError
 from qimera.mixed_precision.budget import (
     Budget,
-    shares_between,
     bit_operations,
     check_budget,
     fixed_cost,
     layer_choices,
+    shares_between,
 )
 from qimera.quantization.ends import with_rules_for_ends
 from qimera.quantization.sizes import float_bytes, packed_bytes, unquantized_bytes

@@ -13,7 +13,9 @@ from qimera.graph.nodes import with_outputs
 from qimera.machine.progress import Progress
 from qimera.mixed_precision.allocation import allocate_bits
 from qimera.mixed_precision.sensitivity import Sensitivity, measure_sensitivity
+from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.losses import kl_loss
+from qimera.student.rounding import Compensation
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests import shared
@@ -178,3 +180,18 @@ def test_a_budget_takes_no_bits_at_which_the_answers_are_no_numbers(
     found = {each.name: each for each in allocate_bits(teacher, bank, reachable, sensitivity=better).layers}
     assert min(found["first"].weight_bits, found["first"].activation_bits) == 6
     assert math.isfinite(sum(each.loss for each in found.values()))
+
+
+def test_a_weight_is_rounded_once_for_each_width_that_is_measured(
+    teacher: Teacher, bank: SampleBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    rounded = Compensation.rounded
+
+    def count(self: Compensation, quantizer: LearnedStepFakeQuantize) -> tuple[Tensor, Tensor | None]:
+        widths.append(quantizer.quant_max)
+        return rounded(self, quantizer)
+
+    monkeypatch.setattr(Compensation, "rounded", count)
+    measure_sensitivity(teacher, bank, activations=False)
+    assert widths == [1, 3, 7, 31] * len(teacher.layers)
