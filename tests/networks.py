@@ -211,6 +211,19 @@ class ReadTwice(nn.Module):
         return self.head(F.relu(x + self.bn(x)))
 
 
+class Fragile(nn.Module):
+    """A convolution whose outputs are all positive, by very little, and their roots, which another layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+        with torch.no_grad():
+            self.first.bias.copy_(0.005 + self.first.weight.abs().sum((1, 2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x.clamp(-1, 1)).sqrt()).mean((2, 3)))
+
+
 class ManyEdges(nn.Module):
     """Maximum pooling, concatenation, a gate that multiplies, a matrix product and a 1x1 convolution as classifier."""
 

@@ -19,7 +19,7 @@ from qimera.student.rounding import Compensation
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
 from tests import shared
-from tests.networks import SPEC
+from tests.networks import SPEC, Fragile
 
 
 @pytest.fixture(scope="module")
@@ -127,20 +127,6 @@ def test_an_error_that_the_next_layer_can_undo_costs_less(monkeypatch: pytest.Mo
     # Not all of it: the second layer stays near what it was (damping in rounding.py).
     assert max(undone.weights["first"]) < 0.75 * max(alone.weights["first"])
     assert undone.weights["head"] == alone.weights["head"]
-
-
-class Fragile(nn.Module):
-    """A convolution whose outputs are all positive, by very little, and their roots, which another layer reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
-        with torch.no_grad():
-            self.first.bias.copy_(0.005 + self.first.weight.abs().sum((1, 2, 3)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.second(self.first(x.clamp(-1, 1)).sqrt()).mean((2, 3)))
-        return out
 
 
 @pytest.fixture(scope="module")

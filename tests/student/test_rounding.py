@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qimera import InputSpec, QuantizationSettings, Student, Teacher
+from qimera.errors import DivergenceError
 from qimera.graph.nodes import has_bias, has_parameter, tensor_of, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.student.positions import choose_positions, inputs_at, outputs_at
 from qimera.student.rounding import _DAMPINGS, _round_rows, adapted, suiting_damping
+from tests.networks import Fragile
 
 INPUT_OF_9_BY_8 = InputSpec(shape=(3, 9, 8), mean=(0.5,) * 3, std=(0.25,) * 3)
 SPEC = InputSpec(shape=(3, 16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -67,6 +69,15 @@ def test_rounding_leaves_a_fraction_of_the_error_of_nearest_integers(mixed: Teac
 
 def test_at_eight_bits_it_does_no_harm(mixed: Teacher) -> None:
     assert error_of(mixed, 8, rounding=True) < 1.05 * error_of(mixed, 8, rounding=False)
+
+
+def test_a_layer_that_reads_no_numbers_is_named() -> None:
+    torch.manual_seed(0)
+    student = Student(Teacher.capture(Fragile(), SPEC), QuantizationSettings(weight_bits=4, activation_bits=4))
+    with pytest.raises(
+        DivergenceError, match=r"second: its inputs become NaN or too large .* more bits \(layer_bits\)"
+    ):
+        student.initialize_layers_(images_of(0), torch.Generator().manual_seed(0))
 
 
 class CallsTwice(nn.Module):

@@ -1,5 +1,6 @@
 """First ranges and first integers of a student, layer after layer, each behind its quantized predecessors."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qimera.errors import DivergenceError
 from qimera.graph.nodes import WEIGHTED, aten, node_at, node_called, tensor_of
 from qimera.graph.stepping import SteppedRun
 from qimera.machine.distributed import copy_from_main_, from_main
@@ -66,6 +68,9 @@ def round_layers_(
 
     Returns:
         The scales of the channels (channel) that each layer reads, by the name of its node, where there are any.
+
+    Raises:
+        DivergenceError: what a layer reads becomes NaN, or too large to compute with.
     """
     scales: dict[str, Tensor] = {}
     mine, theirs = SteppedRun(student, images), SteppedRun(reference, images)
@@ -190,6 +195,12 @@ def _seen(
 ) -> "Compensation":
     weight, bias = tensor_of(student, parameter_of(node, 1)), _bias(student, node)
     entering, leaving = mine.value(node_at(node, 0).name), theirs.value(node.name)
+    if not math.isfinite(entering.norm()):
+        owner, _, name = str(parameter_of(node, 1).target).rpartition(".")
+        raise DivergenceError(
+            f"{owner or name}: its inputs become NaN or too large when the layers before it are quantized; give these "
+            "layers more bits (layer_bits), or look for logarithms, roots and divisions between them"
+        )
     return Compensation(weight, bias, *look_at_layer(node, weight, bias, entering, leaving, rng))
 
 
