@@ -1,5 +1,6 @@
 """layers.py: what each layer costs alone, and where the values of its input lie."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from qimera.report.layers import layer_reports
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
 from qimera.teacher.teacher import Teacher
-from tests.networks import SPEC, Lambda
+from tests.networks import SPEC, Fragile, Lambda
 
 
 def student_of(teacher: Teacher, bank: SampleBank, bits: str, layer_bits: str = "") -> Student:
@@ -89,3 +90,11 @@ def test_the_range_of_an_input_is_found_through_a_view_of_any_batch() -> None:
     images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(0))
     student.initialize_ranges_([images])
     assert all(layer.high is not None for layer in layer_reports(student, images))
+
+
+def test_a_layer_that_makes_the_answers_nan_costs_without_limit() -> None:
+    torch.manual_seed(0)
+    student = Student(Teacher.capture(Fragile(), SPEC), QuantizationSettings(weight_bits=4, activation_bits=4))
+    images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(0))
+    student.initialize_ranges_([images])
+    assert layer_reports(student, images)[0].cost == math.inf

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -241,6 +242,13 @@ def test_only_the_costliest_of_many_layers_are_drawn(run: RunDirectory) -> None:
     assert "block59 costs most, 3 % of the sum" in found  # 59 of 1770
     assert ">block20 " in found
     assert ">block19 " not in found
+
+
+def test_a_layer_that_makes_the_answers_nan_costs_most(run: RunDirectory) -> None:
+    first, *others = Report.load(run.report_data_file).layers
+    page = rewritten(run, layers=(*others, first.replace(cost=math.inf, error=math.nan)))
+    assert f"Quantized alone, {first.name} makes the answers NaN or infinite: it needs more bits." in words(page)
+    assert "nan %" not in page
 
 
 def test_a_measurement_on_images_that_the_teacher_does_not_know_is_no_drop(

@@ -17,7 +17,7 @@ from qimera.machine.progress import Progress, ProgressCallback, silent
 from qimera.machine.seeds import check_seed
 from qimera.mixed_precision.budget import WIDTHS
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
-from qimera.quantization.losses import kl_loss
+from qimera.quantization.losses import divergence
 from qimera.quantization.ranges import integer_range, weight_range
 from qimera.quantization.scheme import reading_network_input
 from qimera.student.positions import choose_positions, inputs_at, look_at_layer, outputs_at
@@ -178,9 +178,7 @@ class _Trial:
                 judging.put(_call(layer, judging.value(node_at(layer, 0).name), *parameters))
         ended = judging.finish()
         assert isinstance(ended, tuple)
-        # float64: at 8 bits the divergence is smaller than the rounding errors of its terms in float32.
-        divergence = float(kl_loss(ended[0].double(), self._target.double(), 1.0))
-        return max(0.0, divergence) if math.isfinite(divergence) else math.inf
+        return divergence(ended[0], self._target)
 
     def with_weight(self, bits: int) -> _Outputs:
         """Return what the layer returns with its weight at ``bits``, rounded as that of a student."""

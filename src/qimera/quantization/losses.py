@@ -1,5 +1,7 @@
 """What a student is judged by: the divergence from the teacher, and the errors of block outputs."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -24,6 +26,13 @@ def kl_loss(
         log_target=True,
     )
     return divergence * temperature**2
+
+
+def divergence(logits: Float[Tensor, "batch num_classes"], target: Float[Tensor, "batch num_classes"]) -> float:
+    """Return KL(teacher || student) per sample, in nats; infinite where an answer is NaN or infinite."""
+    # float64: at 8 bits it is smaller than the rounding errors of its terms in float32.
+    found = float(kl_loss(logits.double(), target.double(), 1.0))
+    return max(0.0, found) if math.isfinite(found) else math.inf
 
 
 def feature_loss(

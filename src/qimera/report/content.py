@@ -118,8 +118,8 @@ class Report(Settings):
 
     @property
     def costliest_share(self) -> float:
-        """Percent of the cost of all layers that the costliest has."""
-        return 100 * self.costliest.cost / sum(max(0.0, layer.cost) for layer in self.layers)
+        """Percent of the cost of all layers that the costliest has; NaN where that is infinite."""
+        return 100 * self.costliest.cost / sum(layer.cost for layer in self.layers)
 
     @property
     def timed(self) -> dict[str, Any] | None:

@@ -102,13 +102,13 @@ def draw_curves(curves: Sequence[Curve]) -> str:
 
 
 def draw_layers(layers: Sequence[LayerReport]) -> str:
-    """Draw error and cost of every layer."""
+    """Draw error and cost of every layer; those that are NaN or infinite have no bar."""
     says = f"Error and cost of {len(layers)} layers"
     with _drawing("layers", says, 0.9 + 0.19 * len(layers), columns=2) as (axes, drawn):
         places = np.arange(len(layers))
-        axes[0].barh(places, [100 * layer.error for layer in layers], color=FIRST)
+        axes[0].barh(places, [100 * _finite(layer.error) for layer in layers], color=FIRST)
         axes[0].set(xlabel="error of the output (% of its variance)")
-        axes[1].barh(places, [layer.cost for layer in layers], color=SECOND)
+        axes[1].barh(places, [_finite(layer.cost) for layer in layers], color=SECOND)
         axes[1].set(xlabel="divergence caused alone (nats)")
         labels = [f"{_plain(layer.name)}  w{layer.weight_bits}a{layer.activation_bits}" for layer in layers]
         for axis, names in zip(axes, (labels, [""] * len(layers)), strict=True):
@@ -116,6 +116,10 @@ def draw_layers(layers: Sequence[LayerReport]) -> str:
             axis.set_ylim(len(layers) - 0.4, -0.6)
             axis.xaxis.set_major_locator(MaxNLocator(4))
     return drawn[0]
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
 
 
 def draw_ranges(layers: Sequence[LayerReport]) -> str:

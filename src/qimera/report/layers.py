@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from qimera.config.base import Settings
 from qimera.graph.nodes import node_at, tensor_of, with_outputs
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
-from qimera.quantization.losses import kl_loss
+from qimera.quantization.losses import divergence
 from qimera.quantization.scheme import before_moves, quantizer_of
 from qimera.student.student import Student
 
@@ -30,6 +30,7 @@ class LayerReport(Settings):
 
     cost: float
     """Divergence of class probabilities, in nats, if only this layer and its input are quantized in the teacher.
+    Infinite where the teacher's answers then become NaN or infinite.
 
     The layer's weights are rounded to nearest for this. The student's own weights also compensate for errors of other
     layers, so they do not show what one layer costs."""
@@ -77,7 +78,7 @@ def layer_reports(student: Student, images: Float[Tensor, "batch channel height 
                 weight_bits=weight_bits,
                 activation_bits=activation_bits,
                 error=float(error),
-                cost=float(kl_loss(_quantized_alone(student, nodes[node_name])(images)[0], target, 1.0)),
+                cost=divergence(_quantized_alone(student, nodes[node_name])(images)[0], target),
                 **ranges,
             )
         )

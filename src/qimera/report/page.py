@@ -1,5 +1,6 @@
 """A report, its run's models and its bank -> one HTML file that needs nothing else."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ _MAX_CLASSES = 10
 _SAMPLES_A_CLASS = 8
 
 environment = Environment(loader=PackageLoader("qimera.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-environment.globals.update(most_rows=MOST_ROWS, least_cost=LEAST_COST, largest_gap=LARGEST_GAP)
+environment.globals.update(most_rows=MOST_ROWS, least_cost=LEAST_COST, infinity=math.inf, largest_gap=LARGEST_GAP)
 environment.filters["bytes"] = readable_bytes
 environment.filters["fixed"] = lambda value, digits=1: f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.0
 environment.filters["times"] = lambda ratio: f"{ratio:.0f}" if ratio >= 10 else f"{ratio:.1f}"
