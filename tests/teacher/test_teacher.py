@@ -53,37 +53,6 @@ def test_taps_see_what_enters_each_batch_norm(tiny_model: TinyNet, teacher: Teac
         torch.testing.assert_close(x, seen[tap.name], rtol=1e-4, atol=1e-4)  # rounding in another memory layout
 
 
-def test_rows_of_the_classifier_stand_for_classes(tiny_model: TinyNet, teacher: Teacher) -> None:
-    assert teacher.classifier.name == "fc"
-    assert torch.equal(teacher.classifier.weight, tiny_model.fc.weight)
-    assert teacher.num_classes == NUM_CLASSES
-
-
-def test_a_1x1_convolution_can_be_the_classifier() -> None:
-    model = random_network("many edges")
-    teacher = Teacher.capture(model, SPEC)
-    assert teacher.classifier.name == "classifier"
-    assert torch.equal(teacher.classifier.weight, model.classifier.weight.flatten(1))
-
-
-class Dueling(nn.Module):
-    """Adds one value for all classes to one for each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.value, self.advantage = nn.Linear(3, 1), nn.Linear(3, NUM_CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = x.mean((2, 3))
-        result: Tensor = self.value(features) + self.advantage(features)
-        return result
-
-
-def test_a_layer_without_a_row_for_each_class_is_not_the_classifier() -> None:
-    teacher = Teacher.capture(Dueling(), SPEC)
-    assert (teacher.classifier.name, teacher.num_classes) == ("advantage", NUM_CLASSES)
-
-
 def test_layers_are_listed_with_their_work(teacher: Teacher) -> None:
     layers = {layer.name: layer for layer in teacher.layers}
     assert list(layers) == ["conv1", "conv2", "conv3", "depthwise", "pointwise", "fc"]

@@ -23,6 +23,7 @@ from qimera.graph.nodes import (
     aten,
     batch_norms,
     copied,
+    groups_of,
     has_parameter,
     layer_name,
     logits_node,
@@ -73,7 +74,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class ClassifierLayer:
-    """The last linear layer or 1x1 convolution; row k of its weight stands for class k."""
+    """The last linear layer or convolution; row k of its weight stands for class k."""
 
     name: str
     weight: Float[Tensor, "num_classes latent"]
@@ -216,18 +217,26 @@ def _classifier(module: GraphModule) -> ClassifierLayer:
     num_classes = waiting[0].meta["val"].shape[1]
     while waiting:
         node = waiting.pop()
-        weight = tensor_of(module, node_at(node, 1)).detach() if has_parameter(node) else None
+        weight = _rows_of_outputs(module, node) if has_parameter(node) else None
         if weight is not None and len(weight) == num_classes:
-            return ClassifierLayer(layer_name(node), weight.clone().flatten(1))
+            return ClassifierLayer(layer_name(node), weight)
         if node.target in _PER_CLASS:
             waiting += reversed(node.all_input_nodes)
         elif node.op == "call_function":
             last = node
     raise UnsupportedModelError(
-        f"the logits come from {last.target if last else 'no layer'}, not from a linear layer or 1x1 convolution with "
+        f"the logits come from {last.target if last else 'no layer'}, not from a linear layer or convolution with "
         f"one row for each of {num_classes} classes; class embeddings are read from the weight of that layer, so let "
         "the model return its output unchanged"
     )
+
+
+def _rows_of_outputs(module: GraphModule, layer: Node) -> Float[Tensor, "output input"]:
+    """Return a copy of the layer's weight with a row for each of its outputs."""
+    weight = tensor_of(module, node_at(layer, 1)).detach().clone()
+    if layer.target is aten.conv_transpose2d.input:  # by inputs first, and by outputs within each group
+        weight = weight.unflatten(0, (groups_of(layer), -1)).transpose(1, 2).flatten(0, 1)
+    return weight.flatten(1)
 
 
 def _layers(module: GraphModule) -> list[Layer]:
