@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from qimera.config.settings import DirectSettings, QuantizationSettings, SynthesisSettings
 from qimera.machine.progress import silent
@@ -22,9 +23,11 @@ from qimera.report.plane import areas_around, axes_between, view_of
 from qimera.runs.directory import RunDirectory
 from qimera.runs.execution import carry_out, load_bank, load_student
 from qimera.runs.reporting import collect, report_run
+from qimera.synthesis.bank import SampleBank
 from qimera.teacher.sources import EMBEDDED_MODELS, load_model
 from qimera.teacher.teacher import Teacher
 from tests.command_line import INPUT, SMALL_INPUT, qimera, said, tiny_settings, write_model_file
+from tests.networks import NUM_CLASSES, SPEC, Lambda
 from tests.spared import drawn_figures
 
 FEW = DirectSettings(num_steps=1, batch_size=8)
@@ -113,6 +116,17 @@ def test_every_sample_lies_in_the_area_of_its_class(num_classes: int) -> None:
         line = round(float((point[1] - bottom) / (top - bottom)) * 1000)
         if first - second > 0.1:  # not within one of the thousand steps of the boundary
             assert int(areas[line, column]) == int(row.argmax())
+
+
+@pytest.mark.parametrize(
+    "classifier", [nn.Conv2d(8, NUM_CLASSES, 3, padding=1), nn.Conv2d(10, NUM_CLASSES, 1, groups=5)], ids=str
+)
+def test_features_have_no_plane_where_the_classifier_sees_more_pixels_or_less_channels(classifier: nn.Conv2d) -> None:
+    first = nn.Conv2d(3, classifier.in_channels, 3)
+    teacher = Teacher.capture(nn.Sequential(first, classifier, Lambda(lambda x: x.mean((2, 3)))), SPEC)
+    images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.eye(NUM_CLASSES)[torch.arange(16) % NUM_CLASSES]
+    assert view_of(teacher, SampleBank.from_images(images, labels, teacher, SynthesisSettings(), 0)) is None
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

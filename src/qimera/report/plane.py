@@ -36,23 +36,28 @@ class View:
 
 
 def view_of(teacher: Teacher, bank: SampleBank) -> View | None:
-    """Return the plane of the classes that the teacher confuses most; None with fewer than two samples or features."""
+    """Return the plane of the classes that the teacher confuses most.
+
+    None with fewer than two samples or features, or where the classifier has a weight for more than one pixel or for
+    some of the features alone: no plane of features then shows what it answers.
+    """
     classes, single = nearest_three(bank), shows_one_class(bank.soft_labels)
     others = [number for number in range(teacher.num_classes) if number not in classes]
     # A superposed sample of another class lies anywhere in this plane.
     fitting = (bank.soft_labels[:, others] == 0).all(1) & torch.isin(bank.logits.argmax(1), torch.tensor(classes))
     order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(0))
     chosen = order[fitting[order]][:_MAX_POINTS]
-    if len(chosen) < 2 or teacher.classifier.weight.shape[1] < 2:
+    features = features_of(bank.take(chosen).images, teacher) if len(chosen) > 1 else torch.empty(0, 0)
+    if features.shape[1] < 2 or features.shape[1] != teacher.classifier.weight.shape[1]:
         return None
-    features, answers, kept = _seen(bank.take(chosen).images, teacher, classes)
+    features, answers, kept = _of_classes(features, teacher, classes)
     origin, axes = axes_between(features, teacher.classifier.weight[classes])
     return View(classes, origin, axes, (features - origin) @ axes.T, answers, single[chosen][kept])
 
 
 def places_of(images: Tensor, view: View, teacher: Teacher) -> tuple[Place, ...]:
     """Return where normalised images lie that the teacher takes for one of the classes."""
-    features, answers, _ = _seen(images, teacher, view.classes)
+    features, answers, _ = _of_classes(features_of(images, teacher), teacher, view.classes)
     points = (features - view.origin) @ view.axes.T
     return tuple((x, y, answer) for (x, y), answer in zip(points.tolist(), answers.tolist(), strict=True))
 
@@ -112,9 +117,8 @@ def areas_around(
     return areas, (float(low[0]), float(high[0]), float(low[1]), float(high[1]))
 
 
-def _seen(images: Tensor, teacher: Teacher, classes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _of_classes(features: Tensor, teacher: Teacher, classes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Return features and answers of the images that the teacher takes for one of the classes, and which these are."""
-    features = features_of(images, teacher)
     answers = (features @ teacher.classifier.weight.T + _bias(teacher)).argmax(1)
     kept = torch.isin(answers, torch.tensor(classes))
     return features[kept], answers[kept], kept
