@@ -161,6 +161,30 @@ def test_a_step_follows_the_gradient_of_the_three_terms(
     assert moved > 10
 
 
+@pytest.mark.parametrize("scheme", ["hardware", "paper"])
+def test_weight_decay_acts_on_weights_and_biases_alone(teacher: Teacher, bank: SampleBank, scheme: str) -> None:
+    student = student_of(teacher, bank, scheme=scheme)
+    twin = copy.deepcopy(student)
+    settings = DistillationSettings(
+        num_steps=1,
+        batch_size=24,
+        optimizer="sgd",
+        momentum=0,
+        weight_learning_rate=0.1,
+        weight_decay=1.0,
+        kl_weight=1e-9,
+        ce_weight=0.0,
+        feature_weight=0.0,
+        **PLAIN,
+    )
+    distill_(student, teacher, bank, settings, seeded(4))
+    assert bool(student.steps) == (scheme == "hardware")
+    for after, before in zip(student.weights, twin.weights, strict=True):
+        torch.testing.assert_close(after, 0.9 * before, rtol=1e-5, atol=1e-7)  # the gradient is not quite 0
+    for after, before in zip(student.steps, twin.steps, strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-7)
+
+
 def test_stepwise_adam_moves_a_weight_by_the_rate_in_units_of_its_step() -> None:
     """Adam's first step is the rate in the direction of the gradient, whatever its size."""
     weight = nn.Parameter(torch.zeros(3, 2))

@@ -262,7 +262,7 @@ class DistillationSettings(Settings):
     """Nesterov momentum (``sgd``)."""
 
     weight_decay: float = Field(0.0, ge=0)
-    """Of all parameters (``sgd``)."""
+    """Of weights, biases and batch norms that were not folded, not of quantizer steps (``sgd``)."""
 
     schedule: Literal["cosine", "milestones"] = "cosine"
     """``cosine`` falls to zero over the run; ``milestones`` is that of GDFQ and Qimera (deviation D15)."""

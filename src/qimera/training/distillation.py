@@ -242,12 +242,15 @@ class StepwiseAdam(torch.optim.Adam):
 
 def _optimizer(student: Student, settings: DistillationSettings) -> torch.optim.Optimizer:
     if settings.optimizer == "sgd":
+        decayed: list[dict[str, Any]] = [
+            {"params": student.weights, "weight_decay": settings.weight_decay},
+            {"params": student.steps},  # logarithms: decay would draw every step towards 1
+        ]
         return torch.optim.SGD(
-            student.parameters(),
+            [group for group in decayed if group["params"]],
             settings.weight_learning_rate,
             momentum=settings.momentum,
             nesterov=settings.momentum > 0,
-            weight_decay=settings.weight_decay,
         )
     units = student.weight_steps()
     quantized = {id(weight) for weight, _ in units}
