@@ -242,6 +242,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no seed": (lambda d: change_manifest(d, lambda m: m.pop("seed")), "damaged .*seed"),
     "no shards": (lambda d: change_manifest(d, lambda m: m.update(shards=[])), "damaged"),
     "shards of no list": (lambda d: change_manifest(d, lambda m: m.update(shards=3)), "damaged"),
+    "fewer samples than written": (
+        lambda d: change_manifest(d, lambda m: m.update(num_samples=97)),
+        r"manifest.json names 97 samples, its shards hold 96; copy the whole bank again",
+    ),
+    "no number of samples": (lambda d: change_manifest(d, lambda m: m.pop("num_samples")), "damaged .*num_samples"),
     "unknown setting": (lambda d: change_manifest(d, lambda m: m["settings"].update(colour=1)), "colour"),
     "wrong setting": (lambda d: change_manifest(d, lambda m: m["settings"].update(num_generated=-1)), "num_generated"),
     "other normalisation": (

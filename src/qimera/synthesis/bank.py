@@ -245,6 +245,11 @@ class SampleBank:
                 raise ConfigError(f"bank {directory}: damaged (a shard is named twice: {names}); synthesise it again")
             shards = [_read_shard(directory / name) for name in names]
             parts = [torch.cat([shard[key] for shard in shards]) for key in _TYPES]
+            if manifest["num_samples"] != len(parts[0]):
+                raise ConfigError(
+                    f"bank {directory}: manifest.json names {manifest['num_samples']!r:.50} samples, its shards hold "
+                    f"{len(parts[0])}; copy the whole bank again, or synthesise it again"
+                )
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(f"bank {directory}: {error.filename or 'a file'} is missing; is this a bank?") from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, RuntimeError) as error:
