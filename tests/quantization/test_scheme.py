@@ -308,3 +308,34 @@ def test_some_targets_add_before_they_round(target: str) -> None:
         assert not set(added) & set(rounded)
     else:
         assert not added
+
+
+class BareWeight(nn.Module):
+    """A weight that lies in the network itself and that two convolutions read; another is called nearly the same."""
+
+    def __init__(self, *, standardized: bool) -> None:
+        super().__init__()
+        self.w, self.w_1 = (nn.Parameter(torch.randn(3, 3, 3, 3)) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(2))
+        self.standardized = standardized
+        self.head = Head(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.w - self.w.mean((1, 2, 3), keepdim=True) if self.standardized else self.w
+        x = F.conv2d(x, self.w_1).relu()
+        for norm in self.norms:
+            x = norm(F.conv2d(x, w)).relu()
+        out: Tensor = self.head(x)
+        return out
+
+
+@pytest.mark.parametrize("standardized", [False, True])
+@pytest.mark.parametrize("scheme", ["hardware", "paper"])
+def test_bits_of_a_weight_in_the_network_itself_reach_each_of_its_calls(scheme: str, standardized: bool) -> None:
+    teacher = Teacher.capture(BareWeight(standardized=standardized).eval(), SPEC)
+    name = "w_weight" if standardized else "w"
+    assert [layer.name for layer in teacher.layers] == ["w_1", name, name, "head.fc"]
+    student = student_of(teacher, f"{name}=w8a4", scheme=scheme)
+    nodes = {each.name: each for each in student.module.graph.nodes}
+    found = {layer: bits_before(student, nodes[node], 1) for node, layer in student.layer_names().items()}
+    assert found == {"w_1": 4, name: 8, f"{name}@1": 8, "head.fc": 4}

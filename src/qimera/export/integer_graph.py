@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from qimera.export.packing import pack_, shared_constant
+from qimera.graph.nodes import name_of_reader
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _MULTIPLYING = {*LAYERS, "Attention", "Einsum", "GRU", "LSTM", "RNN"}
@@ -43,7 +44,7 @@ def name_layers_(graph: ir.Graph) -> None:
     for node in graph:
         weight = _weight_of(node)
         if weight is not None and weight.name is not None:
-            owner = weight.name.removesuffix(".weight")
+            owner = name_of_reader(weight.name)
             node.name = f"{owner}@{calls[owner]}" if calls[owner] else owner
             calls[owner] += 1
         elif node.op_type in _MULTIPLYING:

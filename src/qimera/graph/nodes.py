@@ -63,8 +63,16 @@ def layer_name(node: Node) -> str:
     """Return the dotted name of the module whose weight ``node`` uses, such as ``layer1.0.conv1``."""
     for argument in node.args[1:]:
         if isinstance(argument, Node) and argument.op == "get_attr":
-            return str(argument.target).rpartition(".")[0] or str(argument.target)
+            return name_of_reader(str(argument.target))
     return node.name
+
+
+def name_of_reader(tensor: str) -> str:
+    """Return what the layers that read a tensor of this name are called: as its module, or as itself if it has none.
+
+    What ``new_parameter`` makes of a tensor for one of several layers counts as that tensor.
+    """
+    return tensor.rpartition(".")[0] or tensor.partition("@")[0]
 
 
 def names_of_parameters(layer: Node) -> tuple[str, str, str]:
@@ -137,14 +145,15 @@ def new_parameter(
 ) -> Node:
     """Store ``value`` in the module called ``owner`` and return a node that reads it.
 
-    A parameter that others than ``layer`` read keeps its value for them; the new one then gets a name of its own.
+    A parameter that others than ``layer`` read keeps its value for them; the new one then gets a name of its own. If it
+    lies in the network itself, an ``@`` tells that name from those of other parameters, after which layers are called.
     """
     prefix = f"{owner}." if owner else ""
     readers = [node for node in module.graph.nodes if node.op == "get_attr" and node.target == prefix + name]
     if any(user is not layer for reader in readers for user in reader.users):
-        holder = module.get_submodule(owner)
+        holder, mark = module.get_submodule(owner), "_" if owner else "@"
         first = sum(key.startswith(name) for key, _ in holder.named_parameters(recurse=False))
-        name = next(free for number in count(first) if not hasattr(holder, free := f"{name}_{number}"))
+        name = next(free for number in count(first) if not hasattr(holder, free := f"{name}{mark}{number}"))
     value = value.detach().clone()
     if is_parameter:
         setattr(module.get_submodule(owner), name, nn.Parameter(value, requires_grad=value.is_floating_point()))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qimera.errors import DivergenceError
-from qimera.graph.nodes import WEIGHTED, aten, node_at, node_called, tensor_of
+from qimera.graph.nodes import WEIGHTED, aten, name_of_reader, node_at, node_called, tensor_of
 from qimera.graph.stepping import SteppedRun
 from qimera.machine.distributed import copy_from_main_, from_main
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, round_to_grid
@@ -196,10 +196,10 @@ def _seen(
     weight, bias = tensor_of(student, parameter_of(node, 1)), _bias(student, node)
     entering, leaving = mine.value(node_at(node, 0).name), theirs.value(node.name)
     if not math.isfinite(entering.norm()):
-        owner, _, name = str(parameter_of(node, 1).target).rpartition(".")
+        name = name_of_reader(str(parameter_of(node, 1).target))
         raise DivergenceError(
-            f"{owner or name}: its inputs become NaN or too large when the layers before it are quantized; give these "
-            "layers more bits (layer_bits), or look for logarithms, roots and divisions between them"
+            f"{name}: its inputs become NaN or too large when the layers before it are quantized; give these layers "
+            "more bits (layer_bits), or look for logarithms, roots and divisions between them"
         )
     return Compensation(weight, bias, *look_at_layer(node, weight, bias, entering, leaving, rng))
 

@@ -20,7 +20,7 @@ from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError, first_line
 from qimera.graph.files import save_graph
 from qimera.graph.folding import fold_batch_norms, unfold_batch_norms, unshare_biases_
-from qimera.graph.nodes import WEIGHTED, node_at, tensor_of, to_channels_last_, with_outputs
+from qimera.graph.nodes import WEIGHTED, name_of_reader, node_at, tensor_of, to_channels_last_, with_outputs
 from qimera.machine.acceleration import to_device_
 from qimera.machine.files import check_types, save_tensors
 from qimera.quantization.ends import with_rules_for_ends
@@ -190,8 +190,7 @@ class Student(nn.Module):
         names: dict[str, str] = {}
         for node in self.module.graph.nodes:
             if node.target in WEIGHTED and isinstance(node.args[1], Node) and node.args[1].op == "call_module":
-                weight = str(node_at(node.args[1], 0).target)
-                owner = weight.rpartition(".")[0] or weight
+                owner = name_of_reader(str(node_at(node.args[1], 0).target))
                 calls = sum(name.partition("@")[0] == owner for name in names.values())
                 names[node.name] = f"{owner}@{calls}" if calls else owner
         return names
