@@ -1,6 +1,8 @@
 import dataclasses
+import hashlib
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -317,3 +319,14 @@ def test_a_manifest_cannot_name_a_shard_twice(teacher: Teacher, saved: Path) -> 
 def test_an_empty_directory_is_no_bank(teacher: Teacher, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is this a bank"):
         SampleBank.load(tmp_path, teacher)
+
+
+def test_the_hash_is_that_of_pixels_and_labels_in_any_layout_and_copies_neither(bank: SampleBank) -> None:
+    expected = hashlib.sha256(bytes(bank.pixels.flatten().tolist()) + bank.soft_labels.numpy().tobytes()).hexdigest()
+    tracemalloc.start()
+    found = bank.hash
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == expected
+    assert peak < bank.pixels.numel() / 2
+    assert dataclasses.replace(bank, pixels=bank.pixels.contiguous(memory_format=torch.channels_last)).hash == expected

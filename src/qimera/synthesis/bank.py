@@ -162,8 +162,8 @@ class SampleBank:
     @property
     def hash(self) -> str:
         """SHA-256 over pixels and soft labels."""
-        digest = hashlib.sha256(self.pixels.numpy().tobytes())
-        digest.update(self.soft_labels.numpy().tobytes())
+        digest = hashlib.sha256(self.pixels.contiguous().numpy().data)  # not copied, and not kept: tensors can change
+        digest.update(self.soft_labels.contiguous().numpy().data)
         return digest.hexdigest()
 
     def save(self, directory: Path | str) -> None:
