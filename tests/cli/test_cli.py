@@ -2,6 +2,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,14 @@ def test_quantize_prints_the_summary_alone_on_stdout(finished_run: Path) -> None
     assert again.exit_code == 0
     assert again.stdout == (finished_run / "summary.txt").read_text()
     assert "finished already" in again.stderr
+
+
+def test_a_finished_run_is_shown_without_what_draws_reports(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "qimera.runs.reporting", None)  # an import of it fails
+    again = qimera("quantize", "--settings", finished_run / "settings.json", "--output", finished_run)
+    assert again.exit_code == 0, again.stderr
 
 
 def test_the_settings_of_a_run_start_the_same_run_again(tmp_path: Path, finished_run: Path) -> None:

@@ -253,7 +253,6 @@ def _quantize(
     from qimera.machine.distributed import from_main, is_main
     from qimera.runs.directory import RunDirectory, refuse_other_content
     from qimera.runs.execution import carry_out, check_run
-    from qimera.runs.reporting import report_run
 
     from_main(refuse_other_content, path)
     read = resolve(model_options, options) if settings is None else read_settings(settings, model_options, options)
@@ -268,6 +267,8 @@ def _quantize(
     with out.progress(is_main()) as progress:
         summary = carry_out(run, read.teacher, read.bank, progress, place, read.images)
     if is_main() and not run.report_page_file.exists():
+        from qimera.runs.reporting import report_run  # brings Matplotlib, which a finished run needs no more
+
         out.note("writing the report")
         report_run(run)
     return run, summary
