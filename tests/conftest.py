@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 LONGEST = (
     "whole/test_any_classifier.py",
-    "report/test_report.py",
+    "report/test_page.py",
     "export/test_onnx.py",
     "machine/test_distributed.py",
     "whole/test_interruption.py",

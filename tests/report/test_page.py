@@ -1,3 +1,5 @@
+"""A report of a run whose bank is good: what it holds, and what its page says."""
+
 import json
 import math
 import re
@@ -9,29 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
-from torch import nn
 
-from qimera.config.settings import DirectSettings, QuantizationSettings, SynthesisSettings
-from qimera.machine.progress import silent
-from qimera.pipeline import synthesize
+from qimera.config.settings import DirectSettings, SynthesisSettings
 from qimera.report.boundary import nearest_three
-from qimera.report.content import Export, Measured, Report, curves
+from qimera.report.content import Export, Measured, Report
 from qimera.report.page import write_page
-from qimera.report.plane import areas_around, axes_between, view_of
+from qimera.report.plane import view_of
 from qimera.runs.directory import RunDirectory
-from qimera.runs.execution import carry_out, load_bank, load_student
-from qimera.runs.reporting import collect, report_run
-from qimera.synthesis.bank import SampleBank
-from qimera.teacher.sources import EMBEDDED_MODELS, load_model
-from qimera.teacher.teacher import Teacher
-from tests.command_line import INPUT, SMALL_INPUT, qimera, said, tiny_settings, write_model_file
-from tests.networks import NUM_CLASSES, SPEC, Lambda
+from qimera.runs.execution import load_bank, load_student
+from qimera.runs.reporting import collect
+from qimera.teacher.sources import EMBEDDED_MODELS
+from tests.command_line import qimera, said, tiny_settings
 from tests.spared import drawn_figures
 
-FEW = DirectSettings(num_steps=1, batch_size=8)
 BAD_SYNTHESIS = SynthesisSettings(num_optimized=48, num_held_out=16, direct=DirectSettings(num_steps=10, batch_size=32))
+
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -50,29 +44,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits_bank: Path) -> RunDirec
 
 
 @pytest.fixture(scope="module")
-def small_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A finished run of three layers, for what is said of files and images rather than of samples."""
-    folder = tmp_path_factory.mktemp("small")
-    tiny_settings().save(folder / "settings.json")
-    done = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
-    assert done.exit_code == 0, done.stderr
-    return RunDirectory.open(folder / "run")
-
-
-@pytest.fixture(scope="module")
 def page(run: RunDirectory) -> str:
     return run.report_page_file.read_text()
-
-
-def test_a_run_of_the_papers_scheme_ends_with_its_report(tmp_path: Path) -> None:
-    paper = QuantizationSettings(scheme="paper")
-    tiny_settings(synthesis=BAD_SYNTHESIS, quantization=paper).save(tmp_path / "settings.json")
-    done = qimera("quantize", "--settings", tmp_path / "settings.json", "--output", tmp_path / "run")
-    assert done.exit_code == 0, done.stderr
-    assert len(Report.load(tmp_path / "run" / "report.json").layers) == 3
-
-
-# --- content ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_report_comes_back_from_its_file(run: RunDirectory) -> None:
@@ -91,45 +64,6 @@ def test_curves_are_the_recorded_steps(run: RunDirectory) -> None:
     recorded = [line for line in run.metrics.lines() if "kl" in line]
     assert found.steps == tuple(line["step"] for line in recorded)
     assert found.values == pytest.approx([line["kl"] for line in recorded])
-
-
-def test_long_curves_are_thinned_out() -> None:
-    lines = [{"part": "a", "stage": "s", "step": step, "total": 9, "seconds": 0, "kl": 1.0} for step in range(5000)]
-    (found,) = curves(lines)
-    assert 200 <= len(found.steps) <= 400
-    assert found.steps[0] == 0
-
-
-@pytest.mark.parametrize("num_classes", [2, 3])
-def test_every_sample_lies_in_the_area_of_its_class(num_classes: int) -> None:
-    """Written out: the class of the highest logit, against the colour of the area at the point."""
-    rng = torch.Generator().manual_seed(0)
-    features = torch.randn(60, 16, generator=rng)
-    weight, bias = torch.randn(num_classes, 16, generator=rng), torch.randn(num_classes, generator=rng)
-    origin, axes = axes_between(features, weight)
-    points = (features - origin) @ axes.T
-    areas, (left, right, bottom, top) = areas_around(points, origin, axes, weight, bias, size=1001)
-    logits = features @ weight.T + bias
-    for point, row in zip(points, logits, strict=True):
-        first, second = row.topk(2).values.tolist()
-        column = round(float((point[0] - left) / (right - left)) * 1000)
-        line = round(float((point[1] - bottom) / (top - bottom)) * 1000)
-        if first - second > 0.1:  # not within one of the thousand steps of the boundary
-            assert int(areas[line, column]) == int(row.argmax())
-
-
-@pytest.mark.parametrize(
-    "classifier", [nn.Conv2d(8, NUM_CLASSES, 3, padding=1), nn.Conv2d(10, NUM_CLASSES, 1, groups=5)], ids=str
-)
-def test_features_have_no_plane_where_the_classifier_sees_more_pixels_or_less_channels(classifier: nn.Conv2d) -> None:
-    first = nn.Conv2d(3, classifier.in_channels, 3)
-    teacher = Teacher.capture(nn.Sequential(first, classifier, Lambda(lambda x: x.mean((2, 3)))), SPEC)
-    images = torch.randn(16, *SPEC.shape, generator=torch.Generator().manual_seed(0))
-    labels = torch.eye(NUM_CLASSES)[torch.arange(16) % NUM_CLASSES]
-    assert view_of(teacher, SampleBank.from_images(images, labels, teacher, SynthesisSettings(), 0)) is None
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
 
 
 class Tags(HTMLParser):
@@ -265,29 +199,6 @@ def test_a_layer_that_makes_the_answers_nan_costs_most(run: RunDirectory) -> Non
     assert "nan %" not in page
 
 
-def test_a_measurement_on_images_that_the_teacher_does_not_know_is_no_drop(
-    small_run: RunDirectory, tmp_path: Path
-) -> None:
-    generator = np.random.default_rng(0)
-    images, labels = generator.integers(0, 256, (40, 8, 8, 1), np.uint8), generator.integers(0, 10, 40)
-    np.savez(tmp_path / "test.npz", images=images, labels=labels)
-    copied = shutil.copytree(small_run.path, tmp_path / "run")
-    done = qimera("evaluate", copied, "--data", tmp_path / "test.npz", "--json")
-    assert done.exit_code == 0, done.stderr
-    assert "warning: data: the full-precision model gets" in done.stderr
-    values = json.loads(done.stdout)
-    assert len(values["warnings"]) == 1
-    measured = (copied / "report.html").read_text()
-    assert "points lost, measured" not in measured.lower()
-    assert f"{values['student_top1']:.2f} %" in measured
-    assert "so the drop says nothing about quantization" in measured
-    assert Report.load(copied / "report.json").measured.num_images == 40
-    strict = qimera("evaluate", copied, "--data", tmp_path / "test.npz", "--strict", "--max-drop", "99")
-    assert strict.exit_code == 5
-    assert "has 1 warning, shown above" in said(strict)
-    assert "has no measured drop to compare with 99 points" in said(strict)
-
-
 def test_a_measurement_on_images_that_the_teacher_knows_is_called_one(run: RunDirectory, tmp_path: Path) -> None:
     """Samples of another seed stand for real images here, as the teacher sees them."""
     bank = load_bank(run, load_student(run)[1])
@@ -313,22 +224,6 @@ def test_a_measurement_on_images_that_the_teacher_knows_is_called_one(run: RunDi
     values = json.loads(qimera("compare", copied, "--json").stdout)["runs"][0]
     assert qimera("compare", copied, "--max-drop", max(0, values["measured_drop"])).exit_code == 0
     assert values["warnings"] == []
-
-
-def test_the_report_does_not_tell_where_the_users_files_are(run: RunDirectory, tmp_path: Path) -> None:
-    model = write_model_file(tmp_path)
-    save_file(load_model(f"{model}:build").state_dict(), tmp_path / "toy.safetensors")
-    options = (f"{model}:build", "--weights", tmp_path / "toy.safetensors", *INPUT, "--recipe", "ptq")
-    bank = synthesize(load_model(f"{model}:build"), SMALL_INPUT, SynthesisSettings(num_optimized=8, direct=FEW))
-    bank.save(tmp_path / "bank")
-    done = qimera("quantize", *options, "--bank", tmp_path / "bank", "--output", tmp_path / "run")
-    assert done.exit_code == 0, done.stderr
-    assert qimera("export", tmp_path / "run", "--output", tmp_path / "toy.onnx", "--min-agreement", 0).exit_code == 0
-    for file in ("report.html", "report.json", "summary.json", "summary.txt", "export-onnx-toy.onnx.json"):
-        text = (tmp_path / "run" / file).read_text()
-        assert str(tmp_path.parent) not in text, file
-    assert RunDirectory.open(tmp_path / "run").summary().model == "toy.py:build"
-    assert RunDirectory.open(tmp_path / "run").settings.model == f"{model}:build"
 
 
 def test_names_of_the_user_cannot_change_the_page(run: RunDirectory) -> None:
@@ -372,34 +267,6 @@ def test_a_bad_bank_is_warned_of_on_the_page_and_first_in_the_summary(tmp_path: 
     assert "warning: " in ranked.stdout
 
 
-def test_an_exported_file_is_listed(small_run: RunDirectory, tmp_path: Path) -> None:
-    copied = shutil.copytree(small_run.path, tmp_path / "run")
-    done = qimera("export", copied)
-    assert done.exit_code == 0, done.stderr
-    (listed,) = Report.load(copied / "report.json").exports
-    assert listed.num_bytes == (copied / "student.onnx").stat().st_size
-    page = (copied / "report.html").read_text()
-    assert "student.onnx" in page
-    assert f"{listed.comparisons[0]['integer_layers']} of {listed.num_layers}" in page
-    assert listed.comparisons[0]["latency_ms"] > 0
-    assert f"<b>{listed.comparisons[0]['latency_ms']:.3g} ms</b>full precision:" in page
-    assert page.count(f"{listed.comparisons[0]['float_latency_ms']:.3g} ms") >= 2  # in the first lines and the table
-
-
-def test_the_report_is_written_anew_when_asked_for(small_run: RunDirectory, tmp_path: Path) -> None:
-    copied = shutil.copytree(small_run.path, tmp_path / "run")
-    (copied / "report.html").unlink()
-    assert qimera("report", copied).exit_code == 0
-    assert (copied / "report.html").exists()
-
-
-def test_a_run_beside_a_python_call_can_be_reported(tmp_path: Path, small_teacher: Teacher) -> None:
-    run = RunDirectory.start(tmp_path / "run", tiny_settings())
-    carry_out(run, small_teacher, None, silent)
-    assert report_run(run).summary.estimate is None  # no held-out samples
-    assert "holds no samples to estimate from" in run.report_page_file.read_text().replace("\n", " ")
-
-
 def test_runs_are_put_side_by_side(run: RunDirectory, tmp_path: Path) -> None:
     other = shutil.copytree(run.path, tmp_path / "other")
     summary = json.loads((other / "summary.json").read_text())
@@ -410,9 +277,6 @@ def test_runs_are_put_side_by_side(run: RunDirectory, tmp_path: Path) -> None:
     values = json.loads(qimera("compare", run.path, other, "--json").stdout)["runs"]
     assert [each["run"] for each in values] == [str(run.path), str(other)]
     assert values[1]["estimated_drop"] == -50.0
-
-
-# --- in a browser -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
