@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,13 +12,14 @@ from qimera.assessment.estimation import (
     SUPERPOSED,
     Calibration,
     distance,
+    estimate_drop,
     estimate_from,
     estimate_on_held_out,
     held_out_distances,
     interval,
     telling,
 )
-from qimera.config.settings import QuantizationSettings
+from qimera.config.settings import QuantizationSettings, SynthesisSettings
 from qimera.errors import ConfigError
 from qimera.student.student import Student
 from qimera.synthesis.bank import SampleBank
@@ -166,6 +168,16 @@ def test_the_same_student_gets_the_same_estimate_again(teacher: Teacher, split_b
 def test_without_held_out_samples_there_is_no_estimate(teacher: Teacher, bank: SampleBank) -> None:
     with pytest.raises(ConfigError, match="holds no held-out samples"):
         estimate_on_held_out(student_of(teacher, bank), teacher, bank)
+
+
+def test_without_batch_norms_no_held_out_samples_are_missed() -> None:
+    teacher = shared.teacher_of("transformer")
+    labels = torch.eye(teacher.num_classes).repeat(4, 1)
+    settings = SynthesisSettings(num_optimized=len(labels))
+    bank = SampleBank.from_images(shared.noise(len(labels)), labels, teacher, settings, 0)
+    estimate = estimate_drop(student_of(teacher, bank), teacher, bank)
+    assert math.isnan(estimate.drop)
+    assert "the network has no batch norms" in estimate.text()
 
 
 def test_a_student_of_another_teacher_is_refused(teacher: Teacher, split_bank: SampleBank) -> None:

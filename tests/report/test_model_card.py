@@ -110,6 +110,7 @@ def test_a_card_says_that_an_estimate_is_withheld_and_why() -> None:
     assert "there is no estimate, because a warning below doubts the samples" in text
     assert "- statistics: the network has no batch norms." in text
     assert "because no samples were held out" in card(estimate=None, num_held_out=0)
+    assert "because a warning below doubts" in card(estimate=None, num_held_out=0, has_batch_norms=False)
 
 
 def test_a_card_does_not_state_a_measurement_that_says_nothing() -> None:

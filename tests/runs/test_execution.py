@@ -129,6 +129,7 @@ def test_without_held_out_samples_the_summary_has_no_estimate(tmp_path: Path, sm
     summary = finished(tmp_path / "run", small_teacher, tiny_settings()).summary()
     assert summary.estimate is None
     assert "none without held-out samples" in summary.text()
+    assert "none, because of the warning above" in summary.replace(has_batch_norms=False).text()
 
 
 def test_samples_that_do_not_resemble_the_training_data_get_no_estimate_and_the_summary_says_why_first(

@@ -99,15 +99,18 @@ def estimate_drop(student: Student, teacher: nn.Module, bank: SampleBank) -> Est
         bank: Samples of this teacher, whose held-out part the student has not learned from.
 
     Returns:
-        The estimate. Where the samples do not resemble what the network was trained on, its drop is NaN and ``doubts``
-        says why.
+        The estimate. Where the samples do not resemble what the network was trained on, or nothing tells, its drop is
+        NaN and ``doubts`` says why.
 
     Raises:
-        ConfigError: the bank is of another teacher, or holds no held-out samples.
+        ConfigError: the bank is of another teacher, or holds no held-out samples although nothing doubts the others.
     """
     teacher = as_teacher(teacher, bank.input_spec)
-    estimate = estimate_on_held_out(student, teacher, bank)
+    _check_teachers(student, teacher, bank)
     doubts = diagnose(bank, teacher).doubts
+    if doubts and not bank.settings.num_held_out:
+        return Estimate(math.nan, math.nan, math.nan, math.nan, 0, doubts)
+    estimate = estimate_on_held_out(student, teacher, bank)
     return replace(estimate, drop=math.nan, low=math.nan, high=math.nan, doubts=doubts) if doubts else estimate
 
 
@@ -117,12 +120,16 @@ def estimate_on_held_out(student: Student, teacher: Teacher, bank: SampleBank) -
     Raises:
         ConfigError: the bank is of another teacher, or holds no held-out samples.
     """
-    if not bank.teacher_hash == student.teacher_hash == teacher.hash:
-        raise ConfigError("estimate: student, teacher and bank belong to different teachers; give those of one")
+    _check_teachers(student, teacher, bank)
     single, superposed, agreement = held_out_distances(student, bank)
     if not len(superposed) or len(superposed) < _ENOUGH <= len(single):
         return estimate_from(single, agreement, ONE_CLASS)
     return estimate_from(superposed, agreement)
+
+
+def _check_teachers(student: Student, teacher: Teacher, bank: SampleBank) -> None:
+    if not bank.teacher_hash == student.teacher_hash == teacher.hash:
+        raise ConfigError("estimate: student, teacher and bank belong to different teachers; give those of one")
 
 
 @torch.inference_mode()

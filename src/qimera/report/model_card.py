@@ -101,7 +101,7 @@ def _accuracy(summary: Summary, measured: Measured | None) -> str:
             f"Not measured. Estimated without real images: {summary.estimate.text()}.{caution} An estimate is no "
             "measurement; measure the model before you rely on it."
         )
-    reason = "a warning below doubts the samples" if summary.num_held_out else "no samples were held out"
+    reason = "a warning below doubts the samples" if summary.is_warned_of else "no samples were held out"
     return f"Unknown: it was not measured, and there is no estimate, because {reason}. Measure the model first."
 
 

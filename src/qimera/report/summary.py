@@ -68,6 +68,9 @@ class Summary(Settings):
     num_held_out: int = 0
     """Synthetic samples in the bank that no student learns from."""
 
+    has_batch_norms: bool = True
+    """Whether the network has batch norms, without which there is no estimate."""
+
     num_images: int = 0
     """Unlabelled images of the user's that the student was made from beside the samples, or alone."""
 
@@ -110,6 +113,11 @@ class Summary(Settings):
     def estimated_drop(self) -> float | None:
         """In points; None where there is no estimate."""
         return None if self.estimate is None else self.estimate.drop
+
+    @property
+    def is_warned_of(self) -> bool:
+        """Whether a warning says why there is no estimate, where there is none."""
+        return self.num_held_out > 0 or not self.has_batch_norms
 
     @property
     def caution(self) -> str:
@@ -168,6 +176,7 @@ class Summary(Settings):
             num_samples=bank.num_training - bank.num_images,
             num_images=bank.num_images,
             num_held_out=bank.settings.num_held_out,
+            has_batch_norms=bool(teacher.batch_norms),
             bank_hash=bank.hash,
             num_steps=settings.distillation.num_steps,
             estimate=estimate,
@@ -197,7 +206,7 @@ class Summary(Settings):
             "student": f"{self.num_steps} steps, {_readable_seconds(self.student_seconds)}",
             "size": f"{readable_bytes(self.student_bytes)} instead of {readable_bytes(self.teacher_bytes)}, "
             f"{self.teacher_bytes / self.student_bytes:.1f} times smaller",
-            "estimate": "none, because of the warning above" if self.num_held_out else "none without held-out samples",
+            "estimate": "none, because of the warning above" if self.is_warned_of else "none without held-out samples",
         }
         if self.estimate is not None:
             facts["estimate"] = "\n".join(filter(None, (self.estimate.text(), self.caution)))
