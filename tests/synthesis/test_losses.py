@@ -253,6 +253,21 @@ def test_the_entropy_loss_is_that_of_a_density_of_similarities() -> None:
     assert float(entropy_loss([tokens])) == pytest.approx(-np.mean(entropies), rel=1e-4)  # float32
 
 
+def test_the_entropy_loss_keeps_little_for_its_gradient() -> None:
+    """At 41 points, each of which looks at all similarities."""
+    tokens, kept = torch.randn(2, 16, 4, generator=seeded(0), requires_grad=True), {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.data_ptr()] = x.numel()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = entropy_loss([tokens])
+    assert sum(kept.values()) < 4 * 2 * 16**2
+    loss.backward()
+    assert float(tokens.grad.abs().sum()) > 0
+
+
 @pytest.mark.parametrize("num_tokens", [4, 6])
 def test_the_heads_loss_compares_what_each_pair_of_heads_looks_at(num_tokens: int) -> None:
     scores = torch.randn(2, 3, num_tokens, num_tokens, generator=seeded(0))
