@@ -1,4 +1,5 @@
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qimera.config.bits import parse_bits, parse_layer_bits
 from qimera.config.settings import QuantizationSettings
@@ -368,6 +370,19 @@ def test_a_flattening_that_reads_the_size_of_the_batch_hides_no_block() -> None:
 
     found = blocks_with(Lambda(lambda x: x.view(x.size(0), -1)))
     assert found == blocks_with(nn.Flatten()) == ["relu", "relu_1"]
+
+
+def test_no_block_output_is_infinite() -> None:
+    """Maxima are taken of maps whose borders hold minus infinity, as in timm's networks for TensorFlow's weights."""
+    bordered = Lambda(lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), 3, 2))
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), bordered, nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)
+    network = nn.Sequential(*layers)
+    network(torch.zeros(1, *SPEC.shape))
+    module = Teacher.capture(network, SPEC).module
+    names = block_outputs(module)
+    assert names[:2] == ["relu", "max_pool2d"]
+    with torch.no_grad():
+        assert all(bool(x.isfinite().all()) for x in with_outputs(module, names)(shared.noise(2))[1])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from qimera.graph.nodes import WEIGHTED, aten, is_size
+from qimera.graph.nodes import WEIGHTED, aten, is_size, node_at
 from qimera.machine.acceleration import at_least_float32
-from qimera.quantization.scheme import JOINS, POOLINGS
+from qimera.quantization.scheme import JOINS, PADDINGS, POOLINGS
 
 _READING_ON = {*WEIGHTED, *JOINS, *POOLINGS, aten.max_pool2d.default}
 
@@ -59,7 +59,8 @@ def _variance(values: Tensor) -> Float[Tensor, ""]:
 def block_outputs(module: GraphModule) -> list[str]:
     """Return the nodes through which everything flows that later layers see: the outputs of the network's blocks.
 
-    In a residual network these are the activations after each addition, in a plain one those before each layer.
+    In a residual network these are the activations after each addition, in a plain one those before each layer. Where
+    they are padded with minus infinity, it is what was padded.
     """
     nodes = [node for node in module.graph.nodes if node.op not in ("get_attr", "output") and not is_size(node)]
     position = {node: index for index, node in enumerate(nodes)}
@@ -68,9 +69,15 @@ def block_outputs(module: GraphModule) -> list[str]:
         readers = [user for user in node.users if user in position]
         read_on = any(user.target in _READING_ON for user in readers)
         if furthest <= index and node.op == "call_function" and read_on and not _is_convolution_before_join(node):
-            names.append(node.name)
+            names.append(_before_infinities(node).name)
         furthest = max([furthest, *(position[user] for user in readers)])
     return names
+
+
+def _before_infinities(node: Node) -> Node:
+    while node.target in PADDINGS and any(isinstance(value, float) and math.isinf(value) for value in node.args[2:]):
+        node = node_at(node, 0)
+    return node
 
 
 def _is_convolution_before_join(node: Node) -> bool:

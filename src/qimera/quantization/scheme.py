@@ -39,7 +39,7 @@ POOLINGS = {
     aten.mean.dim,
 }
 RELUS = {aten.relu.default, aten.relu6.default, aten.hardtanh.default}
-_PADDINGS = {aten.pad.default, aten.constant_pad_nd.default}
+PADDINGS = {aten.pad.default, aten.constant_pad_nd.default}
 _SPLITS = {
     aten.chunk.default,
     aten.split.Tensor,
@@ -209,7 +209,7 @@ def is_move(node: Node) -> bool:
     """Whether every value that ``node`` returns is one of its first argument, or zero, or never read."""
     if node.target is operator.getitem:  # of other tuples each part is something else
         return node_at(node, 0).target in _SPLITS
-    if node.target in _PADDINGS:
+    if node.target in PADDINGS:
         mode, value = (node.args[2:] + ("constant", None)[len(node.args) - 2 :])[:2]
         return mode in ("constant", 0, 0.0) and (not value or _is_never_read(node, value))
     return node.target in _MOVES

@@ -8,16 +8,15 @@ from torch.fx import GraphModule, Node
 
 from qimera.graph.nodes import CONVOLUTIONS, aten, groups_of, node_called, tensor_of
 from qimera.quantization.losses import block_outputs
-from qimera.quantization.scheme import JOINS, RELUS, before_moves
+from qimera.quantization.scheme import JOINS, PADDINGS, RELUS, before_moves
 from qimera.student.equalization import shares_weight
 from qimera.student.rounding import weight_quantizer
 
 _LOCAL = {
     *RELUS,
     *JOINS,
+    *PADDINGS,
     aten.conv2d.default,
-    aten.pad.default,
-    aten.constant_pad_nd.default,
     aten.max_pool2d.default,
     aten.avg_pool2d.default,
     aten.minimum.default,

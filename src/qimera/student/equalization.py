@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from qimera.graph.nodes import aten, groups_of, node_at, node_called, tensor_of
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize
 from qimera.quantization.ranges import search_affine_parameters, thinned
-from qimera.quantization.scheme import RELUS, is_move
+from qimera.quantization.scheme import PADDINGS, RELUS, is_move
 
 _NUM_POSITIONS = 2048
 """Values of a channel by which its reach is searched."""
@@ -28,7 +28,6 @@ _LIMIT = "limit_of_"
 
 _POOLINGS = {aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default}
 _COPIES = {aten.dropout.default, aten.clone.default, aten.contiguous.default}
-_PADDINGS = {aten.pad.default, aten.constant_pad_nd.default}
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def _keeps_channels(node: Node) -> bool:
     Where the input (batch, channel, height, width) is scaled per channel, the result is then scaled in the same way.
     """
     arguments = node.args[1:]
-    if node.target in _PADDINGS:
+    if node.target in PADDINGS:
         return is_move(node) and isinstance(arguments[0], list) and len(arguments[0]) <= 4
     if node.target is aten.mean.dim:
         return isinstance(arguments[0], list) and sorted(int(str(axis)) % 4 for axis in arguments[0]) == [2, 3]
