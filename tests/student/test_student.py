@@ -1,21 +1,17 @@
 import copy
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from qimera.config.bits import parse_bits, parse_layer_bits
 from qimera.config.settings import QuantizationSettings
 from qimera.errors import ConfigError
-from qimera.graph.folding import fold_batch_norms
-from qimera.graph.nodes import WEIGHTED, aten, with_outputs
+from qimera.graph.nodes import WEIGHTED
 from qimera.quantization.fake_quantize import LearnedStepFakeQuantize, MinMaxFakeQuantize
-from qimera.quantization.losses import block_outputs
 from qimera.student.student import Student
 from qimera.teacher.teacher import Teacher
 from tests import shared
@@ -348,55 +344,3 @@ def test_ranges_stay_where_they_are_once_a_search_has_failed(teacher: Teacher, t
     before = [step.clone() for step in student.steps]
     student(toy_images[:4])
     assert all(torch.equal(step, kept) for step, kept in zip(student.steps, before, strict=True))
-
-
-# --- block outputs ----------------------------------------------------------------------------------------------------
-
-
-def test_block_outputs_are_the_activations_that_everything_flows_through(teacher: Teacher) -> None:
-    folded = fold_batch_norms(teacher.module)
-    nodes = {node.name: node for node in folded.graph.nodes}
-    found = [nodes[name].target for name in block_outputs(folded)]
-    assert found[:4] == [aten.relu.default, aten.relu.default, aten.hardtanh.default, aten.relu.default]
-    inside = [node.name for node in folded.graph.nodes if node.target is aten.relu.default][1]
-    assert inside not in block_outputs(folded)  # the shortcut flows past it
-
-
-def test_a_flattening_that_reads_the_size_of_the_batch_hides_no_block() -> None:
-    def blocks_with(flattening: nn.Module) -> list[str]:
-        layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.MaxPool2d(2)
-        module = Teacher.capture(nn.Sequential(*layers, flattening, nn.Linear(144, NUM_CLASSES)), SPEC).module
-        return block_outputs(module)[:-1]
-
-    found = blocks_with(Lambda(lambda x: x.view(x.size(0), -1)))
-    assert found == blocks_with(nn.Flatten()) == ["relu", "relu_1"]
-
-
-def test_no_block_output_is_infinite() -> None:
-    """Maxima are taken of maps whose borders hold minus infinity, as in timm's networks for TensorFlow's weights."""
-    bordered = Lambda(lambda x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), 3, 2))
-    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), bordered, nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5)
-    network = nn.Sequential(*layers)
-    network(torch.zeros(1, *SPEC.shape))
-    module = Teacher.capture(network, SPEC).module
-    names = block_outputs(module)
-    assert names[:2] == ["relu", "max_pool2d"]
-    with torch.no_grad():
-        assert all(bool(x.isfinite().all()) for x in with_outputs(module, names)(shared.noise(2))[1])
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_block_output_of_the_teacher_is_found_in_the_student(name: str, scheme: str) -> None:
-    teacher = shared.teacher_of(name)
-    names = block_outputs(fold_batch_norms(teacher.module))
-    assert names
-    student, images = shared.student_of(name, "w8a8", scheme), shared.noise(8)
-    with torch.no_grad():
-        _, expected = with_outputs(fold_batch_norms(teacher.module), names)(images)
-        logits, found = student.with_features(names)(images)
-        assert torch.equal(logits, student.module(images))
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine.shape == theirs.shape
-        # 8 bits: a few percent of the spread
-        assert float((mine - theirs).square().mean()) < 0.01 * float(theirs.var())
