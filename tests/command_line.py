@@ -70,6 +70,14 @@ def tiny_settings(model: str = SMALL, **changes: object) -> RunSettings:
     return RunSettings(**{"model": model, "recipe": "tiny", "input": SMALL_INPUT, **values, **changes})
 
 
+def run_tiny_settings(folder: Path) -> Path:
+    """Carry out ``tiny_settings`` in ``folder``, and return the run's directory."""
+    tiny_settings().save(folder / "settings.json")
+    result = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
+    assert result.exit_code == 0, result.stderr
+    return folder / "run"
+
+
 def write_model_file(folder: Path) -> Path:
     """Write what a user might bring, and a few things that no user should."""
     path = folder / "toy.py"

@@ -5,16 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.command_line import qimera, tiny_settings
+from tests.command_line import run_tiny_settings
 
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    tiny_settings().save(folder / "settings.json")
-    result = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
-    assert result.exit_code == 0, result.stderr
-    return folder / "run"
+    return run_tiny_settings(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from qimera.runs.execution import carry_out
 from qimera.runs.reporting import report_run
 from qimera.teacher.sources import load_model
 from qimera.teacher.teacher import Teacher
-from tests.command_line import INPUT, SMALL_INPUT, qimera, said, tiny_settings, write_model_file
+from tests.command_line import INPUT, SMALL_INPUT, qimera, run_tiny_settings, said, tiny_settings, write_model_file
 
 FEW = DirectSettings(num_steps=1, batch_size=8)
 
@@ -28,11 +28,7 @@ BAD_SYNTHESIS = SynthesisSettings(num_optimized=48, num_held_out=16, direct=Dire
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A finished run of three layers, for what is said of files and images rather than of samples."""
-    folder = tmp_path_factory.mktemp("small")
-    tiny_settings().save(folder / "settings.json")
-    done = qimera("quantize", "--settings", folder / "settings.json", "--output", folder / "run")
-    assert done.exit_code == 0, done.stderr
-    return RunDirectory.open(folder / "run")
+    return RunDirectory.open(run_tiny_settings(tmp_path_factory.mktemp("small")))
 
 
 def test_a_run_of_the_papers_scheme_ends_with_its_report(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ SEEDS = st.integers(0, 2**31 - 1)
 PLAIN = {"max_shift": 0, "flip": False, "blend_probability": 0.0, "precision": "float32"}
 """Bank samples as they are, and every digit of what is computed of them."""
 
+ONE_STEP = PLAIN | {"num_steps": 1, "batch_size": 24, "optimizer": "sgd", "momentum": 0}
+"""A step along the gradient of one batch."""
+
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -125,16 +128,12 @@ def test_a_step_follows_the_gradient_of_the_three_terms(
     student = student_of(teacher, bank, scheme=scheme)
     twin = copy.deepcopy(student)
     settings = DistillationSettings(
-        num_steps=1,
-        batch_size=24,
-        optimizer="sgd",
-        momentum=0,
+        **ONE_STEP,
         weight_learning_rate=1e-3,
         kl_weight=kl_weight,
         ce_weight=ce_weight,
         feature_weight=feature_weight,
         temperature=2.0,
-        **PLAIN,
     )
     distill_(student, teacher, bank, settings, seeded(4))
 
@@ -166,16 +165,12 @@ def test_weight_decay_acts_on_weights_and_biases_alone(teacher: Teacher, bank: S
     student = student_of(teacher, bank, scheme=scheme)
     twin = copy.deepcopy(student)
     settings = DistillationSettings(
-        num_steps=1,
-        batch_size=24,
-        optimizer="sgd",
-        momentum=0,
+        **ONE_STEP,
         weight_learning_rate=0.1,
         weight_decay=1.0,
         kl_weight=1e-9,
         ce_weight=0.0,
         feature_weight=0.0,
-        **PLAIN,
     )
     distill_(student, teacher, bank, settings, seeded(4))
     assert bool(student.steps) == (scheme == "hardware")
