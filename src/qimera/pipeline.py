@@ -247,9 +247,9 @@ def _refuse_both(settings: object, recipe: str | None) -> None:
 def recipe_for(teacher: Teacher, name: str | None, *, is_alone: bool = True) -> Recipe:
     """Return the recipe called ``name``, or the default one, for this teacher.
 
-    Held-out samples are for estimates, of which there is none without batch norms, and for blocks that are
-    reconstructed, of which there is none with layer norms. Without either, none are held out, unless the recipe makes
-    no others, or is not ``is_alone``: of several recipes' students, one is chosen by them.
+    Held-out samples serve estimates, which need batch norms, and the reconstruction of blocks, which layer norms rule
+    out. A network that gets neither has none held out. Two kinds of recipes hold them out all the same: those that make
+    no other samples, and those that are not ``is_alone``, because the samples choose among several recipes' students.
 
     Raises:
         ConfigError: there is no such recipe.

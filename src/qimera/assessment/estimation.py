@@ -99,11 +99,11 @@ def estimate_drop(student: Student, teacher: nn.Module, bank: SampleBank) -> Est
         bank: Samples of this teacher, whose held-out part the student has not learned from.
 
     Returns:
-        The estimate. Where the samples do not resemble what the network was trained on, or nothing tells, its drop is
-        NaN and ``doubts`` says why.
+        The estimate. Its drop is NaN, and ``doubts`` says why, if the samples do not resemble what the network was
+        trained on, or if nothing tells whether they do.
 
     Raises:
-        ConfigError: the bank is of another teacher, or holds no held-out samples although nothing doubts the others.
+        ConfigError: the bank is of another teacher, or it lacks held-out samples and has no doubts to return instead.
     """
     teacher = as_teacher(teacher, bank.input_spec)
     _check_teachers(student, teacher, bank)

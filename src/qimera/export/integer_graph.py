@@ -24,7 +24,7 @@ _MOVES = {
 def deploy_(graph: ir.Graph) -> None:
     """Bring ``graph`` into the form that reaches integer kernels.
 
-    What it computes stays the same: bit for bit, but for the last bits of products that are scaled.
+    It computes the same numbers bit for bit, except for the last bits of scaled products.
     """
     name_layers_(graph)
     absorb_clips_(graph)

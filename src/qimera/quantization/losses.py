@@ -59,8 +59,8 @@ def _variance(values: Tensor) -> Float[Tensor, ""]:
 def block_outputs(module: GraphModule) -> list[str]:
     """Return the nodes through which everything flows that later layers see: the outputs of the network's blocks.
 
-    In a residual network these are the activations after each addition, in a plain one those before each layer. Where
-    they are padded with minus infinity, it is what was padded.
+    In a residual network these are the activations after each addition, in a plain one those before each layer. A
+    tensor that is padded with minus infinity counts without its padding, because it must have a variance.
     """
     nodes = [node for node in module.graph.nodes if node.op not in ("get_attr", "output") and not is_size(node)]
     position = {node: index for index, node in enumerate(nodes)}
